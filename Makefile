@@ -1,0 +1,49 @@
+# `make test` and `make demo` do all of their set-up; GPU targets use the Python you already have.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= bench/results
+SOURCES := optimx triton_kernels tests bench
+
+.PHONY: help test audit lint format bench demo gpu clean
+
+help:
+	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
+	@echo "make audit   compile every kernel for sm_80, sm_90, sm_100 and gfx942 and check the assembly (no GPU needed)"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   benchmarks against torch.optim on this machine"
+	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
+	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT=$(OUT)"
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,bench,lint]"
+	@touch $@
+
+test: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --timeout 300 tests --ignore tests/audit
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --timeout 300 -m interpreted tests --ignore tests/audit
+
+audit: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --timeout 600 tests/audit
+
+lint: .venv/.installed
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: .venv/.installed
+	$(BIN)/python -m bench.run --out $(OUT)
+
+demo: .venv/.installed
+	$(BIN)/python -m bench.demo
+
+gpu:
+	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
+	$(PYTHON) -m bench.run --gpu --out $(OUT)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

@@ -1,0 +1,134 @@
+"""Who is measured: a function for each way to take a step, which builds tensors and optimizer for a case."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+import optimx
+
+if TYPE_CHECKING:
+    from bench.cases import Case
+
+MAX_NORM = 1.0
+
+Params = list[torch.nn.Parameter]
+Groups = Callable[[Params], list[dict[str, Any]]]
+
+
+class Run(NamedTuple):
+    """A contestant ready to be timed: ``prepare()`` is called before every ``step()`` and is not timed."""
+
+    prepare: Callable[[], object]
+    step: Callable[[], object]
+
+
+class Model:
+    """The parameters of a case, and a backward pass that costs next to nothing.
+
+    ``backward`` gives every parameter a new gradient tensor, as zero_grad() and loss.backward() do: a step that
+    remembers the addresses of its tensors has to find them anew, and clipping in place has something to clip.
+    """
+
+    def __init__(self, case: "Case") -> None:
+        torch.manual_seed(0)
+        std = case.loss_scale * case.grad_norm / math.sqrt(case.numel)
+        empty = partial(torch.empty, dtype=case.dtype, device=case.device)
+        self.params = [torch.nn.Parameter(empty(shape).normal_(std=0.02)) for shape in case.shapes]
+        self.grads = [empty(shape).normal_(std=std) for shape in case.shapes]
+
+    def backward(self) -> None:
+        for p in self.params:
+            p.grad = None
+        for p, g in zip(self.params, self.grads, strict=True):
+            p.grad = g.clone()
+
+
+def one_group(params: Params) -> list[dict[str, Any]]:
+    return [{"params": params}]
+
+
+def group_each(params: Params) -> list[dict[str, Any]]:
+    """A group of its own for every parameter, all with the same hyperparameters."""
+    return [{"params": [p]} for p in params]
+
+
+def layer_decay(params: Params) -> list[dict[str, Any]]:
+    """A group of its own for every parameter, no two with the same lr."""
+    return [{"params": [p], "lr": 1e-3 * 0.99 ** (len(params) - i)} for i, p in enumerate(params)]
+
+
+def torch_step(case: "Case", *, fused: bool | None = None, groups: Groups = one_group) -> Run:
+    model = Model(case)
+    return Run(model.backward, torch.optim.AdamW(groups(model.params), lr=1e-3, fused=fused).step)
+
+
+def optimx_step(case: "Case", *, max_grad_norm: float | None = None, groups: Groups = one_group) -> Run:
+    model = Model(case)
+    # not passed when None: the plain step is then written exactly as a user of torch.optim writes it
+    clipping = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+    return Run(model.backward, optimx.AdamW(groups(model.params), lr=1e-3, **clipping).step)
+
+
+def torch_clip_step(case: "Case") -> Run:
+    model = Model(case)
+    optimizer = torch.optim.AdamW(model.params, lr=1e-3, fused=True)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(model.params, MAX_NORM)
+        optimizer.step()
+
+    return Run(model.backward, step)
+
+
+def optimx_clip_step(case: "Case") -> Run:
+    model = Model(case)
+    optimizer = optimx.AdamW(model.params, lr=1e-3)
+
+    def step() -> None:
+        optimx.clip_grad_norm_(model.params, MAX_NORM)
+        optimizer.step()
+
+    return Run(model.backward, step)
+
+
+def torch_amp_step(case: "Case") -> Run:
+    model = Model(case)
+    optimizer = torch.optim.AdamW(model.params, lr=1e-3, fused=True)
+    scaler = make_scaler(torch.amp.GradScaler, case)
+
+    def step() -> None:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.params, MAX_NORM)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return Run(model.backward, step)
+
+
+def optimx_amp_step(case: "Case", *, torch_scaler: bool = False) -> Run:
+    model = Model(case)
+    optimizer = optimx.AdamW(model.params, lr=1e-3, max_grad_norm=MAX_NORM)
+    scaler = make_scaler(torch.amp.GradScaler if torch_scaler else optimx.GradScaler, case)
+
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
+
+    return Run(model.backward, step)
+
+
+def make_scaler(scaler_class: type[torch.amp.GradScaler], case: "Case") -> torch.amp.GradScaler:
+    scaler = scaler_class(case.device, init_scale=case.loss_scale)
+    # it makes its tensors when it first scales a loss
+    scaler.scale(torch.zeros((), device=case.device))
+    return scaler
+
+
+def device_copy(case: "Case") -> Run:
+    """The yardstick of bandwidth: one copy as large as the parameters."""
+    src = torch.zeros(case.numel, device=case.device)
+    dst = torch.empty_like(src)
+    return Run(lambda: None, lambda: dst.copy_(src))

@@ -1,0 +1,74 @@
+"""What a number must come with: the machine, the versions and the commit it was measured with."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+def provenance(command: str, gpu: bool) -> dict[str, str]:
+    """Everything that a result depends on, by name; "none" or "unknown" where there is nothing to tell."""
+    return {
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "none",
+        "cpu": cpu_model(),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "triton": installed("triton"),
+        "python": platform.python_version(),
+        "commit": commit(),
+        # a load near the number of cores when nothing has run yet: other work disturbs the times
+        "load": f"{os.getloadavg()[0]:.1f} before the first case, {os.cpu_count()} cores",
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "command": command,
+    }
+
+
+def machine_slug(gpu: bool) -> str:
+    """A name for the machine that can name a folder: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
+    name = torch.cuda.get_device_name() if gpu else f"cpu {cpu_model()} {torch.get_num_threads()} threads"
+    return slug(name)
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The short hash, with "-dirty" where the code that ran is not what the commit holds."""
+    hash_ = output("git", "rev-parse", "--short", "HEAD")
+    # results of earlier runs do not change what runs
+    dirty = hash_ != "unknown" and output("git", "status", "--porcelain", "--", ".", ":!bench/results") != ""
+    return f"{hash_}-dirty" if dirty else hash_
+
+
+def installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def output(*command: str) -> str:
+    """The first line a command prints, run from the repository's root; "unknown" if it cannot be run."""
+    root = Path(__file__).parents[1]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0]

@@ -1,0 +1,92 @@
+"""What comes out of a measurement: a row for every contestant of a case, a verdict for every target."""
+
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+from bench.cases import COPY, Case, Target
+
+
+@dataclass
+class Row:
+    """One contestant in one case; a quantity that was not measured or makes no sense is None.
+
+    ``ratio`` is the baseline's median over this one's: above 1 is faster than the baseline. ``copy_fraction`` is the
+    bandwidth over that of a plain copy in the same rounds. ``launches`` counts kernels, and ``syncs`` whether the
+    step made the host wait for the device (0 or 1).
+    """
+
+    case: str
+    contestant: str
+    clock: str
+    baseline: str
+    rounds: int = 0
+    median_ms: float | None = None
+    p20_ms: float | None = None
+    p80_ms: float | None = None
+    ratio: float | None = None
+    us_per_tensor: float | None = None
+    bytes_per_param: float | None = None
+    gb_per_s: float | None = None
+    copy_fraction: float | None = None
+    launches: int | None = None
+    syncs: int | None = None
+    error: str | None = None
+
+
+@dataclass
+class Verdict:
+    """A target and what was measured; ``holds`` is "yes", "no" or "not measured"."""
+
+    case: str
+    contestant: str
+    target: str
+    measured: float | None
+    holds: str
+
+
+def summarize(case: Case, rows: dict[str, Row], times: dict[str, list[float]]) -> None:
+    """Fill in the rows of the contestants that have times (seconds, one a round)."""
+    for name, seconds in times.items():
+        row = rows[name]
+        deciles = quantiles(seconds, n=10, method="inclusive")
+        row.rounds = len(seconds)
+        row.median_ms, row.p20_ms, row.p80_ms = 1e3 * median(seconds), 1e3 * deciles[1], 1e3 * deciles[7]
+        if case.clock == "host":
+            row.us_per_tensor = 1e3 * row.median_ms / len(case.shapes)
+        if name in case.traffic:
+            row.bytes_per_param = case.traffic[name]
+            row.gb_per_s = row.bytes_per_param * case.numel / row.median_ms / 1e6
+    for name in times:
+        row = rows[name]
+        if name != COPY:
+            row.ratio = over(rows[case.baseline].median_ms, row.median_ms)
+        if COPY in rows:
+            row.copy_fraction = over(row.gb_per_s, rows[COPY].gb_per_s)
+
+
+def judge(case: Case, rows: dict[str, Row]) -> list[Verdict]:
+    """Hold the rows of a case against its targets."""
+    verdicts = []
+    for target in case.targets:
+        measured = quantity(target, rows)
+        if measured is None:
+            holds = "not measured"
+        else:
+            met = measured <= target.bound if target.against is None else measured >= target.bound
+            holds = "yes" if met else "no"
+        verdicts.append(Verdict(case.name, target.contestant, str(target), measured, holds))
+    return verdicts
+
+
+def quantity(target: Target, rows: dict[str, Row]) -> float | None:
+    row = rows[target.contestant]
+    if target.against is None:
+        return getattr(row, target.quantity)
+    other = rows[target.against]
+    if target.quantity == "bandwidth":
+        return over(row.gb_per_s, other.gb_per_s)
+    return over(other.median_ms, row.median_ms)
+
+
+def over(numerator: float | None, denominator: float | None) -> float | None:
+    return None if numerator is None or denominator is None else numerator / denominator

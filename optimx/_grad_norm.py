@@ -1,0 +1,185 @@
+"""The gradient norm of a whole step, and what follows from it: the one place where partial results meet.
+
+What was found lies in ``control``, float64 ``[3]``: the norm, the factor for the gradients, and a mark that is not 0 if
+the step must be skipped. On the Triton backend nothing waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _compat
+from ._native import batches
+
+if TYPE_CHECKING:
+    from ._buckets import Bucket
+    from ._triton import TritonBucket
+
+
+@dataclass(frozen=True)
+class Amp:
+    """What GradScaler hands over.
+
+    Attributes:
+        grad_scale: float32 scalar, the factor on the gradients; None: they are unscaled already.
+        found_inf: float32 scalar, not 0 if a gradient is infinite or NaN; None: not looked for.
+        check: Look for such gradients in this step, and write ``found_inf``.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    check: bool = False
+
+
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
+    """Norms whose norm is the norm of ``tensors``: one a large tensor, one for many small ones together.
+
+    float32 where a tensor is of 16 bits, where torch rounds each norm to 16 bits; else the tensor's real dtype.
+    """
+    norms: list[Tensor] = []
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        if not _compat.is_plain(tensor):
+            norm = torch.linalg.vector_norm(tensor, norm_type)
+            # a DTensor's norm is a partial result until it is asked for
+            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            continue
+        tensor = _elements(tensor)
+        if tensor.numel() or norm_type > 0:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for dtype, same in by_dtype.items():
+        accumulate = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+        large = []
+        for batch in batches(same):
+            if len(batch) == 1:
+                large.append(same[batch[0]])
+            else:
+                flat = _compat.flatten_dense_tensors([same[i] for i in batch])
+                norms.append(torch.linalg.vector_norm(flat, norm_type, dtype=accumulate))
+        for device in {tensor.device for tensor in large}:
+            here = [tensor for tensor in large if tensor.device == device]
+            norms += _compat.foreach_norm(here, norm_type, dtype=accumulate)
+    return norms
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """What a sparse tensor stores; duplicate entries count as their sum."""
+    return tensor if tensor.layout is torch.strided else tensor.coalesce().values()
+
+
+def meet(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+    """The norm of norms, float64 on ``device``."""
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    stacked = torch.stack([norm.to(device, torch.float64) for norm in norms])
+    return torch.linalg.vector_norm(stacked, norm_type)
+
+
+def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
+    """Of a norm: float32, or float64 where a tensor is."""
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(tensor.dtype in wide for tensor in tensors) else torch.float32
+
+
+def measure(
+    gathered: Sequence[tuple[Bucket, list[Tensor]]], others: Sequence[Tensor], max_norm: float | None, amp: Amp
+) -> tuple[Tensor, Tensor]:
+    """Norm and ``control`` of a step.
+
+    Args:
+        gathered: Buckets and their gradients. Triton buckets have been sent.
+        others: Gradients that torch's own step will use.
+        max_norm: Clip to this 2-norm; None: do not.
+        amp: From GradScaler.
+
+    Returns:
+        The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
+        the first gradient.
+    """
+    triton = [bucket for bucket, _ in gathered if bucket.key.backend == "triton"]
+    on_torch = [grad for bucket, grads in gathered if bucket not in triton for grad in grads] + list(others)
+    dtype = result_dtype([grad for _, grads in gathered for grad in grads] + list(others))
+    if triton:
+        return _measure_triton(triton, on_torch, max_norm, amp, dtype)  # type: ignore[arg-type]
+    device = on_torch[0].device
+    norm = meet(tensor_norms(on_torch), 2.0, device) if max_norm is not None or amp.check else None
+    scale = torch.ones((), dtype=torch.float64, device=device)
+    skip = torch.zeros((), dtype=torch.float64, device=device)
+    if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
+        amp.found_inf.copy_(torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in on_torch]).any())
+    if amp.grad_scale is not None:
+        inverse = amp.grad_scale.to(device, torch.float64).reciprocal()
+        norm = None if norm is None else norm * inverse
+        scale = scale * inverse
+    if max_norm is not None and norm is not None:
+        scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    if amp.found_inf is not None:
+        skip = amp.found_inf.to(device, torch.float64)
+    control = torch.stack([skip if norm is None else norm, scale, skip])
+    return control[0].to(dtype), control
+
+
+def _maybe_infinite(norm: Tensor) -> bool:
+    """Whether gradients have to be looked at: a finite norm has finite terms, an infinite sum may have overflowed."""
+    return norm.device.type != "cpu" or not bool(norm.isfinite())
+
+
+def _measure_triton(
+    buckets: Sequence[TritonBucket], others: Sequence[Tensor], max_norm: float | None, amp: Amp, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from .triton_kernels.grad_norm import finish_, norm_
+
+    home = buckets[0].key.device
+    needed = max_norm is not None or amp.check
+    columns = [_even(bucket.table.n_chunks) if needed and bucket.key.device == home else 0 for bucket in buckets]
+    away = [bucket for bucket in buckets if bucket.key.device != home] if needed else []
+    extra = len(away) + (len(others) if needed else 0)
+    partials = torch.zeros(2, sum(columns) + extra, dtype=torch.float64, device=home)
+    offset = 0
+    for bucket, width in zip(buckets, columns, strict=True):
+        if width:
+            _norm(bucket, norm_, partials, offset, amp.grad_scale)
+            offset += width
+    for bucket in away:
+        there = torch.zeros(2, _even(bucket.table.n_chunks), dtype=torch.float64, device=bucket.key.device)
+        _norm(bucket, norm_, there, 0, amp.grad_scale)
+        partials[:, offset] = there.sum(1).to(home, non_blocking=True)
+        offset += 1
+    if needed:
+        for grad in others:
+            norm = meet(tensor_norms([grad]), 2.0, home)
+            partials[1, offset] = (~torch.isfinite(norm)).double()
+            if amp.grad_scale is not None:
+                norm = norm / amp.grad_scale.to(home)
+            partials[0, offset] = norm * norm
+            offset += 1
+    norm = torch.empty((), dtype=dtype, device=home)
+    control = torch.empty(3, dtype=torch.float64, device=home)
+    found_inf = _on(amp.found_inf, home)
+    finish_(
+        partials, norm, control, norm_type=2.0, max_norm=max_norm, grad_scale=_on(amp.grad_scale, home),
+        found_inf=found_inf, check_finite=amp.check,
+    )  # fmt: skip
+    if amp.check and amp.found_inf is not None and found_inf is not amp.found_inf:
+        amp.found_inf.copy_(found_inf, non_blocking=True)
+    return norm, control
+
+
+def _norm(bucket: TritonBucket, norm_: Any, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
+    norm_(
+        bucket.table, bucket.grads, _on(grad_scale, bucket.key.device), partials, offset,
+        dtype=bucket.key.dtypes[1], norm_type=2.0, aligned=bucket.aligned,
+    )  # fmt: skip
+
+
+def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, torch.float32, non_blocking=True)
+
+
+def _even(count: int) -> int:
+    return count + count % 2

@@ -1,0 +1,268 @@
+"""The engine: a ``step()`` that gathers the gradients of all groups, plans once, and launches.
+
+:class:`MultiTensorStep` goes before a torch optimizer class among the bases; torch's class keeps validation, defaults,
+``param_groups``, checkpoints, hooks and the step for whatever the kernels do not do exactly. What an algorithm adds is
+an :class:`UpdateRule`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _backend, _compat
+from ._grad_norm import Amp, measure
+from ._plan import Leftover, StepCounts, StepPlan, asks_for_torch
+
+#: Patterns of gradients (which are None) for which a plan is kept.
+_PLANS_KEPT = 4
+
+
+class UpdateRule:
+    """What the engine has to know of an algorithm.
+
+    Attributes:
+        structure: Group keys that choose another kernel, such as ``amsgrad``.
+    """
+
+    structure: ClassVar[tuple[str, ...]] = ()
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The kernel variant of a group."""
+        return tuple(map(group.get, self.structure))
+
+    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What a group says about who updates it and where counts live."""
+        return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The hyperparameters: numbers, or tensors of one element where the user gave such."""
+        raise NotImplementedError
+
+    def state_names(self, structure: tuple[Any, ...]) -> tuple[str, ...]:
+        """State tensors of the parameter's shape, in the order the kernel has them."""
+        raise NotImplementedError
+
+    def native(
+        self,
+        structure: tuple[Any, ...],
+        values: tuple[float, ...],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Sequence[Tensor]],
+        steps: Sequence[Tensor],
+    ) -> None:
+        """Update CPU tensors of one dtype in place. ``steps`` count the present step already."""
+        raise NotImplementedError
+
+    def kernels(self) -> Any:
+        """The Triton module: ``RAW_COLUMNS``, ``HYPER_COLUMNS``, ``hyper_row`` and ``prepare_``."""
+        raise NotImplementedError
+
+    def launch(self, structure: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
+        """Launch the update kernel: ``(table, grads, hyper, control, *, dtypes, aligned, warmup)``."""
+        raise NotImplementedError
+
+
+class MultiTensorStep(Optimizer):
+    """Mixin with the step. The torch class comes after it: ``class AdamW(MultiTensorStep, torch.optim.AdamW)``."""
+
+    rule: ClassVar[UpdateRule]
+
+    #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
+    max_grad_norm: float | None = None
+    #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
+    #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
+    #: gradients, and not finite where the step was skipped.
+    grad_norm: Tensor | None = None
+
+    _plans: list[StepPlan]
+    _step_counts: StepCounts
+    _device_steps: bool
+    _control: Tensor | None
+    _deferred_found_inf: Tensor | None
+
+    def _init_step(self, max_grad_norm: float | None) -> None:
+        """To be called at the end of a subclass's ``__init__``."""
+        if max_grad_norm is not None and not max_grad_norm > 0.0:
+            raise ValueError(f"max_grad_norm should be > 0 but is: {max_grad_norm}")
+        self.max_grad_norm = max_grad_norm
+        self._reset_step()
+
+    def _reset_step(self) -> None:
+        self._plans = []
+        self._step_counts = StepCounts()
+        self._device_steps = False
+        self._control = None
+        self._deferred_found_inf = None
+        #: GradScaler hands scale and found_inf over instead of unscaling; as in torch, not where torch's step is used
+        self._step_supports_amp_scaling = not any(map(asks_for_torch, self.param_groups))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_step()
+
+    @property
+    def step_was_skipped(self) -> Tensor:
+        """Whether the last step changed nothing because GradScaler found an infinite or NaN gradient: a bool scalar.
+
+        It is on the gradients' device; only looking at its value (``if opt.step_was_skipped``) waits.
+        """
+        return torch.tensor(False) if self._control is None else self._control[2] != 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: Sparse gradients where the algorithm takes none, or ``fused=True`` where it cannot hold.
+        """
+        _compat.check_graph_capture(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not torch.compiler.is_compiling():
+            self._step()
+        elif self.max_grad_norm is None:
+            # under torch.compile the stock formulas become one graph
+            _compat.stock_step(self)
+        else:
+            _compat.disable_dynamo(self._step)()
+        return loss
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        amp = self._amp()
+        plan = self._plan(params, grads)
+        if amp.found_inf is not None and not self._device_steps and plan.on_triton:
+            # whether this step counts, only the device will know
+            self._device_steps = True
+            self._plans.clear()
+            plan = self._plan(params, grads)
+        try:
+            self._run(plan, grads, amp)
+        except _TritonError as error:
+            _backend.give_up_on_triton(error.cause)
+            self._plans.clear()
+            self._run(self._plan(params, grads), grads, amp)
+
+    def _amp(self) -> Amp:
+        """What GradScaler left on the optimizer before it called the step."""
+        found_inf, self._deferred_found_inf = self._deferred_found_inf, None
+        if found_inf is not None:
+            return Amp(getattr(self, "grad_scale", None), found_inf, check=True)
+        return Amp(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+
+    def _plan(self, params: list[Tensor], grads: list[Tensor | None]) -> StepPlan:
+        for i, plan in enumerate(self._plans):
+            if plan.matches(self, params, grads):
+                if i:
+                    self._plans.insert(0, self._plans.pop(i))
+                return plan
+        # plans that do not match are for other patterns of gradients, or stale
+        plan = StepPlan(self, params, grads)
+        self._plans = [plan, *self._plans[: _PLANS_KEPT - 1]]
+        return plan
+
+    def _run(self, plan: StepPlan, grads: list[Tensor | None], amp: Amp) -> None:
+        values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]
+        gathered = [*plan.gather(grads)]
+        others = [leftover.grad for leftover in plan.leftovers]
+        self._control = control = None
+        self.grad_norm = None
+        with _triton_errors(plan.on_triton and not _backend.interpreted()):
+            for bucket, bucket_grads in gathered:
+                bucket.send(bucket_grads, values)
+            if (self.max_grad_norm is not None or amp != Amp()) and (gathered or others):
+                norm, control = measure(gathered, others, self.max_grad_norm, amp)
+                self._control = control
+                self.grad_norm = norm if self.max_grad_norm is not None else None
+            on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b, _ in gathered]
+            for (bucket, _), there in zip(gathered, on_device, strict=True):
+                bucket.compile(there)
+        # torch's step goes first: where it raises, nothing has been changed
+        if plan.leftovers:
+            self._run_stock(plan.leftovers, control, amp)
+        for (bucket, bucket_grads), there in zip(gathered, on_device, strict=True):
+            bucket.update(bucket_grads, values, there)
+
+    def _run_stock(self, leftovers: Sequence[Leftover], control: Tensor | None, amp: Amp) -> None:
+        """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
+        if control is not None and amp.found_inf is not None and bool(control[2] != 0):
+            return
+        scaled = nullcontext() if control is None else _scaled_grads(leftovers, control[1])
+        with _only(self, [leftover.param for leftover in leftovers]), scaled:
+            _compat.stock_step(self)
+
+
+class _TritonError(Exception):
+    """A launch that cannot be, before anything was changed."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+@contextmanager
+def _triton_errors(expected: bool) -> Iterator[None]:
+    """Mark what a compiler or a driver may raise; running out of memory and our own mistakes are neither."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as error:
+        if not expected:
+            raise
+        raise _TritonError(error) from error
+
+
+def _readable(value: Any) -> Any:
+    """Numbers as they are; a tensor on a CPU as a number, one on a device as it is, for the kernels to read."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.item() if value.device.type == "cpu" else value.to(torch.float32)
+
+
+@contextmanager
+def _only(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
+    """Let torch's step see these parameters alone, and nothing of GradScaler's."""
+    wanted = {id(param) for param in params}
+    everything = [group["params"] for group in optimizer.param_groups]
+    handed_over = {name: optimizer.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in vars(optimizer)}
+    try:
+        for group in optimizer.param_groups:
+            group["params"] = [param for param in group["params"] if id(param) in wanted]
+        yield
+    finally:
+        for group, all_params in zip(optimizer.param_groups, everything, strict=True):
+            group["params"] = all_params
+        vars(optimizer).update(handed_over)
+
+
+@contextmanager
+def _scaled_grads(leftovers: Sequence[Leftover], scale: Tensor) -> Iterator[None]:
+    """Gradients times ``scale`` in place of the parameters' own, which stay as they are."""
+    try:
+        for leftover in leftovers:
+            plain = _compat.is_plain(leftover.grad)
+            factor = scale.to(leftover.grad.device) if plain else float(scale)
+            leftover.param.grad = (leftover.grad * factor).to(leftover.grad.dtype)
+        yield
+    finally:
+        for leftover in leftovers:
+            leftover.param.grad = leftover.grad

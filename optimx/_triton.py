@@ -1,0 +1,151 @@
+"""Buckets on the Triton backend: tables of addresses and hyperparameters, sent in one copy a step, and the launches."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._buckets import Bucket
+from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
+
+#: Tile sizes of new tables; None: the kernels' own.
+launch_size: LaunchSize | None = None
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class TritonBucket(Bucket):
+    """Members that one launch updates.
+
+    The host computes a hyperparameter row for every distinct (group, step count). With ``device_steps`` it knows no
+    counts: then a small kernel counts, and computes a row for every tensor from the raw hyperparameters.
+
+    In a step come, in this order, :meth:`send`, the gradient norm if any, :meth:`compile` and :meth:`update`. What
+    can fail lies before the last, so a failure leaves nothing half done.
+    """
+
+    def finish(self, counts: Any) -> None:
+        super().finish(counts)
+        device, n = self.key.device, len(self.params)
+        self._kernels = self.rule.kernels()
+        self.table = TensorTable(
+            [param.numel() for param in self.params], [self.params, *self.states], range(n), device, launch_size
+        )
+        self._fixed = [*chain.from_iterable([self.params, *self.states])]
+        self._addresses = [*map(Tensor.data_ptr, self._fixed)]
+        self._row_keys: list[tuple[int, int]] = []
+        self._compiled: set[tuple[bool, bool]] = set()
+        if self.key.device_steps:
+            step_addresses = [self.steps.views[i].data_ptr() for i in self.step_indices]
+            self._step_addresses = upload(torch.tensor(step_addresses, dtype=torch.int64), device)
+            self._rows = torch.empty(n, self._kernels.HYPER_COLUMNS, dtype=torch.float64, device=device)
+            self._raw_values: list[tuple[Any, ...]] = []
+        # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
+        # and never given back
+        self._spare: list[Tensor] = []
+        self._owned_by_graphs: list[Any] = []
+        if self.key.device_steps and device.type == "cuda":
+            words = _even(n) + 2 * _even(n * self._kernels.RAW_COLUMNS)
+            self._spare.append(torch.empty(words, dtype=torch.int64, pin_memory=True))
+
+    def matches(self) -> bool:
+        return [*map(Tensor.data_ptr, self._fixed)] == self._addresses
+
+    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
+        """Send this step's addresses and hyperparameters; the launches that follow read them."""
+        self._values = values
+        addresses = array("q", map(Tensor.data_ptr, grads))
+        self.aligned = self.key.aligned and is_aligned(torch.frombuffer(addresses, dtype=torch.int64))
+        if not self.key.device_steps:
+            self.grads, rows = self._send(addresses, array("d", self._host_rows(values)))
+            self._rows = rows.view(torch.float64)
+            return
+        raw_values = [values[group] for group in self.groups]
+        capturing = _capturing(self.key.device)
+        if capturing or not _identical(raw_values, self._raw_values):
+            self.grads, raw, scalars = self._send(addresses, *self._raw(raw_values))
+            self._raw_tables = raw.view(torch.float64), scalars
+            # what is sent under capture arrives at replay, and belongs to the graph
+            self._raw_values = [] if capturing else raw_values
+        else:
+            (self.grads,) = self._send(addresses)
+
+    def compile(self, control: Tensor | None) -> None:
+        """Compile what :meth:`update` will launch. Raises what the compiler raises."""
+        variant = (self.aligned, control is not None)
+        if variant not in self._compiled:
+            self._launch(control, warmup=True)
+            self._compiled.add(variant)
+
+    def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
+        if not self.key.device_steps:
+            self.steps.count(self.increments)
+        self._launch(control, warmup=False)
+
+    def _launch(self, control: Tensor | None, warmup: bool) -> None:
+        if self.key.device_steps:
+            raw, scalars = self._raw_tables
+            self._kernels.prepare_(raw, scalars, self._step_addresses, self._rows, control, warmup=warmup)
+        self.rule.launch(
+            self.key.structure, self.table, self.grads, self._rows, control,
+            dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,
+        )  # fmt: skip
+
+    def _send(self, *parts: array) -> tuple[Tensor, ...]:
+        """One copy for all parts; each begins at a multiple of 16 bytes, so that no launch is specialized anew."""
+        words = array("q")
+        for part in parts:
+            words.frombytes(part.tobytes())
+            words.extend([0] * (_even(len(part)) - len(part)))
+        staging = None
+        if _capturing(self.key.device):
+            staging = self._spare.pop()[: len(words)] if self._spare else None
+        sent = upload(torch.frombuffer(words, dtype=torch.int64), self.key.device, staging)
+        if staging is not None:
+            self._owned_by_graphs += [staging, sent]
+        tensors = sent.split([_even(len(part)) for part in parts])
+        return tuple(tensor[: len(part)] for tensor, part in zip(tensors, parts, strict=True))
+
+    def _host_rows(self, values: Sequence[tuple[Any, ...]]) -> chain[float]:
+        """The rows of the coming step; which tensor reads which row is worked out anew when counts were changed."""
+        counts = self.steps.values.tolist()
+        if not (self.steps.unchanged_since(self) and self._row_keys):
+            rows: dict[tuple[int, float], int] = {}
+            self._row_keys = []
+            row_of_tensor = []
+            for group, i in zip(self.groups, self.step_indices, strict=True):
+                row = rows.setdefault((group, counts[i]), len(rows))
+                if row == len(self._row_keys):
+                    self._row_keys.append((group, i))
+                row_of_tensor.append(row)
+            self.table.set_rows(row_of_tensor)
+        row_of = self._kernels.hyper_row
+        return chain.from_iterable(row_of(*values[group], step=counts[i] + 1) for group, i in self._row_keys)
+
+    def _raw(self, raw_values: Sequence[tuple[Any, ...]]) -> tuple[array, array]:
+        """Hyperparameters of each tensor for ``prepare_``: numbers, and addresses of those that are device scalars."""
+        numbers, addresses = array("d"), array("q")
+        for value in chain.from_iterable(raw_values):
+            on_device = isinstance(value, Tensor)
+            numbers.append(0.0 if on_device else value)
+            addresses.append(value.data_ptr() if on_device else 0)
+        return numbers, addresses
+
+
+def _even(count: int) -> int:
+    return count + count % 2
+
+
+def _identical(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]]) -> bool:
+    """Equality that never asks a tensor on a device whether it equals another."""
+    if len(a) != len(b):
+        return False
+    pairs = zip(chain.from_iterable(a), chain.from_iterable(b), strict=True)
+    return all(x is y or not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y for x, y in pairs)

@@ -1,0 +1,194 @@
+"""Gradient clipping with the signatures and results of :mod:`torch.nn.utils`.
+
+What differs: norms are accumulated in float32 where torch rounds every tensor's norm to 16 bits, and gradients are
+written only when they are really clipped, decided on their device.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import utils as _torch
+
+from . import _backend, _compat
+from ._grad_norm import meet, result_dtype, tensor_norms
+from ._plan import FLOATS, is_dense
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
+
+Tensors = Tensor | Iterable[Tensor]
+
+
+def get_total_norm(
+    tensors: Tensors,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """The norm of tensors as if they were one vector; :func:`torch.nn.utils.get_total_norm`.
+
+    Args:
+        tensors: Tensors on any devices, of any floating or complex dtypes; a tensor, or an iterable of them.
+        norm_type: The p of the p-norm; ``float("inf")`` for the largest absolute value.
+        error_if_nonfinite: Raise where the norm is NaN or infinite. This waits for the device.
+        foreach: True, False: torch's implementation; None: the fastest.
+
+    Returns:
+        A scalar on the first tensor's device: float64 where a tensor is, else float32 (torch: the tensors' dtype).
+
+    Raises:
+        RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
+    """
+    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    norm_type = float(norm_type)
+    if foreach is not None or not listed:
+        return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
+    with torch.no_grad():
+        norm = _total_norm(listed, norm_type)
+    if error_if_nonfinite and bool(norm.isnan() | norm.isinf()):
+        raise RuntimeError(
+            f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
+            "clipped. To disable this error and scale the gradients by the non-finite norm anyway, set "
+            "`error_if_nonfinite=False`"
+        )
+    return norm
+
+
+def clip_grads_with_norm_(
+    parameters: Tensors, max_norm: float, total_norm: Tensor, foreach: bool | None = None
+) -> None:
+    """Scale gradients by ``min(max_norm / (total_norm + 1e-6), 1)``; :func:`torch.nn.utils.clip_grads_with_norm_`.
+
+    Args:
+        parameters: Parameters whose gradients are scaled in place; where the factor is 1 they are not written.
+        max_norm: Largest norm.
+        total_norm: Norm of the gradients.
+        foreach: True, False: torch's implementation; None: the fastest.
+    """
+    listed = _listed(parameters)
+    if foreach is not None:
+        return _torch.clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
+    grads = [param.grad for param in listed if param.grad is not None]
+    with torch.no_grad():
+        scale = torch.clamp(float(max_norm) / (total_norm.double() + 1e-6), max=1.0)
+        for backend, device, same in _by_backend(grads):
+            if backend == _backend.TRITON:
+                _scale_triton_(same, scale.to(device, non_blocking=True))
+            elif device.type != "cpu":
+                _compat.foreach_mul_(same, scale.to(device, same[0].dtype, non_blocking=True))
+            elif float(scale) != 1.0:
+                _compat.foreach_mul_(same, float(scale))
+
+
+def clip_grad_norm_(
+    parameters: Tensors,
+    max_norm: float,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clip the norm of all gradients together; :func:`torch.nn.utils.clip_grad_norm_`.
+
+    Args:
+        parameters: Parameters whose gradients are clipped in place; a tensor, or an iterable of them.
+        max_norm: Largest norm.
+        norm_type: The p of the p-norm; ``float("inf")`` for the largest absolute value.
+        error_if_nonfinite: Raise where the norm is NaN or infinite. This waits for the device.
+        foreach: True, False: torch's implementation; None: the fastest.
+
+    Returns:
+        The norm before clipping, a scalar on the first gradient's device (see :func:`get_total_norm`).
+
+    Raises:
+        RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set; no gradient was changed.
+    """
+    if isinstance(parameters, types.GeneratorType):
+        parameters = list(parameters)
+        if not parameters:
+            message = "`parameters` is an empty generator, no gradient clipping will occur."
+            warnings.warn(message, stacklevel=2)
+    listed = _listed(parameters)
+    grads = [param.grad for param in listed if param.grad is not None]
+    norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    clip_grads_with_norm_(listed, max_norm, norm, foreach)
+    return norm
+
+
+def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | None = None) -> None:
+    """Clip every gradient element to ``[-clip_value, clip_value]``: :func:`torch.nn.utils.clip_grad_value_` itself.
+
+    It reads and writes the gradients twice; no kernel of ours would be used by a step, where clipping by value has no
+    counterpart to ``max_grad_norm``.
+    """
+    _torch.clip_grad_value_(parameters, clip_value, foreach)
+
+
+def _listed(tensors: Tensors) -> list[Tensor]:
+    return [tensors] if isinstance(tensors, Tensor) else list(tensors)
+
+
+def _by_backend(tensors: Sequence[Tensor]) -> list[tuple[str, torch.device, list[Tensor]]]:
+    """Tensors by backend, device and dtype; what a launch does not take is torch's."""
+    grouped: dict[tuple[str, torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        backend, _ = _backend.choose(tensor.device)
+        if backend == _backend.TRITON and not (
+            tensor.dtype in FLOATS and _compat.is_plain(tensor) and tensor.layout is torch.strided and is_dense(tensor)
+        ):
+            backend = _backend.TORCH
+        grouped.setdefault((backend, tensor.device, tensor.dtype), []).append(tensor)
+    return [(backend, device, same) for (backend, device, _), same in grouped.items()]
+
+
+def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
+    norms = []
+    for backend, _, same in _by_backend(tensors):
+        if backend == _backend.TRITON and norm_type in (1.0, 2.0, float("inf")):
+            norms.append(_norm_triton(same, norm_type))
+        else:
+            norms += tensor_norms(same, norm_type)
+    return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensors))
+
+
+def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    from .triton_kernels.grad_norm import finish_, norm_
+
+    table, addresses, aligned = _table(grads)
+    device = grads[0].device
+    partials = torch.empty(2, table.n_chunks + table.n_chunks % 2, dtype=torch.float64, device=device)
+    partials[:, table.n_chunks :] = 0
+    norm_(table, addresses, None, partials, 0, dtype=grads[0].dtype, norm_type=norm_type, aligned=aligned)
+    norm = torch.empty((), dtype=torch.float64, device=device)
+    control = torch.empty(3, dtype=torch.float64, device=device)
+    finish_(partials, norm, control, norm_type=norm_type, max_norm=None)
+    return norm
+
+
+def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> None:
+    from .triton_kernels.grad_norm import scale_
+
+    table, addresses, aligned = _table(grads)
+    scale_(table, addresses, scale, dtype=grads[0].dtype, aligned=aligned)
+
+
+def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
+    from ._triton import launch_size
+    from .triton_kernels.tensor_table import is_aligned, upload
+
+    addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64)
+    table = _sizes(tuple(map(Tensor.numel, grads)), grads[0].device, launch_size)
+    return table, upload(addresses, table.device), is_aligned(addresses)
+
+
+@lru_cache(maxsize=8)
+def _sizes(numels: tuple[int, ...], device: torch.device, size: Any) -> Any:
+    """A table without addresses: gradients move from step to step, their sizes do not."""
+    from .triton_kernels.tensor_table import TensorTable
+
+    return TensorTable(numels, [], [], device, size)

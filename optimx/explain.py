@@ -1,0 +1,103 @@
+"""Which tensors are updated together, by which backend, and why not by a faster one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from . import _backend
+from ._plan import classify
+from ._step import MultiTensorStep
+
+__all__ = ["Explanation", "explain"]
+
+
+@dataclass(frozen=True)
+class ExplanationRow:
+    """Parameters that share a launch (or, with a ``reason``, torch's own step).
+
+    Attributes:
+        backend: ``"triton"``, ``"native"`` or ``"torch"``.
+        tensors, elements: How many.
+        groups: Parameter groups they come from.
+        device: Such as ``"cuda:0"``.
+        dtypes: Of parameter, gradient and states.
+        reason: Why torch's own step, else empty.
+    """
+
+    backend: str
+    tensors: int
+    elements: int
+    groups: int
+    device: str
+    dtypes: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What :func:`explain` found; prints as a table."""
+
+    optimizer: str
+    rows: tuple[ExplanationRow, ...]
+
+    def __str__(self) -> str:
+        table = [("backend", "tensors", "elements", "groups", "device", "dtypes")]
+        for row in self.rows:
+            counts = (f"{row.tensors:,}", f"{row.elements:,}", f"{row.groups:,}")
+            table.append((row.backend, *counts, row.device, _dtypes(row.dtypes)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [self.optimizer]
+        for cells, row in zip(table, (None, *self.rows), strict=True):
+            right = {1, 2, 3}
+            aligned = [
+                cell.rjust(width) if i in right else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            ]
+            lines.append("  ".join(aligned).rstrip())
+            if row is not None and row.reason:
+                lines.append(f"  because: {row.reason}")
+        return "\n".join(lines)
+
+
+def explain(optimizer: Optimizer) -> Explanation:
+    """Show which parameters share a launch, and for the others why torch's own step updates them.
+
+    A parameter without a gradient is shown as it would be with one of its own dtype. Nothing is changed.
+
+    Args:
+        optimizer: Any torch optimizer.
+
+    Returns:
+        An :class:`Explanation`; ``print`` it.
+    """
+    rows: dict[tuple[str, str, tuple[str, ...], str, object], list[tuple[int, int]]] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        for param in group["params"]:
+            if not isinstance(optimizer, MultiTensorStep):
+                key, reason = None, f"{type(optimizer).__name__} is not an optimx optimizer"
+            else:
+                key, reason = classify(optimizer, param, param if param.grad is None else param.grad, group)
+            dtypes = (param.dtype,) if key is None else key.dtypes
+            backend = _backend.TORCH if key is None else key.backend
+            names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            rows.setdefault((backend, str(param.device), names, reason, key), []).append((g, param.numel()))
+    return Explanation(
+        type(optimizer).__name__,
+        tuple(
+            ExplanationRow(
+                backend, len(members), sum(n for _, n in members), len({g for g, _ in members}), device, dtypes, reason
+            )
+            for (backend, device, dtypes, reason, _), members in rows.items()
+        ),
+    )
+
+
+def _dtypes(dtypes: Sequence[str]) -> str:
+    """``float32`` if all are, else each role's own."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    param, grad, *states = dtypes
+    return f"{param}, grad {grad}" + (f", state {'/'.join(dict.fromkeys(states))}" if states else "")

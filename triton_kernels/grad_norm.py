@@ -1,0 +1,278 @@
+"""The norm of many gradients, what follows from it (clip factor, skip), and gradients scaled in place.
+
+One read of the gradients writes a partial result per chunk; :func:`finish_` meets them in a fixed order, so a norm is
+bitwise repeatable. Nothing waits for the host: the results stay in ``control``, float64 ``[3]``:
+
+``control[0]``: the norm. ``control[1]``: the factor for the gradients (clip coefficient, and the inverse loss scale).
+``control[2]``: not 0 if the step must be skipped.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import TRITON_DTYPE, chunk_pointer, compute_dtype, launch, load, store
+from .tensor_table import TensorTable
+
+
+@triton.jit
+def _power_block(g_ptr, offsets, mask, inv_scale, NORM_TYPE: tl.constexpr):
+    """What a block of gradients adds to a norm, and whether each is infinite or NaN."""
+    g = load(g_ptr + offsets, mask, inv_scale.dtype)
+    bad = (g != g) | (tl.abs(g) == float("inf"))
+    g *= inv_scale
+    if NORM_TYPE == 2:
+        power = g * g
+    else:
+        power = tl.abs(g)
+    return power, bad
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _norm_kernel(
+    grads_ptr,  # int64 [n_tensors]
+    numels_ptr,  # int64 [n_tensors]
+    chunk_tensor_ptr,  # int32 [n_chunks]
+    chunk_start_ptr,  # int64 [n_chunks]
+    grad_scale_ptr,  # float32 scalar: what GradScaler multiplied the loss by
+    partials_ptr,  # float64 [2, n_partials], written: sums (maxima for NORM_TYPE 0), and 1 where something is not finite
+    n_partials,
+    G_DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    NORM_TYPE: tl.constexpr,  # 1, 2, or 0 for infinity
+    HAS_SCALE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + pid)
+    start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
+    remaining = tl.load(numels_ptr + tensor) - start
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
+    inv_scale = tl.full((), 1.0, COMPUTE)
+    if HAS_SCALE:
+        inv_scale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
+
+    total = tl.zeros((BLOCK_SIZE,), COMPUTE)
+    any_bad = tl.zeros((BLOCK_SIZE,), tl.int1)
+    if remaining >= CHUNK_SIZE:
+        for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
+            power, bad = _power_block(g_ptr, i + tl.arange(0, BLOCK_SIZE), None, inv_scale, NORM_TYPE)
+            total = _meet(total, power, NORM_TYPE)
+            any_bad = any_bad | bad
+    else:
+        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
+            offsets = i + tl.arange(0, BLOCK_SIZE)
+            power, bad = _power_block(g_ptr, offsets, offsets < remaining, inv_scale, NORM_TYPE)
+            total = _meet(total, power, NORM_TYPE)
+            any_bad = any_bad | bad
+    tl.store(partials_ptr + pid, _reduce(total, NORM_TYPE).to(tl.float64))
+    tl.store(partials_ptr + n_partials + pid, tl.max(any_bad.to(tl.int32), axis=0).to(tl.float64))
+
+
+@triton.jit
+def _meet(a, b, NORM_TYPE: tl.constexpr):
+    if NORM_TYPE == 0:
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        return a + b
+
+
+@triton.jit
+def _reduce(values, NORM_TYPE: tl.constexpr):
+    if NORM_TYPE == 0:
+        # tl.max drops NaN
+        nan = tl.sum(tl.where(values != values, values, 0.0), axis=0)
+        return tl.max(tl.where(values != values, 0.0, values), axis=0) + nan
+    else:
+        return tl.sum(values, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def _finish_kernel(
+    partials_ptr,  # float64 [2, n_partials]
+    n_partials,
+    grad_scale_ptr,  # float32 scalar: what GradScaler multiplied the loss by
+    found_inf_ptr,  # float32 scalar: read with HAS_FOUND_INF; written with CHECK_FINITE
+    norm_ptr,  # float32 or float64 scalar, written
+    control_ptr,  # float64 [3], written: norm, scale, skip
+    max_norm: tl.float32,
+    NORM_TYPE: tl.constexpr,
+    CLIP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_FOUND_INF: tl.constexpr,
+    CHECK_FINITE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    total = tl.zeros((BLOCK_SIZE,), tl.float64)
+    bad = tl.zeros((BLOCK_SIZE,), tl.float64)
+    for i in range(0, n_partials, BLOCK_SIZE):
+        offsets = i + tl.arange(0, BLOCK_SIZE)
+        mask = offsets < n_partials
+        total = _meet(total, tl.load(partials_ptr + offsets, mask=mask, other=0.0), NORM_TYPE)
+        bad = tl.maximum(bad, tl.load(partials_ptr + n_partials + offsets, mask=mask, other=0.0))
+    norm = _reduce(total, NORM_TYPE)
+    if NORM_TYPE == 2:
+        norm = tl.sqrt(norm)
+    scale = tl.full((), 1.0, tl.float64)
+    if CLIP:
+        scale = max_norm / (norm + 1e-6)
+        # as torch.clamp: NaN stays NaN
+        scale = tl.where(scale > 1.0, 1.0, scale)
+    if HAS_SCALE:
+        scale /= tl.load(grad_scale_ptr).to(tl.float64)
+    skip = tl.full((), 0.0, tl.float32)
+    if HAS_FOUND_INF:
+        skip = tl.load(found_inf_ptr)
+    if CHECK_FINITE:
+        skip = tl.max(bad, axis=0).to(tl.float32)
+        tl.store(found_inf_ptr, skip)
+    tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
+    tl.store(control_ptr, norm)
+    tl.store(control_ptr + 1, scale)
+    tl.store(control_ptr + 2, skip.to(tl.float64))
+
+
+@triton.jit
+def _scale_block(g_ptr, offsets, mask, scale):
+    store(g_ptr + offsets, load(g_ptr + offsets, mask, scale.dtype) * scale, mask)
+
+
+@triton.jit
+def _scale_kernel(
+    grads_ptr,  # int64 [n_tensors]
+    numels_ptr,  # int64 [n_tensors]
+    chunk_tensor_ptr,  # int32 [n_chunks]
+    chunk_start_ptr,  # int64 [n_chunks]
+    scale_ptr,  # float64 scalar
+    G_DTYPE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    scale = tl.load(scale_ptr).to(COMPUTE)
+    # most steps clip nothing: 8 of 12 bytes saved
+    if scale == 1.0:
+        return
+    pid = tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + pid)
+    start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
+    remaining = tl.load(numels_ptr + tensor) - start
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
+    if remaining >= CHUNK_SIZE:
+        for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
+            _scale_block(g_ptr, i + tl.arange(0, BLOCK_SIZE), None, scale)
+    else:
+        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
+            offsets = i + tl.arange(0, BLOCK_SIZE)
+            _scale_block(g_ptr, offsets, offsets < remaining, scale)
+
+
+#: Norm types with a kernel, and the number each goes by there.
+NORM_TYPES = {1.0: 1, 2.0: 2, float("inf"): 0}
+
+
+def norm_(
+    table: TensorTable,
+    grads: Tensor,
+    grad_scale: Tensor | None,
+    partials: Tensor,
+    offset: int,
+    *,
+    dtype: torch.dtype,
+    norm_type: float,
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Write one partial result a chunk to ``partials[:, offset : offset + table.n_chunks]``.
+
+    Args:
+        table: Whose sizes and chunks to use; its addresses are not read.
+        grads: int64 ``[n_tensors]``, addresses.
+        grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
+        partials: float64 ``[2, n_partials]``: sums of powers (maxima, for the infinity norm) and non-finite marks.
+        offset: Column to begin at.
+        dtype: Of the gradients.
+        norm_type: A key of :data:`NORM_TYPES`.
+        aligned: All addresses are multiples of 16 bytes.
+        warmup: Compile, launch nothing.
+    """
+    if table.n_chunks == 0:
+        return
+    size = table.size
+    launch(_norm_kernel, table.n_chunks, warmup)(
+        grads, table.numels, table.chunk_tensor, table.chunk_start, partials if grad_scale is None else grad_scale,
+        partials[0, offset:], partials.shape[1],
+        G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), NORM_TYPE=NORM_TYPES[norm_type],
+        HAS_SCALE=grad_scale is not None, ALIGNMENT=16 if aligned else 1,
+        CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
+    )  # fmt: skip
+
+
+def finish_(
+    partials: Tensor,
+    norm: Tensor,
+    control: Tensor,
+    *,
+    norm_type: float,
+    max_norm: float | None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    check_finite: bool = False,
+    warmup: bool = False,
+) -> None:
+    """Meet the partial results of all launches.
+
+    Args:
+        partials: float64 ``[2, n_partials]`` from :func:`norm_`.
+        norm: Scalar, float32 or float64, written.
+        control: float64 ``[3]``, written.
+        norm_type: As given to :func:`norm_`.
+        max_norm: Clip to this norm; None: do not clip.
+        grad_scale: As given to :func:`norm_`.
+        found_inf: float32 scalar; the step is skipped where it is not 0.
+        check_finite: Write ``found_inf`` from what :func:`norm_` saw, instead of reading it.
+        warmup: Compile, launch nothing.
+    """
+    launch(_finish_kernel, 1, warmup)(
+        partials, partials.shape[1], control if grad_scale is None else grad_scale,
+        control if found_inf is None else found_inf, norm, control,
+        0.0 if max_norm is None else float(max_norm),
+        NORM_TYPE=NORM_TYPES[norm_type], CLIP=max_norm is not None, HAS_SCALE=grad_scale is not None,
+        HAS_FOUND_INF=found_inf is not None and not check_finite, CHECK_FINITE=check_finite,
+        BLOCK_SIZE=1024, num_warps=8,
+    )  # fmt: skip
+
+
+def scale_(
+    table: TensorTable,
+    grads: Tensor,
+    scale: Tensor,
+    *,
+    dtype: torch.dtype,
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Multiply gradients by a float64 scalar in place; where it is 1, nothing is read or written.
+
+    Args:
+        table: Whose sizes and chunks to use; its addresses are not read.
+        grads: int64 ``[n_tensors]``, addresses.
+        scale: float64 scalar.
+        dtype: Of the gradients.
+        aligned: All addresses are multiples of 16 bytes.
+        warmup: Compile, launch nothing.
+    """
+    if table.n_chunks == 0:
+        return
+    size = table.size
+    launch(_scale_kernel, table.n_chunks, warmup)(
+        grads, table.numels, table.chunk_tensor, table.chunk_start, scale,
+        G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), ALIGNMENT=16 if aligned else 1,
+        CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
+    )  # fmt: skip

@@ -1,0 +1,113 @@
+"""The host side of a multi-tensor launch: what the kernels read instead of one tensor argument after another.
+
+Addresses, sizes and hyperparameters lie in device memory, so a launch takes any number of tensors and of parameter
+groups (a by-value argument struct ends at 4 or 32 KB). No kernel is defined here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Elements a program works through; a tensor's last chunk may be shorter.
+CHUNK_SIZE = 8192
+#: Elements of one vector step: 128 threads x 8 elements, two 128-bit accesses a thread for float32, one for 16 bits.
+BLOCK_SIZE = 1024
+NUM_THREADS = 128
+NUM_WARPS = NUM_THREADS // (64 if torch.version.hip else 32)
+
+
+def chunk_map(numels: Sequence[int], chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Cut tensors of ``numels`` elements into chunks.
+
+    Returns:
+        ``(tensor, start)``, one entry a chunk: the index of the tensor (int32) and the chunk's first element (int64).
+    """
+    sizes = torch.tensor(list(numels), dtype=torch.int64)
+    counts = (sizes + chunk_size - 1).div(chunk_size, rounding_mode="floor")
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first_chunk = counts.cumsum(0) - counts
+    start = (torch.arange(len(tensor)) - first_chunk[tensor]) * chunk_size
+    return tensor.to(torch.int32), start
+
+
+def upload(source: Tensor, device: torch.device, staging: Tensor | None = None) -> Tensor:
+    """Send a CPU tensor to ``device`` without waiting.
+
+    The staging memory is fresh on every call: torch's caching host allocator takes it back only when the copy is done,
+    where a buffer of our own, written again too early, would be a race. ``staging`` overrides it: a CUDA graph copies
+    from the same memory at every replay, so there the caller owns (and keeps) it.
+    """
+    if device.type == "cpu":
+        return source.clone()
+    if staging is None:
+        staging = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+    return staging.copy_(source).to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class LaunchSize:
+    """Tile sizes of a launch; tests shrink them so that small tensors have many chunks."""
+
+    chunk_size: int = CHUNK_SIZE
+    block_size: int = BLOCK_SIZE
+    num_warps: int = NUM_WARPS
+
+    def block(self, dtypes: Sequence[torch.dtype]) -> int:
+        """Elements of a vector step over tensors of several roles: 128 bits a thread of the widest dtype.
+
+        More spills registers, as roles add up. And where element sizes differ, eight elements a thread of the narrow
+        tensors and four of the wide ones would have to meet through shared memory.
+        """
+        return max(1, self.block_size * 2 // max(dtype.itemsize for dtype in dtypes))
+
+
+class TensorTable:
+    """What stays the same from step to step for the tensors of one launch.
+
+    Args:
+        numels: Elements of each tensor.
+        roles: For each role but the gradient (parameter, then states) its tensors, in the order of ``numels``.
+        rows: The hyperparameter row of each tensor.
+        device: Where the kernels run.
+        size: Tile sizes.
+
+    Attributes:
+        fixed: int64 ``[n_tensors, n_roles]``, addresses.
+        numels: int64 ``[n_tensors]``.
+        rows: int32 ``[n_tensors]``.
+        chunk_tensor, chunk_start: int32 and int64 ``[n_chunks]``, see :func:`chunk_map`.
+    """
+
+    def __init__(
+        self,
+        numels: Sequence[int],
+        roles: Sequence[Sequence[Tensor]],
+        rows: Sequence[int],
+        device: torch.device,
+        size: LaunchSize | None = None,
+    ) -> None:
+        self.size = size or LaunchSize()
+        self.device = device
+        self.n_tensors = len(numels)
+        addresses = [[tensor.data_ptr() for tensor in role] for role in roles]
+        fixed = torch.tensor(addresses, dtype=torch.int64).reshape(len(roles), len(numels)).t().contiguous()
+        chunk_tensor, chunk_start = chunk_map(numels, self.size.chunk_size)
+        self.n_chunks = len(chunk_tensor)
+        self.fixed = upload(fixed, device)
+        self.numels = upload(torch.tensor(list(numels), dtype=torch.int64), device)
+        self.chunk_tensor = upload(chunk_tensor, device)
+        self.chunk_start = upload(chunk_start, device)
+        self.set_rows(rows)
+
+    def set_rows(self, rows: Sequence[int]) -> None:
+        """Let each tensor read another hyperparameter row."""
+        self.rows = upload(torch.tensor(list(rows), dtype=torch.int32), self.device)
+
+
+def is_aligned(addresses: Tensor) -> bool:
+    """Whether all of these addresses (int64, on the CPU) allow 128-bit accesses."""
+    return not bool((addresses & 15).any())
