@@ -6,15 +6,16 @@ the step must be skipped. On the Triton backend nothing waits for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _compat
-from ._native import batches
+from ._native import NativeBucket, split_by_size
 
 if TYPE_CHECKING:
     from ._buckets import Bucket
@@ -42,7 +43,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[Tens
     float32 where a tensor is of 16 bits, where torch rounds each norm to 16 bits; else the tensor's real dtype.
     """
     norms: list[Tensor] = []
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if not _compat.is_plain(tensor):
             norm = torch.linalg.vector_norm(tensor, norm_type)
@@ -51,19 +52,15 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[Tens
             continue
         tensor = _elements(tensor)
         if tensor.numel() or norm_type > 0:
-            by_dtype.setdefault(tensor.dtype, []).append(tensor)
-    for dtype, same in by_dtype.items():
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (_, dtype), same in alike.items():
         accumulate = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
-        large = []
-        for batch in batches(same):
-            if len(batch) == 1:
-                large.append(same[batch[0]])
-            else:
-                flat = _compat.flatten_dense_tensors([same[i] for i in batch])
-                norms.append(torch.linalg.vector_norm(flat, norm_type, dtype=accumulate))
-        for device in {tensor.device for tensor in large}:
-            here = [tensor for tensor in large if tensor.device == device]
-            norms += _compat.foreach_norm(here, norm_type, dtype=accumulate)
+        small, large = split_by_size(same)
+        for batch in small:
+            together = _compat.flatten_dense_tensors([same[i] for i in batch])
+            norms.append(torch.linalg.vector_norm(together, norm_type, dtype=accumulate))
+        if large:
+            norms += _compat.foreach_norm([same[i] for i in large], norm_type, dtype=accumulate)
     return norms
 
 
@@ -80,10 +77,9 @@ def meet(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Ten
     return torch.linalg.vector_norm(stacked, norm_type)
 
 
-def result_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Of a norm: float32, or float64 where a tensor is."""
-    wide = (torch.float64, torch.complex128)
-    return torch.float64 if any(tensor.dtype in wide for tensor in tensors) else torch.float32
+def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """Of a norm of such gradients: float32, or float64 where one is."""
+    return torch.float32 if {torch.float64, torch.complex128}.isdisjoint(dtypes) else torch.float64
 
 
 def measure(
@@ -101,17 +97,23 @@ def measure(
         The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
         the first gradient.
     """
-    triton = [bucket for bucket, _ in gathered if bucket.key.backend == "triton"]
-    on_torch = [grad for bucket, grads in gathered if bucket not in triton for grad in grads] + list(others)
-    dtype = result_dtype([grad for _, grads in gathered for grad in grads] + list(others))
+    triton: list[TritonBucket] = []
+    native: list[NativeBucket] = []
+    for bucket, _ in gathered:
+        (native if isinstance(bucket, NativeBucket) else triton).append(bucket)  # type: ignore[arg-type]
+    all_grads = [*others, *chain.from_iterable(grads for _, grads in gathered)]
+    dtype = result_dtype([bucket.key.dtypes[1] for bucket, _ in gathered] + [grad.dtype for grad in others])
     if triton:
-        return _measure_triton(triton, on_torch, max_norm, amp, dtype)  # type: ignore[arg-type]
-    device = on_torch[0].device
-    norm = meet(tensor_norms(on_torch), 2.0, device) if max_norm is not None or amp.check else None
+        norms = [norm for bucket in native for norm in bucket.norms()] + tensor_norms(others)
+        return _measure_triton(triton, norms, max_norm, amp, dtype)
+    device = all_grads[0].device
+    norm = None
+    if max_norm is not None or amp.check:
+        norm = meet([norm for bucket in native for norm in bucket.norms()] + tensor_norms(others), 2.0, device)
     scale = torch.ones((), dtype=torch.float64, device=device)
     skip = torch.zeros((), dtype=torch.float64, device=device)
     if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
-        amp.found_inf.copy_(torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in on_torch]).any())
+        amp.found_inf.copy_(torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in all_grads]).any())
     if amp.grad_scale is not None:
         inverse = amp.grad_scale.to(device, torch.float64).reciprocal()
         norm = None if norm is None else norm * inverse
@@ -130,7 +132,7 @@ def _maybe_infinite(norm: Tensor) -> bool:
 
 
 def _measure_triton(
-    buckets: Sequence[TritonBucket], others: Sequence[Tensor], max_norm: float | None, amp: Amp, dtype: torch.dtype
+    buckets: Sequence[TritonBucket], norms: Sequence[Tensor], max_norm: float | None, amp: Amp, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     from .triton_kernels.grad_norm import finish_, norm_
 
@@ -138,7 +140,7 @@ def _measure_triton(
     needed = max_norm is not None or amp.check
     columns = [_even(bucket.table.n_chunks) if needed and bucket.key.device == home else 0 for bucket in buckets]
     away = [bucket for bucket in buckets if bucket.key.device != home] if needed else []
-    extra = len(away) + (len(others) if needed else 0)
+    extra = len(away) + (len(norms) if needed else 0)
     partials = torch.zeros(2, sum(columns) + extra, dtype=torch.float64, device=home)
     offset = 0
     for bucket, width in zip(buckets, columns, strict=True):
@@ -151,11 +153,11 @@ def _measure_triton(
         partials[:, offset] = there.sum(1).to(home, non_blocking=True)
         offset += 1
     if needed:
-        for grad in others:
-            norm = meet(tensor_norms([grad]), 2.0, home)
-            partials[1, offset] = (~torch.isfinite(norm)).double()
+        for norm in norms:
+            norm = norm.to(home, torch.float64)
+            partials[1, offset] = ~torch.isfinite(norm)
             if amp.grad_scale is not None:
-                norm = norm / amp.grad_scale.to(home)
+                norm = norm / amp.grad_scale.to(home, torch.float64)
             partials[0, offset] = norm * norm
             offset += 1
     norm = torch.empty((), dtype=dtype, device=home)

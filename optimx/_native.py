@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,35 +22,103 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def batches(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of small tensors together, up to a piece's elements; other tensors alone."""
-    batch: list[int] = []
-    elements = 0
+def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
+    """Indices of small tensors in batches of up to a piece's elements, and of large ones (or not contiguous)."""
+    small: list[list[int]] = []
+    large: list[int] = []
+    room = 0
     for i, tensor in enumerate(tensors):
         numel = tensor.numel()
         if numel > SMALL or not tensor.is_contiguous():
-            yield [i]
+            large.append(i)
             continue
-        if elements + numel > PIECE:
-            yield batch
-            batch, elements = [], 0
-        batch.append(i)
-        elements += numel
-    if batch:
-        yield batch
+        if numel > room:
+            small.append([])
+            room = PIECE
+        if small:
+            small[-1].append(i)
+            room -= numel
+    return small, large
+
+
+class _Batch:
+    """Small tensors that are flattened together, with a scratch copy of their gradients."""
+
+    def __init__(self, indices: list[int], params: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.indices = indices
+        self._numels = [params[i].numel() for i in indices]
+        self._dtype = dtype
+        self._scratch: Tensor | None = None
+        self.flat: Tensor | None = None
+
+    def flatten(self, grads: Sequence[Tensor]) -> Tensor:
+        """This step's gradients in one tensor, made once."""
+        if self.flat is None:
+            self.flat = _compat.flatten_dense_tensors([grads[i] for i in self.indices])
+        return self.flat
+
+    def scaled(self, grads: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
+        """Gradients times ``scale``. A thousand views cost more than the step, so scratch memory and views stay."""
+        if self._scratch is None:
+            self._scratch = torch.empty(sum(self._numels), dtype=self._dtype)
+            self._views = self._scratch.split(self._numels)
+        self._scratch.copy_(self.flatten(grads)).mul_(scale)
+        return self._views
+
+
+class _Call:
+    """Members with equal hyperparameters, which one operator call updates."""
+
+    def __init__(self, bucket: NativeBucket, members: list[int] | None) -> None:
+        self._members = members
+        steps = [bucket.steps.views[i] for i in bucket.step_indices]
+        self.params, self.steps, *self.states = map(self.pick, (bucket.params, steps, *bucket.states))
+        small, self.large = split_by_size(self.params)
+        self.batches = [_Batch(indices, self.params, bucket.compute_dtype) for indices in small]
+        self.values: tuple[Any, ...] = ()
+        self.grads: Sequence[Tensor] = []
+
+    def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if self._members is None else [tensors[i] for i in self._members]
 
 
 class NativeBucket(Bucket):
-    """Members on a CPU. One operator call for all groups whose hyperparameters are equal."""
+    """Members on a CPU."""
 
     def finish(self, counts: Any) -> None:
         super().finish(counts)
-        self._views = [self.steps.views[i] for i in self.step_indices]
-        # gradients are scaled in float32: in half precision, unscaled AMP gradients would vanish
-        self._staged_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
+        # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
+        self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._mixed = len(set(self.key.dtypes)) > 1
-        self._values: Sequence[tuple[Any, ...]] = ()
-        self._calls: list[tuple[tuple[Any, ...], list[int] | None]] = []
+        self._pattern: list[int] = []
+        self._calls: list[_Call] = []
+
+    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
+        """Merge groups with equal hyperparameters; which groups are equal changes less often than their values."""
+        distinct: dict[tuple[Any, ...], int] = {}
+        pattern = [distinct.setdefault(group_values, len(distinct)) for group_values in values]
+        if pattern != self._pattern:
+            self._pattern = pattern
+            members: dict[int, list[int]] = {}
+            for i, group in enumerate(self.groups):
+                members.setdefault(pattern[group], []).append(i)
+            self._calls = [_Call(self, None if len(members) == 1 else indices) for indices in members.values()]
+            self._call_groups = [self.groups[indices[0]] for indices in members.values()]
+        for call, group in zip(self._calls, self._call_groups, strict=True):
+            call.values = values[group]
+            call.grads = call.pick(grads)
+            for batch in call.batches:
+                batch.flat = None
+
+    def norms(self) -> list[Tensor]:
+        """Norms whose norm is the norm of this step's gradients."""
+        dtype = self.compute_dtype
+        norms: list[Tensor] = []
+        for call in self._calls:
+            norms += [torch.linalg.vector_norm(batch.flatten(call.grads), dtype=dtype) for batch in call.batches]
+            if call.large:
+                norms += _compat.foreach_norm([call.grads[i] for i in call.large], 2.0, dtype=dtype)
+        return norms
 
     def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
         scale = 1.0
@@ -59,58 +127,43 @@ class NativeBucket(Bucket):
             if skip:
                 return
         self.steps.count(self.increments)
-        if values != self._values:
-            self._values, self._calls = values, self._merge(values)
-        for call_values, indices in self._calls:
-            tensors = [self.params, grads, *self.states, self._views]
-            if indices is not None:
-                tensors = [[role[i] for i in indices] for role in tensors]
-            params, grads_, *states, steps = tensors
+        for call in self._calls:
             if scale == 1.0 and not self._mixed:
-                self.rule.native(self.key.structure, call_values, params, grads_, states, steps)
+                self.rule.native(
+                    self.key.structure, call.values, call.params, call.grads, call.states, call.steps
+                )
             else:
-                self._update_staged(call_values, params, grads_, states, steps, scale)
+                self._update_staged(call, scale)
+            call.grads = []
 
-    def _merge(self, values: Sequence[tuple[Any, ...]]) -> list[tuple[tuple[Any, ...], list[int] | None]]:
-        """Members by equal hyperparameters; None stands for all of them."""
-        merged: dict[tuple[Any, ...], list[int]] = {}
-        for i, group in enumerate(self.groups):
-            merged.setdefault(values[group], []).append(i)
-        return [(key, None if len(merged) == 1 else indices) for key, indices in merged.items()]
-
-    def _update_staged(
-        self,
-        values: tuple[Any, ...],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        steps: Sequence[Tensor],
-        scale: float,
-    ) -> None:
+    def _update_staged(self, call: _Call, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, without writing a gradient.
 
         The operators take neither, so copies of what is not in the dtype to compute in pass through the cache, a
         piece at a time: memory still sees each byte once.
         """
-        for batch in batches(params):
-            if len(batch) > 1:
-                roles = [[role[i] for i in batch] for role in (params, *states)]
-                step_list = [steps[i] for i in batch]
-                flat_grads = _compat.flatten_dense_tensors([grads[i] for i in batch]).to(self._staged_dtype) * scale
-                pieces = flat_grads.split([grads[i].numel() for i in batch])
-                self._staged_call(values, roles, pieces, step_list)
-                continue
-            (i,) = batch
-            split = [flat(role[i]).split(PIECE) for role in (params, grads, *states)]
-            for piece, grad, *rest in zip(*split, strict=True):
-                scaled = torch.mul(grad.to(self._staged_dtype), scale)
-                self._staged_call(values, [[piece], *([tensor] for tensor in rest)], [scaled], [steps[i]])
+        roles = (call.params, *call.states)
+        for batch in call.batches:
+            members = [[role[i] for i in batch.indices] for role in roles]
+            steps = [call.steps[i] for i in batch.indices]
+            self._native_staged(call.values, members, batch.scaled(call.grads, scale), steps)
+        for i in call.large:
+            split = [flat(tensor).split(PIECE) for tensor in (call.grads[i], *(role[i] for role in roles))]
+            for grad, *pieces in zip(*split, strict=True):
+                scaled = grad.to(self.compute_dtype, copy=True).mul_(scale)
+                self._native_staged(call.values, [[piece] for piece in pieces], [scaled], [call.steps[i]])
 
-    def _staged_call(
-        self, values: tuple[Any, ...], roles: list[list[Tensor]], grads: Sequence[Tensor], steps: list[Tensor]
+    def _native_staged(
+        self,
+        values: tuple[Any, ...],
+        roles: Sequence[Sequence[Tensor]],
+        grads: Sequence[Tensor],
+        steps: Sequence[Tensor],
     ) -> None:
-        staged = [[tensor.to(self._staged_dtype) for tensor in role] for role in roles]
+        """Call the operator on copies of the roles that are not in the dtype to compute in."""
+        dtype = self.compute_dtype
+        staged = [role if role[0].dtype is dtype else [tensor.to(dtype) for tensor in role] for role in roles]
         self.rule.native(self.key.structure, values, staged[0], grads, staged[1:], steps)
         for role, copies in zip(roles, staged, strict=True):
-            if role[0].dtype is not self._staged_dtype:
+            if copies is not role:
                 _compat.foreach_copy_(role, copies)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
+from operator import itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -146,7 +148,7 @@ class MultiTensorStep(Optimizer):
 
     @torch.no_grad()
     def _step(self) -> None:
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = [*chain.from_iterable(map(itemgetter("params"), self.param_groups))]
         grads = [param.grad for param in params]
         amp = self._amp()
         plan = self._plan(params, grads)

@@ -153,7 +153,7 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             norms.append(_norm_triton(same, norm_type))
         else:
             norms += tensor_norms(same, norm_type)
-    return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensors))
+    return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
 
 
 def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:

@@ -1,0 +1,126 @@
+"""What to read in the assembly of a kernel, and what to find fault with."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+#: Bits of the widest access that every architecture here has.
+WIDE = 128
+
+_PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:[\w:]+\.)*?global\.(?:[\w:]+\.)*?v(\d)\.[bfus](\d+)\b")
+_PTX_ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_dwordx(\d)\b")
+# what the local data share does but read, write and permute is atomic
+_AMD_ATOMIC = re.compile(r"\b\w+_atomic_\w+|\bds_(?:add|sub|rsub|inc|dec|min|max|and|or|xor|cmpst|wrxchg|pk_add)\w*")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """Facts about a compiled kernel.
+
+    Attributes:
+        loads, stores: Vector accesses to global memory: how many of each width in bits, wherever they stand. An
+            unrolled loop has several times those of one block.
+        registers: Of a thread (AMD: vector registers).
+        spills: Bytes of stack (AMD: and the number of spilled registers).
+        shared: Bytes of shared memory.
+        atomics: Atomic instructions.
+    """
+
+    loads: Counter[int]
+    stores: Counter[int]
+    registers: int
+    spills: int
+    shared: int
+    atomics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a kernel must keep to.
+
+    Attributes:
+        reads, writes: Bytes a thread moves in one block, an entry a tensor role. 128-bit accesses must move them, or
+            one narrower access where there are fewer than 16. Empty: any access will do.
+        registers, shared: As in :class:`Assembly`, at most.
+    """
+
+    reads: Sequence[int] = ()
+    writes: Sequence[int] = ()
+    registers: int = 64
+    shared: int = 0
+
+
+def examine(kernel: Any) -> Assembly:
+    """Read the assembly of a compiled kernel."""
+    return _examine_cuda(kernel) if "ptx" in kernel.asm else _examine_hip(kernel)
+
+
+def _examine_cuda(kernel: Any) -> Assembly:
+    ptx = kernel.asm["ptx"]
+    accesses = {"ld": Counter(), "st": Counter()}
+    for direction, lanes, bits in _PTX_ACCESS.findall(ptx):
+        accesses[direction][int(lanes) * int(bits)] += 1
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return Assembly(
+        loads=accesses["ld"],
+        stores=accesses["st"],
+        registers=resources["REG"],
+        spills=resources["STACK"] + resources["LOCAL"],
+        shared=kernel.metadata.shared,
+        atomics=tuple(_PTX_ATOMIC.findall(ptx)),
+    )
+
+
+def _examine_hip(kernel: Any) -> Assembly:
+    text = kernel.asm["amdgcn"]
+    accesses = {"load": Counter(), "store": Counter()}
+    for direction, words in _AMD_ACCESS.findall(text):
+        accesses[direction][int(words) * 32] += 1
+    facts = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", text, re.MULTILINE)}
+    return Assembly(
+        loads=accesses["load"],
+        stores=accesses["store"],
+        registers=facts["vgpr_count"],
+        spills=facts["private_segment_fixed_size"] + facts["vgpr_spill_count"] + facts["sgpr_spill_count"],
+        shared=kernel.metadata.shared,
+        atomics=tuple(_AMD_ATOMIC.findall(text)),
+    )
+
+
+def problems(assembly: Assembly, limits: Limits) -> list[str]:
+    """Where ``assembly`` does not keep to ``limits``, in words."""
+    found = _narrow("loads", assembly.loads, limits.reads) + _narrow("stores", assembly.stores, limits.writes)
+    if assembly.registers > limits.registers:
+        found.append(f"registers should be <= {limits.registers} but are: {assembly.registers}")
+    if assembly.spills:
+        found.append(f"nothing should be spilled but is: {assembly.spills}")
+    if assembly.shared > limits.shared:
+        found.append(f"shared memory should be <= {limits.shared} bytes but is: {assembly.shared}")
+    if assembly.atomics:
+        found.append(f"atomics make results depend on timing, but there are: {', '.join(assembly.atomics)}")
+    return found
+
+
+def _narrow(what: str, accesses: Counter[int], roles: Sequence[int]) -> list[str]:
+    found = []
+    for width in sorted({min(WIDE, 8 * size) for size in roles}):
+        needed = sum(8 * size for size in roles if 8 * size >= width)
+        moved = sum(bits * count for bits, count in accesses.items() if bits >= width)
+        # an unrolled loop moves several blocks; a fraction of a block means that a role is moved otherwise
+        if moved == 0 or moved % needed:
+            found.append(f"{what} of {width} bits or more should move {needed} bits a block but move: {moved}")
+    return found

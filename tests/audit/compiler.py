@@ -1,0 +1,91 @@
+"""Compiling, for a GPU that need not be here, exactly what a launcher would launch.
+
+The launcher runs, and the ``launch`` helper it calls only takes notes. Each note then goes through Triton's own JIT,
+with a driver that names the target: types, constants and alignments are what they would be on that GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import optimx.triton_kernels as package
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that did not take place. ``options`` are its keyword arguments: constexprs, ``num_warps``."""
+
+    kernel: JITFunction
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _AbsentGPU:
+    """All that the JIT asks of a driver before a launch."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        # the JIT remembers kernels by device
+        return str(self.target)
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def kernel_modules() -> list[ModuleType]:
+    """Every module of ``optimx.triton_kernels``."""
+    return [import_module(f"{package.__name__}.{module.name}") for module in iter_modules(package.__path__)]
+
+
+def record(launcher: Callable[[], None]) -> Launch:
+    """What ``launcher`` launches; it must be one kernel."""
+    launches: list[Launch] = []
+
+    def launch(kernel: JITFunction, n_programs: int, warmup: bool) -> Callable[..., None]:
+        return lambda *args, **options: launches.append(Launch(kernel, args, options))
+
+    with ExitStack() as patches:
+        for module in kernel_modules():
+            if hasattr(module, "launch"):
+                patches.enter_context(patch.object(module, "launch", launch))
+        launcher()
+    (only,) = launches
+    return only
+
+
+def compile_for(target: GPUTarget, launch: Launch) -> Any:
+    """The compiled kernel: ``asm`` holds its assembly, ``metadata`` its shared memory."""
+    with _active(_AbsentGPU(target)):
+        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+
+
+@contextmanager
+def _active(gpu: _AbsentGPU) -> Iterator[None]:
+    driver.set_active(gpu)
+    try:
+        yield
+    finally:
+        # None: whoever comes next gets the machine's own driver
+        driver.set_active(None)
