@@ -312,7 +312,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench.demo",
         description="Train a small GPT with torch.optim and with optimx; compare losses and optimizer time.",
-        epilog="Exit code 1 when the losses disagree: by more than 1e-4 in the first 20 steps or 1 %% at the end. Both "
+        epilog="Exit code 1 when the losses disagree: by more than 1e-4 in the first 20 steps or 1 % at the end. Both "
         "do the same float32 maths in another order of roundings, so differences start near 1e-7 and grow slowly.",
     )
     parser.add_argument("--steps", type=count, default=300, help="training steps of each run (default: 300)")

@@ -7,7 +7,7 @@ object elsewhere. Importing it loads neither triton nor CUDA.
 from torch import optim as _torch
 from torch.optim import *  # noqa: F403
 
-from . import lr_scheduler, swa_utils
+from . import lr_scheduler, swa_utils  # type: ignore[no-redef]
 from .adam import Adam
 from .adamw import AdamW
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm

@@ -1,6 +1,6 @@
 """Which backend a tensor gets, and why not Triton: the only file that asks.
 
-``triton``: one launch of our kernels for all tensors of a bucket (CUDA and ROCm; any device under ``TRITON_INTERPRET``).
+``triton``: one launch of our kernels for all tensors of a bucket (CUDA and ROCm; a CPU under ``TRITON_INTERPRET``).
 ``native``: torch's own fused CPU operators, called on the plan's lists. ``torch``: the stock class's step.
 """
 

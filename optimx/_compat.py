@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-fused_adam_ = torch._fused_adam_
-fused_adamw_ = torch._fused_adamw_
+fused_adam_: Any = torch._fused_adam_
+fused_adamw_: Any = torch._fused_adamw_
 foreach_norm = torch._foreach_norm
 foreach_mul_ = torch._foreach_mul_
-foreach_copy_ = torch._foreach_copy_
+foreach_copy_: Any = torch._foreach_copy_
 flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
@@ -28,10 +28,10 @@ def stock_step(optimizer: Optimizer) -> None:
     ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step`` carries
     the hook runner, and the user's hooks, which already run around our step, would run twice.
     """
-    stock = next(cls for cls in type(optimizer).__mro__ if cls.__module__.split(".")[0] == "torch")
+    stock: Any = next(cls for cls in type(optimizer).__mro__ if cls.__module__.split(".")[0] == "torch")
     step = stock.step
     if getattr(step, "hooked", False):
-        step = step.__wrapped__  # type: ignore[attr-defined]
+        step = step.__wrapped__
     step(optimizer)
 
 
@@ -88,8 +88,8 @@ def metadata_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     try:
         from torch._C._dynamo.guards import TensorGuards
 
-        fixed = [[None] * tensor.dim() for tensor in tensors]
-        guard = TensorGuards(*tensors, dynamic_dims_sizes=fixed, dynamic_dims_strides=fixed).check
+        # None: sizes and strides must be those of now (a list of None a tensor would let them change)
+        guard = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
         if guard(*tensors):
             return guard
     except (ImportError, TypeError, SystemError):

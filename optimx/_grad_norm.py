@@ -138,15 +138,15 @@ def _measure_triton(
 
     home = buckets[0].key.device
     needed = max_norm is not None or amp.check
-    columns = [_even(bucket.table.n_chunks) if needed and bucket.key.device == home else 0 for bucket in buckets]
-    away = [bucket for bucket in buckets if bucket.key.device != home] if needed else []
-    extra = len(away) + (len(norms) if needed else 0)
-    partials = torch.zeros(2, sum(columns) + extra, dtype=torch.float64, device=home)
+    here = [bucket for bucket in buckets if needed and bucket.key.device == home]
+    away = [bucket for bucket in buckets if needed and bucket.key.device != home]
+    # every bucket begins at 16 bytes, so that no launch is specialized anew
+    columns = sum(_even(bucket.table.n_chunks) for bucket in here) + (len(away) + len(norms) if needed else 0)
+    partials = torch.zeros(2, columns, dtype=torch.float64, device=home)
     offset = 0
-    for bucket, width in zip(buckets, columns, strict=True):
-        if width:
-            _norm(bucket, norm_, partials, offset, amp.grad_scale)
-            offset += width
+    for bucket in here:
+        _norm(bucket, norm_, partials, offset, amp.grad_scale)
+        offset += _even(bucket.table.n_chunks)
     for bucket in away:
         there = torch.zeros(2, _even(bucket.table.n_chunks), dtype=torch.float64, device=bucket.key.device)
         _norm(bucket, norm_, there, 0, amp.grad_scale)
@@ -167,7 +167,7 @@ def _measure_triton(
         partials, norm, control, norm_type=2.0, max_norm=max_norm, grad_scale=_on(amp.grad_scale, home),
         found_inf=found_inf, check_finite=amp.check,
     )  # fmt: skip
-    if amp.check and amp.found_inf is not None and found_inf is not amp.found_inf:
+    if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:
         amp.found_inf.copy_(found_inf, non_blocking=True)
     return norm, control
 

@@ -129,9 +129,7 @@ class NativeBucket(Bucket):
         self.steps.count(self.increments)
         for call in self._calls:
             if scale == 1.0 and not self._mixed:
-                self.rule.native(
-                    self.key.structure, call.values, call.params, call.grads, call.states, call.steps
-                )
+                self.rule.native(self.key.structure, call.values, call.params, call.grads, call.states, call.steps)
             else:
                 self._update_staged(call, scale)
             call.grads = []

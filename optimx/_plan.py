@@ -1,6 +1,6 @@
 """StepPlan: which tensors share a launch, worked out once and reused while nothing it depends on has changed.
 
-A parameter is either a member of a *bucket* (device, dtypes, kernel variant) or, with a reason, left to torch's own step.
+A parameter is a member of a *bucket* (device, dtypes, kernel variant) or, for a reason, left to torch's own step.
 All parameter groups share the buckets: hyperparameters are data of a tensor, not arguments of a launch.
 
 A plan that is used although something changed would write to the wrong memory, so :meth:`StepPlan.matches` compares
@@ -194,9 +194,7 @@ class StepCounts:
         return buffer if buffer is not None and buffer.views[step.storage_offset()] is step else None
 
 
-def ensure_state(
-    optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any], key: BucketKey
-) -> dict[str, Any]:
+def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any], key: BucketKey) -> dict[str, Any]:
     """The parameter's state with what torch would have put there; only missing keys are filled in.
 
     Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
@@ -288,12 +286,15 @@ class StepPlan:
             and all(bucket.matches() for bucket in self.buckets)
         )
 
-    def gather(self, grads: list[Tensor | None]) -> Iterator[tuple[Bucket, list[Tensor]]]:
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph records this step."""
+        return self.on_triton and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+    def gather(self, grads: list[Any]) -> Iterator[tuple[Bucket, list[Tensor]]]:
         """Each bucket with the gradients of its members, laid out like their parameters."""
         if self.relayout:
             grads = list(grads)
             for i in self.relayout:
-                grads[i] = torch.empty_like(self.params[i]).copy_(grads[i])
+                grads[i] = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
         for bucket in self.buckets:
-            # mypy: members have gradients
-            yield bucket, [grads[i] for i in bucket.positions]  # type: ignore[misc]
+            yield bucket, [grads[i] for i in bucket.positions]

@@ -99,6 +99,7 @@ class MultiTensorStep(Optimizer):
     def _reset_step(self) -> None:
         self._plans = []
         self._step_counts = StepCounts()
+        self._captured_plans: list[StepPlan] = []
         self._device_steps = False
         self._control = None
         self._deferred_found_inf = None
@@ -111,6 +112,19 @@ class MultiTensorStep(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""
+        away = [
+            state
+            for group in self.param_groups
+            if not (group.get("capturable") or group.get("fused"))
+            for state in map(self.state.get, group["params"])
+            if state and isinstance(state.get("step"), Tensor) and state["step"].device.type != "cpu"
+        ]
+        if away:
+            self._step_counts.home(away, torch.device("cpu"))
+        return super().state_dict()
 
     @property
     def step_was_skipped(self) -> Tensor:
@@ -157,6 +171,9 @@ class MultiTensorStep(Optimizer):
             self._device_steps = True
             self._plans.clear()
             plan = self._plan(params, grads)
+        if plan.is_captured():
+            # the graph reads the plan's tables at every replay
+            self._captured_plans.append(plan)
         try:
             self._run(plan, grads, amp)
         except _TritonError as error:
@@ -245,7 +262,8 @@ def _only(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
     """Let torch's step see these parameters alone, and nothing of GradScaler's."""
     wanted = {id(param) for param in params}
     everything = [group["params"] for group in optimizer.param_groups]
-    handed_over = {name: optimizer.__dict__.pop(name) for name in ("grad_scale", "found_inf") if name in vars(optimizer)}
+    attributes = vars(optimizer)
+    handed_over = {name: attributes.pop(name) for name in ("grad_scale", "found_inf") if name in attributes}
     try:
         for group in optimizer.param_groups:
             group["params"] = [param for param in group["params"] if id(param) in wanted]
@@ -253,7 +271,7 @@ def _only(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for group, all_params in zip(optimizer.param_groups, everything, strict=True):
             group["params"] = all_params
-        vars(optimizer).update(handed_over)
+        attributes.update(handed_over)
 
 
 @contextmanager

@@ -148,4 +148,4 @@ def _identical(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]]) -> bo
     if len(a) != len(b):
         return False
     pairs = zip(chain.from_iterable(a), chain.from_iterable(b), strict=True)
-    return all(x is y or not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y for x, y in pairs)
+    return all(x is y or (not (isinstance(x, Tensor) or isinstance(y, Tensor)) and x == y) for x, y in pairs)

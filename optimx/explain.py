@@ -50,15 +50,15 @@ class Explanation:
             table.append((row.backend, *counts, row.device, _dtypes(row.dtypes)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [self.optimizer]
-        for cells, row in zip(table, (None, *self.rows), strict=True):
-            right = {1, 2, 3}
-            aligned = [
-                cell.rjust(width) if i in right else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            ]
+        for i, cells in enumerate(table):
+            numbers = range(1, 4)
+            aligned = (
+                cell.rjust(width) if column in numbers else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
             lines.append("  ".join(aligned).rstrip())
-            if row is not None and row.reason:
-                lines.append(f"  because: {row.reason}")
+            if i and self.rows[i - 1].reason:
+                lines.append(f"  because: {self.rows[i - 1].reason}")
         return "\n".join(lines)
 
 

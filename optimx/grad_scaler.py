@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from ._step import MultiTensorStep
@@ -21,13 +22,14 @@ class GradScaler(torch.amp.GradScaler):
     Other optimizers, and ``scaler.unscale_(optimizer)`` by hand, get torch's behaviour. Arguments are torch's.
     """
 
-    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[torch.device, Tensor]:
+    def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:
         if not isinstance(optimizer, MultiTensorStep):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         # written by the step that follows, before update() reads it
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
         optimizer._deferred_found_inf = found_inf
-        per_device = {scale.device: found_inf}
+        # torch's annotation says str, its keys are devices
+        per_device: Any = {scale.device: found_inf}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = per_device
         return per_device

@@ -84,7 +84,9 @@ def set_grads(params: Iterable[Tensor], step: int, scale: float = 1.0, skip: Seq
         param.grad = None if i in skip else torch.empty_like(param).copy_(grad)
 
 
-def twins(case: Case, params: Sequence[Tensor], kwargs: dict[str, Any], groups: Callable[[Any], Any] = list, **ours: Any):
+def twins(
+    case: Case, params: Sequence[Tensor], kwargs: dict[str, Any], groups: Callable[[Any], Any] = list, **ours: Any
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, list[Parameter]]:
     """Our optimizer on ``params`` and the oracle, stock's for-loop, on copies: ``(ours, stock, stock's params)``.
 
     In 16 bits stock's loop rounds after each of its ten operations, so there the copies are float64.

@@ -46,8 +46,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program takes the interpreter a millisecond: with small chunks, small tensors reach every path."""
     if INTERPRETED:
-        import optimx._triton
         from optimx.triton_kernels.tensor_table import LaunchSize
+
+        import optimx._triton
 
         monkeypatch.setattr(optimx._triton, "launch_size", LaunchSize(chunk_size=128, block_size=128))
 

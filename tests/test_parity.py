@@ -9,8 +9,8 @@ import torch
 from torch.nn import Parameter
 
 import optimx
-from tests.conftest import INTERPRETED
 from tests.cases import CASES, CLOSE, Case, assert_same, make_params, set_grads, train, train_rounded, twins
+from tests.conftest import INTERPRETED
 from tests.reference.adam import adam as reference_adam
 
 pytestmark = pytest.mark.interpreted

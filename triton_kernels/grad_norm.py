@@ -38,7 +38,7 @@ def _norm_kernel(
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
     grad_scale_ptr,  # float32 scalar: what GradScaler multiplied the loss by
-    partials_ptr,  # float64 [2, n_partials], written: sums (maxima for NORM_TYPE 0), and 1 where something is not finite
+    partials_ptr,  # float64 [2, n_partials], written: sums (maxima for NORM_TYPE 0), and 1 if not all is finite
     n_partials,
     G_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,

@@ -15,7 +15,8 @@ from .variants import Variant, cases, variants
 def test_assembly(variant: Variant, architecture: str) -> None:
     target = TARGETS[architecture]
     launch, limits = variant.on(target)
-    assert problems(examine(compile_for(target, launch)), limits) == []
+    found = problems(examine(compile_for(target, launch)), limits)
+    assert not found, "; ".join(found)
 
 
 @pytest.fixture(scope="module")
