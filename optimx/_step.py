@@ -263,7 +263,9 @@ def _only(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
     wanted = {id(param) for param in params}
     everything = [group["params"] for group in optimizer.param_groups]
     attributes = vars(optimizer)
-    handed_over = {name: attributes.pop(name) for name in ("grad_scale", "found_inf") if name in attributes}
+    handed_over: dict[str, Any] = {
+        name: attributes.pop(name) for name in ("grad_scale", "found_inf") if name in attributes
+    }
     try:
         for group in optimizer.param_groups:
             group["params"] = [param for param in group["params"] if id(param) in wanted]
