@@ -21,13 +21,13 @@ INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 FUNCTIONS = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
-#: float32: sums of thousands of roundings in another order, squared for p = 0.5. 16 bits: the same norm, as we sum in
-#: float32, and one rounding of what is stored (Triton's interpreter cuts off where a GPU rounds).
+#: float32: thousands of terms summed in another order, and squared for p = 0.5. 16 bits: the norm and the factor are
+#: float32, so what is stored is rounded once, to the nearest.
 CLOSE = {
     torch.float64: {"rtol": 1e-11, "atol": 0.0},
     torch.float32: {"rtol": 1e-5, "atol": 0.0},
-    torch.bfloat16: {"rtol": 2**-7, "atol": 0.0},
-    torch.float16: {"rtol": 2**-10, "atol": 2**-24},
+    torch.bfloat16: {"rtol": 1.01 * 2**-8, "atol": 0.0},
+    torch.float16: {"rtol": 1.01 * 2**-11, "atol": 1.01 * 2**-25},
 }
 
 
@@ -122,13 +122,14 @@ def test_norm_in_16_bits_is_not_rounded(dtype: torch.dtype, device: torch.device
 
 
 def test_norm_beyond_float16(device: torch.device) -> None:
-    """Torch's norm is infinite there, and clipping with it zeroes the gradients."""
+    """Torch's norm is infinite there, and clipping with it zeroes the gradients. The factor is subnormal in float16."""
     params = make_params([(100,), (4, 5)], device=device, dtype=torch.float16)
     for param in params:
         param.grad = torch.full_like(param, 3e4)
-    norm = optimx.clip_grad_norm_(params, 1.0)
-    torch.testing.assert_close(norm.item(), 3e4 * 120**0.5, rtol=1e-3, atol=0.0)  # 3e4 is rounded to float16
-    torch.testing.assert_close(params[0].grad, torch.full_like(params[0], 120**-0.5), **CLOSE[torch.float16])
+    exact = truth(params)
+    norm, expected = (m.clip_grad_norm_(p, 1.0) for m, p in ((optimx, params), (stock, exact)))
+    torch.testing.assert_close(norm.double(), expected, **CLOSE[torch.float32])
+    assert_grads(params, exact)
 
 
 @pytest.mark.parametrize(
@@ -249,11 +250,13 @@ def test_gradients_below_the_limit_are_not_written(dtype: torch.dtype, device: t
         optimx.clip_grad_norm_(params, max_norm)
         optimx.clip_grads_with_norm_(params, max_norm, torch.tensor(norm, device=device))
     assert_untouched(params, before)
-    assert [p.grad._version for p in params] == versions
+    if device.type == "cpu" and not interpreted():
+        # a kernel decides on the device, after the host had to say whether it will write
+        assert [p.grad._version for p in params] == versions
 
 
-def test_clipping_counts_as_a_write(device: torch.device) -> None:
-    """Autograd refuses to use a saved tensor that was changed in place, if it is told."""
+def test_autograd_knows_of_the_clipping(device: torch.device) -> None:
+    """What was saved for a backward and then changed in place is refused there, if the version tells."""
     params = with_grads(device, shapes=[(3,), (130,)])
     versions = [p.grad._version for p in params]
     optimx.clip_grad_norm_(params, 0.1)
@@ -396,6 +399,7 @@ def test_error_if_nonfinite(value: float, norm_type: float, device: torch.device
     assert optimx.clip_grad_norm_(params, 1.0, norm_type, error_if_nonfinite=True).isfinite()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, INF, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=name_of)
