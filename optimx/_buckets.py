@@ -53,7 +53,9 @@ class Bucket:
         self.increments = None
         if len(self.step_indices) != len(self.steps.views):
             self.increments = torch.zeros_like(self.steps.values)
-            self.increments[torch.tensor(self.step_indices)] = 1
+            self.increments[self.step_indices] = 1
+        self._step_tensors = [state["step"] for state in self._state_dicts]
+        self._step_addresses = [*map(Tensor.data_ptr, self._step_tensors)]
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         """Get ready for the launches of this step; may fail, and changes no parameter, state or count."""
@@ -62,11 +64,8 @@ class Bucket:
         """Compile what :meth:`update` needs; may fail, and changes nothing."""
 
     def matches(self) -> bool:
-        """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.matches`)."""
-        return True
-
-    def numel(self) -> int:
-        return sum(param.numel() for param in self.params)
+        """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""
+        return [*map(Tensor.data_ptr, self._step_tensors)] == self._step_addresses
 
     def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
         """Update all members in place.

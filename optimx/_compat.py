@@ -52,11 +52,16 @@ def step_dtype(fused: bool) -> torch.dtype:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is a strided tensor like any other: not a subclass that redefines what operators do."""
     cls = type(tensor)
+    # the memory of a negative or conjugate view holds other values than the tensor
+    if tensor.is_neg() or tensor.is_conj():
+        return False
     if cls is Tensor or cls is torch.nn.Parameter:
         return True
+    # classmethods are bound anew for every class
+    function, plain_function = (getattr(c.__torch_function__, "__func__", None) for c in (cls, Tensor))
     return (
         cls.__torch_dispatch__ is Tensor.__torch_dispatch__
-        and cls.__torch_function__ in (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+        and (function is plain_function or cls.__torch_function__ is torch._C._disabled_torch_function_impl)
         and not torch.nn.parameter.is_lazy(tensor)
     )
 

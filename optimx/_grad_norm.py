@@ -47,8 +47,9 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[Tens
     for tensor in tensors:
         if not _compat.is_plain(tensor):
             norm = torch.linalg.vector_norm(tensor, norm_type)
-            # a DTensor's norm is a partial result until it is asked for
-            norms.append(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+            # a DTensor's norm is a partial result until it is asked for; what others make of a norm, only a number tells
+            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.full((), float(norm), device="cpu")
+            norms.append(whole)
             continue
         tensor = _elements(tensor)
         if tensor.numel() or norm_type > 0:

@@ -60,7 +60,7 @@ class _Batch:
     def scaled(self, grads: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
         """Gradients times ``scale``. A thousand views cost more than the step, so scratch memory and views stay."""
         if self._scratch is None:
-            self._scratch = torch.empty(sum(self._numels), dtype=self._dtype)
+            self._scratch = torch.empty(sum(self._numels), dtype=self._dtype, device="cpu")
             self._views = self._scratch.split(self._numels)
         self._scratch.copy_(self.flatten(grads)).mul_(scale)
         return self._views
@@ -107,8 +107,6 @@ class NativeBucket(Bucket):
         for call, group in zip(self._calls, self._call_groups, strict=True):
             call.values = values[group]
             call.grads = call.pick(grads)
-            for batch in call.batches:
-                batch.flat = None
 
     def norms(self) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients."""
@@ -133,6 +131,8 @@ class NativeBucket(Bucket):
             else:
                 self._update_staged(call, scale)
             call.grads = []
+            for batch in call.batches:
+                batch.flat = None
 
     def _update_staged(self, call: _Call, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, without writing a gradient.

@@ -3,12 +3,13 @@
 A parameter is a member of a *bucket* (device, dtypes, kernel variant) or, for a reason, left to torch's own step.
 All parameter groups share the buckets: hyperparameters are data of a tensor, not arguments of a launch.
 
-A plan that is used although something changed would write to the wrong memory, so :meth:`StepPlan.matches` compares
-everything it stands on, every step, in a handful of C loops: about 0.3 µs a tensor.
+A plan that is used although something changed would write to the wrong memory, so everything it stands
+on is compared every step, in a handful of C loops: about 0.5 µs a tensor.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -53,7 +54,7 @@ class Leftover:
     """A parameter that torch's own step updates, and why."""
 
     param: Tensor
-    grad: Tensor
+    position: int
     reason: str
 
 
@@ -139,11 +140,16 @@ def classify(
 
 
 class StepBuffer:
-    """Step counts in one tensor, so that one addition counts a step; ``state[p]["step"]`` are views of it."""
+    """Step counts in one tensor, so that one addition counts a step.
 
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self.views = values.unbind()
+    The tensors ``state[p]["step"]`` become views of it; they stay the objects they were, because others may hold them.
+    """
+
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        self.values = torch.stack([step.detach().reshape(()) for step in steps])
+        self.views = steps
+        for i, step in enumerate(steps):
+            step.set_(self.values.untyped_storage(), i, (), ())
         self._expected: Tensor | None = None
         self._last_user: object = None
 
@@ -172,18 +178,15 @@ class StepCounts:
 
     def home(self, states: Sequence[dict[str, Any]], device: torch.device) -> tuple[StepBuffer, list[int]]:
         """Bring the step counts of ``states`` into one buffer on ``device``; returns it and each one's index."""
-        steps = [state["step"] for state in states]
-        buffers = {id(buffer): buffer for buffer in map(self._find, steps)}
+        for state in states:
+            if state["step"].device != device:
+                # towards the host a copy that nobody waits for would be read too early
+                state["step"] = state["step"].to(device, non_blocking=device.type != "cpu")
+        buffers = {id(buffer): buffer for buffer in (self._find(state["step"]) for state in states)}
         buffer = next(iter(buffers.values())) if len(buffers) == 1 else None
-        if buffer is None or buffer.values.device != device:
-            dtype = steps[0].dtype
-            # towards the host a copy that nobody waits for would be read too early
-            async_ = device.type != "cpu"
-            values = torch.stack([step.detach().reshape(()).to(device, dtype, non_blocking=async_) for step in steps])
-            buffer = StepBuffer(values)
-            for state, view in zip(states, buffer.views, strict=True):
-                state["step"] = view
-            self._buffers[values.untyped_storage().data_ptr()] = buffer
+        if buffer is None:
+            buffer = StepBuffer([state["step"] for state in states])
+            self._buffers[buffer.values.untyped_storage().data_ptr()] = buffer
             while len(self._buffers) > self._KEPT:
                 del self._buffers[next(iter(self._buffers))]
         return buffer, [state["step"].storage_offset() for state in states]
@@ -191,7 +194,7 @@ class StepCounts:
     def _find(self, step: Tensor) -> StepBuffer | None:
         buffer = self._buffers.get(step.untyped_storage().data_ptr())
         # a copy or a view that somebody made of a view is not ours to count with
-        return buffer if buffer is not None and buffer.views[step.storage_offset()] is step else None
+        return buffer if buffer is not None and buffer.views[int(step.storage_offset())] is step else None
 
 
 def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any], key: BucketKey) -> dict[str, Any]:
@@ -203,7 +206,8 @@ def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any
     if not isinstance(state.get("step"), Tensor):
         on_device = key.device_steps or group.get("fused")
         device = param.device if on_device else torch.device("cpu")
-        state["step"] = torch.tensor(float(state.get("step", 0.0)), dtype=key.step_dtype, device=device)
+        count = float(state.get("step", 0.0))
+        state["step"] = torch.full((), count, dtype=key.step_dtype, device=device)
     for name in optimizer.rule.state_names(key.structure):
         if name not in state:
             state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
@@ -229,14 +233,20 @@ class StepPlan:
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
 
+        self._group_sizes = [len(group["params"]) for group in groups]
+        # torch steps a parameter twice that is listed twice; in one launch the two would race
+        twice = {param for param, count in Counter(params).items() if count > 1}
+
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
         for position, (param, grad, g) in enumerate(zip(params, grads, group_of, strict=True)):
             if grad is None:
                 continue
             key, reason = classify(optimizer, param, grad, groups[g])
+            if param in twice:
+                key, reason = None, "listed twice"
             if key is None:
-                self.leftovers.append(Leftover(param, grad, reason))
+                self.leftovers.append(Leftover(param, position, reason))
                 continue
             if not same_layout(grad, param):
                 self.relayout.append(position)
@@ -247,16 +257,17 @@ class StepPlan:
         for bucket in self.buckets:
             bucket.finish(optimizer._step_counts)
 
-        # what matches() compares; read after the states were made
-        self.grad_types = [*map(type, grads)]
+        # what is compared every step; read after the states were made
+        self._grad_types = [*map(type, grads)]
         self._state_dicts = [*optimizer.state.values()]
         self._value_dicts = [state for state in self._state_dicts if isinstance(state, dict)]
         self._state_values = [*chain.from_iterable(map(dict.values, self._value_dicts))]
         self._members = [position for bucket in self.buckets for position in bucket.positions]
-        if len(self._members) == len(params) and self._members == list(range(len(params))):
+        if self._members == list(range(len(params))):
             self._members = []
+        self._states = [tensor for bucket in self.buckets for tensors in bucket.states for tensor in tensors]
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
-        self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads)])
+        self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads), *self._states])
 
     @staticmethod
     def _new_bucket(key: BucketKey, optimizer: MultiTensorStep) -> Bucket:
@@ -270,20 +281,29 @@ class StepPlan:
         """The entries of members; the empty list stands for all of them."""
         return [tensors[i] for i in self._members] if self._members or not self.buckets else tensors
 
-    def matches(self, optimizer: MultiTensorStep, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether the plan still holds for these parameters, gradients, states and groups."""
-        state, groups = optimizer.state, optimizer.param_groups
+    def is_for(self, grads: list[Tensor | None]) -> bool:
+        """Whether the same parameters have gradients."""
+        return [*map(type, grads)] == self._grad_types
+
+    def holds(self, optimizer: MultiTensorStep, params: list[Tensor]) -> bool:
+        """Whether parameters, groups and states are the objects they were."""
+        groups, states = optimizer.param_groups, optimizer.state
         return (
             len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and [*map(type, grads)] == self.grad_types
-            and len(state) == len(self._state_dicts)
-            and all(map(is_, state.values(), self._state_dicts))
+            and [len(group["params"]) for group in groups] == self._group_sizes
+            and len(states) == len(self._state_dicts)
+            and all(map(is_, states.values(), self._state_dicts))
+            and sum(map(len, self._value_dicts)) == len(self._state_values)
             and all(map(is_, chain.from_iterable(map(dict.values, self._value_dicts)), self._state_values))
             and [*map(optimizer.rule.structure_of, groups)] == self.structure
             and [*map(optimizer.rule.flags_of, groups)] == self.flags
-            and self._guard(*self._guarded(params), *self._guarded(grads))
-            and all(bucket.matches() for bucket in self.buckets)
+        )
+
+    def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
+        """Whether dtypes, devices, shapes, strides and addresses are what they were."""
+        return self._guard(*self._guarded(params), *self._guarded(grads), *self._states) and all(
+            bucket.matches() for bucket in self.buckets
         )
 
     def is_captured(self) -> bool:

@@ -113,6 +113,14 @@ class MultiTensorStep(Optimizer):
         super().__setstate__(state)
         self._reset_step()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps."""
+        super().load_state_dict(state_dict)
+        # torch takes the step counts over as they are, and two optimizers would count with one tensor
+        for state in self.state.values():
+            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""
         away = [
@@ -132,7 +140,7 @@ class MultiTensorStep(Optimizer):
 
         It is on the gradients' device; only looking at its value (``if opt.step_was_skipped``) waits.
         """
-        return torch.tensor(False) if self._control is None else self._control[2] != 0
+        return torch.tensor(False, device="cpu") if self._control is None else self._control[2] != 0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.
@@ -157,7 +165,7 @@ class MultiTensorStep(Optimizer):
             # under torch.compile the stock formulas become one graph
             _compat.stock_step(self)
         else:
-            _compat.disable_dynamo(self._step)()
+            _step_outside_of_the_graph(self)
         return loss
 
     @torch.no_grad()
@@ -190,25 +198,28 @@ class MultiTensorStep(Optimizer):
 
     def _plan(self, params: list[Tensor], grads: list[Tensor | None]) -> StepPlan:
         for i, plan in enumerate(self._plans):
-            if plan.matches(self, params, grads):
+            if plan.is_for(grads) and plan.holds(self, params) and plan.fits(params, grads):
                 if i:
                     self._plans.insert(0, self._plans.pop(i))
                 return plan
-        # plans that do not match are for other patterns of gradients, or stale
+        # plans for other patterns of gradients stay; a stale one would keep alive what was replaced
+        kept = [plan for plan in self._plans if not plan.is_for(grads)]
         plan = StepPlan(self, params, grads)
-        self._plans = [plan, *self._plans[: _PLANS_KEPT - 1]]
+        self._plans = [plan, *(plan for plan in kept[: _PLANS_KEPT - 1] if plan.holds(self, params))]
         return plan
 
     def _run(self, plan: StepPlan, grads: list[Tensor | None], amp: Amp) -> None:
         values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]
         gathered = [*plan.gather(grads)]
-        others = [leftover.grad for leftover in plan.leftovers]
+        others: list[Any] = [grads[leftover.position] for leftover in plan.leftovers]
         self._control = control = None
         self.grad_norm = None
         with _triton_errors(plan.on_triton and not _backend.interpreted()):
             for bucket, bucket_grads in gathered:
                 bucket.send(bucket_grads, values)
-            if (self.max_grad_norm is not None or amp != Amp()) and (gathered or others):
+            if self.max_grad_norm is not None and not (gathered or others):
+                self.grad_norm = torch.zeros((), device="cpu")
+            elif (self.max_grad_norm is not None or amp != Amp()) and (gathered or others):
                 norm, control = measure(gathered, others, self.max_grad_norm, amp)
                 self._control = control
                 self.grad_norm = norm if self.max_grad_norm is not None else None
@@ -217,17 +228,25 @@ class MultiTensorStep(Optimizer):
                 bucket.compile(there)
         # torch's step goes first: where it raises, nothing has been changed
         if plan.leftovers:
-            self._run_stock(plan.leftovers, control, amp)
+            self._run_stock(plan.leftovers, others, control, amp)
         for (bucket, bucket_grads), there in zip(gathered, on_device, strict=True):
             bucket.update(bucket_grads, values, there)
+            # autograd has to notice that what it saved for backward is gone
+            torch.autograd.graph.increment_version(bucket.params)
 
-    def _run_stock(self, leftovers: Sequence[Leftover], control: Tensor | None, amp: Amp) -> None:
+    def _run_stock(self, leftovers: Sequence[Leftover], grads: Sequence[Any], control: Tensor | None, amp: Amp) -> None:
         """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
         if control is not None and amp.found_inf is not None and bool(control[2] != 0):
             return
-        scaled = nullcontext() if control is None else _scaled_grads(leftovers, control[1])
-        with _only(self, [leftover.param for leftover in leftovers]), scaled:
+        params = [leftover.param for leftover in leftovers]
+        scaled = nullcontext() if control is None else _scaled_grads(params, grads, control[1])
+        with _only(self, params), scaled:
             _compat.stock_step(self)
+
+
+@_compat.disable_dynamo
+def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
+    optimizer._step()
 
 
 class _TritonError(Exception):
@@ -277,14 +296,13 @@ def _only(optimizer: Optimizer, params: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled_grads(leftovers: Sequence[Leftover], scale: Tensor) -> Iterator[None]:
+def _scaled_grads(params: Sequence[Tensor], grads: Sequence[Tensor], scale: Tensor) -> Iterator[None]:
     """Gradients times ``scale`` in place of the parameters' own, which stay as they are."""
     try:
-        for leftover in leftovers:
-            plain = _compat.is_plain(leftover.grad)
-            factor = scale.to(leftover.grad.device) if plain else float(scale)
-            leftover.param.grad = (leftover.grad * factor).to(leftover.grad.dtype)
+        for param, grad in zip(params, grads, strict=True):
+            factor = scale.to(grad.device) if _compat.is_plain(grad) else float(scale)
+            param.grad = (grad * factor).to(grad.dtype)
         yield
     finally:
-        for leftover in leftovers:
-            leftover.param.grad = leftover.grad
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad

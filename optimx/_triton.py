@@ -43,8 +43,7 @@ class TritonBucket(Bucket):
         self._row_keys: list[tuple[int, int]] = []
         self._compiled: set[tuple[bool, bool]] = set()
         if self.key.device_steps:
-            step_addresses = [self.steps.views[i].data_ptr() for i in self.step_indices]
-            self._step_addresses = upload(torch.tensor(step_addresses, dtype=torch.int64), device)
+            self._steps_table = upload(torch.tensor(self._step_addresses, dtype=torch.int64, device="cpu"), device)
             self._rows = torch.empty(n, self._kernels.HYPER_COLUMNS, dtype=torch.float64, device=device)
             self._raw_values: list[tuple[Any, ...]] = []
         # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
@@ -53,10 +52,10 @@ class TritonBucket(Bucket):
         self._owned_by_graphs: list[Any] = []
         if self.key.device_steps and device.type == "cuda":
             words = _even(n) + 2 * _even(n * self._kernels.RAW_COLUMNS)
-            self._spare.append(torch.empty(words, dtype=torch.int64, pin_memory=True))
+            self._spare.append(torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True))
 
     def matches(self) -> bool:
-        return [*map(Tensor.data_ptr, self._fixed)] == self._addresses
+        return super().matches() and [*map(Tensor.data_ptr, self._fixed)] == self._addresses
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
@@ -92,7 +91,7 @@ class TritonBucket(Bucket):
     def _launch(self, control: Tensor | None, warmup: bool) -> None:
         if self.key.device_steps:
             raw, scalars = self._raw_tables
-            self._kernels.prepare_(raw, scalars, self._step_addresses, self._rows, control, warmup=warmup)
+            self._kernels.prepare_(raw, scalars, self._steps_table, self._rows, control, warmup=warmup)
         self.rule.launch(
             self.key.structure, self.table, self.grads, self._rows, control,
             dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,

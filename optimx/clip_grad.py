@@ -47,7 +47,8 @@ def get_total_norm(
     """
     listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     norm_type = float(norm_type)
-    if foreach is not None or not listed:
+    # a norm of order 0 is a count of tensors in torch, and only torch's own division into tensors gives it
+    if foreach is not None or not listed or norm_type <= 0:
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
         norm = _total_norm(listed, norm_type)
@@ -82,8 +83,12 @@ def clip_grads_with_norm_(
                 _scale_triton_(same, scale.to(device, non_blocking=True))
             elif device.type != "cpu":
                 _compat.foreach_mul_(same, scale.to(device, same[0].dtype, non_blocking=True))
-            elif float(scale) != 1.0:
+            elif float(scale) != 1.0 and same[0].dtype.itemsize > 2:
                 _compat.foreach_mul_(same, float(scale))
+            elif float(scale) != 1.0:
+                # multiplied in 16 bits, the factor would be rounded first
+                for grad in same:
+                    grad.copy_(grad.float() * scale)
 
 
 def clip_grad_norm_(
@@ -181,7 +186,7 @@ def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
     from ._triton import launch_size
     from .triton_kernels.tensor_table import is_aligned, upload
 
-    addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64)
+    addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64, device="cpu")
     table = _sizes(tuple(map(Tensor.numel, grads)), grads[0].device, launch_size)
     return table, upload(addresses, table.device), is_aligned(addresses)
 

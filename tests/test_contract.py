@@ -340,11 +340,10 @@ def test_versions_count_steps(case: Case, device: torch.device) -> None:
     optimizer = case.cls(params)
     for step in range(3):
         set_grads(params, step, skip=[0] if step == 1 else [])
-        states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
-        before = [tensor._version for tensor in params + states]
+        before = [param._version for param in params]
         optimizer.step()
-        bumped = [tensor._version > version for tensor, version in zip(params + states, before, strict=True)]
-        assert bumped == [True] * len(bumped) if step != 1 else [False, True, False, False, True, True]
+        bumped = [param._version > version for param, version in zip(params, before, strict=True)]
+        assert bumped == [step != 1, True]
 
 
 @each_case
@@ -432,12 +431,11 @@ def test_duplicate_parameters(case: Case, device: torch.device) -> None:
 # groups and hyperparameters
 
 
-@each_case
-def test_hundreds_of_groups(case: Case, device: torch.device) -> None:
+def test_hundreds_of_groups(device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [{"params": [param], "lr": 0.1 / (i + 1), "weight_decay": i / 500} for i, param in enumerate(params)]
 
-    ours, stock, _ = twins(case, make_params([(2,)] * 465, device), {}, groups)
+    ours, stock, _ = twins(CASES[0], make_params([(2,)] * 465, device), {}, groups)
     train([ours, stock], 2)
     assert_same(ours, stock)
 
@@ -786,37 +784,44 @@ def fresh_dynamo():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("lr", [0.1, "tensor"], ids=["float", "tensor"])
 @each_case
-def test_compiled_step(case: Case, device: torch.device) -> None:
-    ours, stock, _ = twins(case, make_params(SHAPES, device), {"lr": torch.tensor(0.1)})
-    steps = [torch.compile(ours.step, backend="eager"), stock.step]
+def test_compiled_step(case: Case, lr: float | str, device: torch.device) -> None:
+    optimizers = [
+        cls(make_params(SHAPES, device), lr=torch.tensor(0.1) if lr == "tensor" else lr)
+        for cls in (case.cls, case.stock)
+    ]
+    steps = [torch.compile(optimizer.step, backend="eager") for optimizer in optimizers]
     for step in range(3):
-        for optimizer, run in zip((ours, stock), steps, strict=True):
+        for optimizer, run in zip(optimizers, steps, strict=True):
             set_grads(params_of(optimizer), step)
             run()
-    assert_same(ours, stock, {"rtol": 1e-5, "atol": 1e-6})
+    assert_same(*optimizers)
     # and on without the compiler
-    train([ours, stock], 2, first=3)
-    assert_same(ours, stock, {"rtol": 1e-5, "atol": 1e-6})
+    train(optimizers, 2, first=3)
+    assert_same(*optimizers, {"rtol": 1e-5, "atol": 1e-6} if lr == "tensor" else None)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
-def test_compiled_training_step(kwargs: dict, device: torch.device) -> None:
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
+def test_compiled_training_step(max_grad_norm: float | None, device: torch.device) -> None:
     case = CASES[0]
-    ours, stock, copies = twins(case, make_params(SHAPES, device), {"lr": 0.1}, **kwargs)
+    ours = case.cls(make_params(SHAPES, device), lr=0.1, max_grad_norm=max_grad_norm)
+    stock = case.stock(make_params(SHAPES, device), lr=0.1)
 
-    def train_step(optimizer: Optimizer, clip: bool) -> Tensor:
+    def train_step(optimizer: Optimizer) -> Tensor:
         loss = torch.stack([(param - 1).square().sum() for param in params_of(optimizer)]).sum()
         loss.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(copies, 0.5)
+        if optimizer is stock and max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(params_of(optimizer), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         return loss
 
     compiled = torch.compile(train_step, backend="eager", fullgraph=False)
     for _ in range(3):
-        torch.testing.assert_close(compiled(ours, False), train_step(stock, bool(kwargs)))
-    assert_same(ours, stock, {"rtol": 1e-5, "atol": 1e-6})
+        # the step that clips is not compiled; what is computes bias corrections in float32, in stock too
+        of_stock = compiled(stock) if max_grad_norm is None else train_step(stock)
+        torch.testing.assert_close(compiled(ours), of_stock)
+    assert_same(ours, stock)

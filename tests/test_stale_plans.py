@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from optimx import _step
 from tests.cases import CASES, CLOSE, Case, assert_same, make_params, set_grads, train, twins
 
 pytestmark = pytest.mark.interpreted
@@ -622,6 +623,31 @@ def test_alternating_with_stock_over_one_state(case: Case, device: torch.device)
     for step in range(1, 5):
         train([guest if step % 2 else ours, stock], 1, first=step)
     assert_same(ours, stock)
+
+
+@pytest.mark.parametrize(
+    "skips",
+    [[(0,), (1,)], [(2,), (0,)], [(), (2,)], [(0,), (1,), (2,)]],
+    ids=["overlap", "other_overlap", "subset", "rotating"],
+)
+def test_plans_of_recurring_patterns_are_kept(
+    skips: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """A mixture of experts has other gradients every step; patterns that overlap must not plan anew each time."""
+    made = []
+
+    class CountedPlan(_step.StepPlan):
+        def __init__(self, *args: Any) -> None:
+            made.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(_step, "StepPlan", CountedPlan)
+    optimizer = CASES[0].cls(make_params([(1,)] * 3, device))
+    for step in range(4 * len(skips)):
+        if step == 2 * len(skips):
+            made.clear()
+        train([optimizer], 1, first=step, skip=skips[step % len(skips)])
+    assert made == []
 
 
 def test_what_was_replaced_is_freed(device: torch.device) -> None:

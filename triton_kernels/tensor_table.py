@@ -26,11 +26,11 @@ def chunk_map(numels: Sequence[int], chunk_size: int) -> tuple[Tensor, Tensor]:
     Returns:
         ``(tensor, start)``, one entry a chunk: the index of the tensor (int32) and the chunk's first element (int64).
     """
-    sizes = torch.tensor(list(numels), dtype=torch.int64)
+    sizes = torch.tensor(list(numels), dtype=torch.int64, device="cpu")
     counts = (sizes + chunk_size - 1).div(chunk_size, rounding_mode="floor")
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
     first_chunk = counts.cumsum(0) - counts
-    start = (torch.arange(len(tensor)) - first_chunk[tensor]) * chunk_size
+    start = (torch.arange(len(tensor), device="cpu") - first_chunk[tensor]) * chunk_size
     return tensor.to(torch.int32), start
 
 
@@ -44,7 +44,7 @@ def upload(source: Tensor, device: torch.device, staging: Tensor | None = None) 
     if device.type == "cpu":
         return source.clone()
     if staging is None:
-        staging = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        staging = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return staging.copy_(source).to(device, non_blocking=True)
 
 
@@ -94,18 +94,20 @@ class TensorTable:
         self.device = device
         self.n_tensors = len(numels)
         addresses = [[tensor.data_ptr() for tensor in role] for role in roles]
-        fixed = torch.tensor(addresses, dtype=torch.int64).reshape(len(roles), len(numels)).t().contiguous()
+        fixed = (
+            torch.tensor(addresses, dtype=torch.int64, device="cpu").reshape(len(roles), len(numels)).t().contiguous()
+        )
         chunk_tensor, chunk_start = chunk_map(numels, self.size.chunk_size)
         self.n_chunks = len(chunk_tensor)
         self.fixed = upload(fixed, device)
-        self.numels = upload(torch.tensor(list(numels), dtype=torch.int64), device)
+        self.numels = upload(torch.tensor(list(numels), dtype=torch.int64, device="cpu"), device)
         self.chunk_tensor = upload(chunk_tensor, device)
         self.chunk_start = upload(chunk_start, device)
         self.set_rows(rows)
 
     def set_rows(self, rows: Sequence[int]) -> None:
         """Let each tensor read another hyperparameter row."""
-        self.rows = upload(torch.tensor(list(rows), dtype=torch.int32), self.device)
+        self.rows = upload(torch.tensor(list(rows), dtype=torch.int32, device="cpu"), self.device)
 
 
 def is_aligned(addresses: Tensor) -> bool:
