@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,10 +46,10 @@ class Bucket:
         for tensors, name in zip(self.states, self.rule.state_names(self.key.structure), strict=True):
             tensors.append(state[name])
 
-    def finish(self, counts: StepCounts) -> None:
-        """All members are there."""
+    def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
+        """All members are there; ``all_states`` are the optimizer's."""
         device = self.key.device if self.key.device_steps else torch.device("cpu")
-        self.steps, self.step_indices = counts.home(self._state_dicts, device)
+        self.steps, self.step_indices = counts.home(self._state_dicts, device, all_states)
         self.increments = None
         if len(self.step_indices) != len(self.steps.views):
             self.increments = torch.zeros_like(self.steps.values)
@@ -62,6 +62,10 @@ class Bucket:
 
     def compile(self, control: Tensor | None) -> None:
         """Compile what :meth:`update` needs; may fail, and changes nothing."""
+
+    def watched_states(self) -> list[Tensor]:
+        """State tensors whose shapes, strides and dtypes are compared every step."""
+        return [tensor for tensors in self.states for tensor in tensors]
 
     def matches(self) -> bool:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""

@@ -37,25 +37,30 @@ class Amp:
     check: bool = False
 
 
-def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[Tensor]:
+def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, *, wide: bool = False) -> list[Tensor]:
     """Norms whose norm is the norm of ``tensors``: one a large tensor, one for many small ones together.
 
-    float32 where a tensor is of 16 bits, where torch rounds each norm to 16 bits; else the tensor's real dtype.
+    float32 where a tensor is of 16 bits, where torch rounds each norm to 16 bits; else the tensor's real dtype;
+    float64 with ``wide``.
     """
     norms: list[Tensor] = []
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if not _compat.is_plain(tensor):
             norm = torch.linalg.vector_norm(tensor, norm_type)
-            # a DTensor's norm is a partial result until it is asked for; what others make of a norm, only a number tells
-            whole = norm.full_tensor() if hasattr(norm, "full_tensor") else torch.full((), float(norm), device="cpu")
-            norms.append(whole)
+            # a DTensor's norm is a partial result until it is asked for; what others make of it, only a number tells
+            if hasattr(norm, "full_tensor"):
+                norms.append(norm.full_tensor())
+            else:
+                norms.append(torch.full((), float(norm), dtype=torch.float64, device="cpu"))
             continue
         tensor = _elements(tensor)
         if tensor.numel() or norm_type > 0:
             alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     for (_, dtype), same in alike.items():
         accumulate = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
+        if wide:
+            accumulate = torch.complex128 if dtype.is_complex else torch.float64
         small, large = split_by_size(same)
         for batch in small:
             together = _compat.flatten_dense_tensors([same[i] for i in batch])
@@ -104,13 +109,18 @@ def measure(
         (native if isinstance(bucket, NativeBucket) else triton).append(bucket)  # type: ignore[arg-type]
     all_grads = [*others, *chain.from_iterable(grads for _, grads in gathered)]
     dtype = result_dtype([bucket.key.dtypes[1] for bucket, _ in gathered] + [grad.dtype for grad in others])
+    scaled = amp.grad_scale is not None
+    needed = max_norm is not None or amp.check
     if triton:
-        norms = [norm for bucket in native for norm in bucket.norms()] + tensor_norms(others)
+        norms = _torch_norms(native, others, wide=scaled) if needed else []
         return _measure_triton(triton, norms, max_norm, amp, dtype)
     device = all_grads[0].device
     norm = None
-    if max_norm is not None or amp.check:
-        norm = meet([norm for bucket in native for norm in bucket.norms()] + tensor_norms(others), 2.0, device)
+    if needed:
+        norm = meet(_torch_norms(native, others), 2.0, device)
+        if scaled and _maybe_infinite(norm):
+            # squares of scaled gradients overflow float32 long before those of the gradients would
+            norm = meet(_torch_norms(native, others, wide=True), 2.0, device)
     scale = torch.ones((), dtype=torch.float64, device=device)
     skip = torch.zeros((), dtype=torch.float64, device=device)
     if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
@@ -125,6 +135,10 @@ def measure(
         skip = amp.found_inf.to(device, torch.float64)
     control = torch.stack([skip if norm is None else norm, scale, skip])
     return control[0].to(dtype), control
+
+
+def _torch_norms(native: Sequence[NativeBucket], others: Sequence[Tensor], wide: bool = False) -> list[Tensor]:
+    return [norm for bucket in native for norm in bucket.norms(wide)] + tensor_norms(others, wide=wide)
 
 
 def _maybe_infinite(norm: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from torch import Tensor
 from . import _compat
 from ._buckets import Bucket
 
-#: Elements a piece of a large tensor has: four float32 roles and a scratch copy stay in two cores' L2.
-PIECE = 1 << 16
+if TYPE_CHECKING:
+    from ._plan import StepCounts
+
+#: Elements a piece of a large tensor has. Its scaled gradient, 2 MB of float32, stays in the cache; smaller pieces lose
+#: more to calls and to threads that wait for each other (measured from 2**14 to 2**22).
+PIECE = 1 << 19
+#: Elements of small tensors that are flattened together.
+BATCH = 1 << 16
 #: Contiguous tensors up to this many elements are copied together rather than one by one.
 SMALL = 1 << 12
 
@@ -23,7 +29,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Indices of small tensors in batches of up to a piece's elements, and of large ones (or not contiguous)."""
+    """Indices of small tensors, batch by batch, and of large (or not contiguous) ones."""
     small: list[list[int]] = []
     large: list[int] = []
     room = 0
@@ -34,7 +40,7 @@ def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]
             continue
         if numel > room:
             small.append([])
-            room = PIECE
+            room = BATCH
         if small:
             small[-1].append(i)
             room -= numel
@@ -78,6 +84,12 @@ class _Call:
         self.values: tuple[Any, ...] = ()
         self.grads: Sequence[Tensor] = []
 
+    def take(self, grads: Sequence[Tensor]) -> None:
+        """Use these gradients from now on; nothing of earlier ones is kept."""
+        self.grads = grads
+        for batch in self.batches:
+            batch.flat = None
+
     def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self._members is None else [tensors[i] for i in self._members]
 
@@ -85,13 +97,23 @@ class _Call:
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
-    def finish(self, counts: Any) -> None:
-        super().finish(counts)
+    def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
+        super().finish(counts, all_states)
+        # looking at every state would take a sixth of a step on many small tensors. Nothing here keeps an address of
+        # one, and who swaps the memory beneath states does it to all of them: a few tell
+        shapes = [(param.dim(), param.numel()) for param in self.params]
+        self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
+        self._step_tensors = [self._step_tensors[i] for i in self._watched]
+        self._step_addresses = [self._step_addresses[i] for i in self._watched]
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._mixed = len(set(self.key.dtypes)) > 1
+        self._piece: Tensor | None = None
         self._pattern: list[int] = []
         self._calls: list[_Call] = []
+
+    def watched_states(self) -> list[Tensor]:
+        return [tensors[i] for tensors in self.states for i in self._watched]
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         """Merge groups with equal hyperparameters; which groups are equal changes less often than their values."""
@@ -106,11 +128,11 @@ class NativeBucket(Bucket):
             self._call_groups = [self.groups[indices[0]] for indices in members.values()]
         for call, group in zip(self._calls, self._call_groups, strict=True):
             call.values = values[group]
-            call.grads = call.pick(grads)
+            call.take(call.pick(grads))
 
-    def norms(self) -> list[Tensor]:
-        """Norms whose norm is the norm of this step's gradients."""
-        dtype = self.compute_dtype
+    def norms(self, wide: bool = False) -> list[Tensor]:
+        """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
+        dtype = torch.float64 if wide else self.compute_dtype
         norms: list[Tensor] = []
         for call in self._calls:
             norms += [torch.linalg.vector_norm(batch.flatten(call.grads), dtype=dtype) for batch in call.batches]
@@ -123,6 +145,8 @@ class NativeBucket(Bucket):
         if control is not None:
             _, scale, skip = control.tolist()
             if skip:
+                for call in self._calls:
+                    call.take([])
                 return
         self.steps.count(self.increments)
         for call in self._calls:
@@ -130,9 +154,7 @@ class NativeBucket(Bucket):
                 self.rule.native(self.key.structure, call.values, call.params, call.grads, call.states, call.steps)
             else:
                 self._update_staged(call, scale)
-            call.grads = []
-            for batch in call.batches:
-                batch.flat = None
+            call.take([])
 
     def _update_staged(self, call: _Call, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, without writing a gradient.
@@ -147,9 +169,20 @@ class NativeBucket(Bucket):
             self._native_staged(call.values, members, batch.scaled(call.grads, scale), steps)
         for i in call.large:
             split = [flat(tensor).split(PIECE) for tensor in (call.grads[i], *(role[i] for role in roles))]
+            scratch = self._scratch()
             for grad, *pieces in zip(*split, strict=True):
-                scaled = grad.to(self.compute_dtype, copy=True).mul_(scale)
+                scaled = scratch[: len(grad)]
+                if grad.dtype is scaled.dtype:
+                    torch.mul(grad, scale, out=scaled)
+                else:
+                    scaled.copy_(grad).mul_(scale)
                 self._native_staged(call.values, [[piece] for piece in pieces], [scaled], [call.steps[i]])
+
+    def _scratch(self) -> Tensor:
+        """A piece's worth of memory that stays in the cache: fresh memory of that size is mapped anew every time."""
+        if self._piece is None:
+            self._piece = torch.empty(PIECE, dtype=self.compute_dtype, device="cpu")
+        return self._piece
 
     def _native_staged(
         self,

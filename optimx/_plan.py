@@ -9,8 +9,9 @@ on is compared every step, in a handful of C loops: about 0.5 µs a tensor.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -151,7 +152,8 @@ class StepBuffer:
         for i, step in enumerate(steps):
             step.set_(self.values.untyped_storage(), i, (), ())
         self._expected: Tensor | None = None
-        self._last_user: object = None
+        # weak: a buffer outlives the plans that count with it, and must not keep their tensors alive
+        self._last_user: Callable[[], object] = lambda: None
 
     def count(self, increments: Tensor | None) -> None:
         """Add 1 to all counts, or ``increments`` where only some parameters step."""
@@ -162,9 +164,9 @@ class StepBuffer:
     def unchanged_since(self, user: object) -> bool:
         """Whether ``user`` was the last to count here and nobody wrote a count since; remembers ``user``."""
         expected = self._expected
-        if self._last_user is user and expected is not None and torch.equal(self.values, expected):
+        if self._last_user() is user and expected is not None and torch.equal(self.values, expected):
             return True
-        self._last_user, self._expected = user, self.values.clone()
+        self._last_user, self._expected = weakref.ref(user), self.values.clone()
         return False
 
 
@@ -176,20 +178,29 @@ class StepCounts:
     def __init__(self) -> None:
         self._buffers: dict[int, StepBuffer] = {}
 
-    def home(self, states: Sequence[dict[str, Any]], device: torch.device) -> tuple[StepBuffer, list[int]]:
-        """Bring the step counts of ``states`` into one buffer on ``device``; returns it and each one's index."""
+    def home(
+        self, states: Sequence[dict[str, Any]], device: torch.device, others: Iterable[Any] = ()
+    ) -> tuple[StepBuffer, list[int]]:
+        """Bring the step counts of ``states`` into one buffer on ``device``; returns it and each one's index.
+
+        Where a new buffer has to be made, it takes the counts of ``others`` too, all that are alike: patterns of
+        gradients that overlap would otherwise take counts out of each other's buffers forever.
+        """
         for state in states:
             if state["step"].device != device:
                 # towards the host a copy that nobody waits for would be read too early
                 state["step"] = state["step"].to(device, non_blocking=device.type != "cpu")
-        buffers = {id(buffer): buffer for buffer in (self._find(state["step"]) for state in states)}
+        steps = [state["step"] for state in states]
+        buffers = {id(buffer): buffer for buffer in map(self._find, steps)}
         buffer = next(iter(buffers.values())) if len(buffers) == 1 else None
         if buffer is None:
-            buffer = StepBuffer([state["step"] for state in states])
+            candidates = (state.get("step") for state in others if isinstance(state, dict))
+            alike = [s for s in candidates if isinstance(s, Tensor) and (s.device, s.dtype) == (device, steps[0].dtype)]
+            buffer = StepBuffer([*{id(step): step for step in (*steps, *alike)}.values()])
             self._buffers[buffer.values.untyped_storage().data_ptr()] = buffer
             while len(self._buffers) > self._KEPT:
                 del self._buffers[next(iter(self._buffers))]
-        return buffer, [state["step"].storage_offset() for state in states]
+        return buffer, [step.storage_offset() for step in steps]
 
     def _find(self, step: Tensor) -> StepBuffer | None:
         buffer = self._buffers.get(step.untyped_storage().data_ptr())
@@ -255,7 +266,7 @@ class StepPlan:
             by_key[key].add(param, position, g, ensure_state(optimizer, param, groups[g], key))
         self.buckets = list(by_key.values())
         for bucket in self.buckets:
-            bucket.finish(optimizer._step_counts)
+            bucket.finish(optimizer._step_counts, optimizer.state.values())
 
         # what is compared every step; read after the states were made
         self._grad_types = [*map(type, grads)]
@@ -265,7 +276,7 @@ class StepPlan:
         self._members = [position for bucket in self.buckets for position in bucket.positions]
         if self._members == list(range(len(params))):
             self._members = []
-        self._states = [tensor for bucket in self.buckets for tensors in bucket.states for tensor in tensors]
+        self._states = [tensor for bucket in self.buckets for tensor in bucket.watched_states()]
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
         self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads), *self._states])
 

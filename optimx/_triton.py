@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._buckets import Bucket
 from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
+
+if TYPE_CHECKING:
+    from ._plan import StepCounts
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -31,8 +34,8 @@ class TritonBucket(Bucket):
     can fail lies before the last, so a failure leaves nothing half done.
     """
 
-    def finish(self, counts: Any) -> None:
-        super().finish(counts)
+    def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
+        super().finish(counts, all_states)
         device, n = self.key.device, len(self.params)
         self._kernels = self.rule.kernels()
         self.table = TensorTable(

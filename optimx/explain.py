@@ -100,4 +100,6 @@ def _dtypes(dtypes: Sequence[str]) -> str:
     if len(set(dtypes)) == 1:
         return dtypes[0]
     param, grad, *states = dtypes
-    return f"{param}, grad {grad}" + (f", state {'/'.join(dict.fromkeys(states))}" if states else "")
+    return (param if grad == param else f"{param}, grad {grad}") + (
+        f", state {'/'.join(dict.fromkeys(states))}" if states else ""
+    )

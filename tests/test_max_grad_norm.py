@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from optimx._backend import interpreted
 from tests.cases import CASES, CLOSE, HALF, SHAPES, Case, assert_same, make_params, set_grads, twins
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]
 
 VARIANTS = [pytest.param(c, kw, id=f"{c.name}-{name}") for c in CASES for name, kw in c.variants.items()]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -276,7 +276,6 @@ def test_survives(duplicate: Callable, case: Case, device: torch.device) -> None
     assert not torch.equal(params_of(twin)[1], params_of(ours)[1])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("value", [INF, -INF, NAN])
 @pytest.mark.parametrize("index", [0, 1, 3], ids=["scalar", "large", "torchs_own_step"])
 @each_case

@@ -628,7 +628,7 @@ def test_alternating_with_stock_over_one_state(case: Case, device: torch.device)
 @pytest.mark.parametrize(
     "skips",
     [[(0,), (1,)], [(2,), (0,)], [(), (2,)], [(0,), (1,), (2,)]],
-    ids=["overlap", "other_overlap", "subset", "rotating"],
+    ids=["overlap", "ends", "subset", "rotating"],
 )
 def test_plans_of_recurring_patterns_are_kept(
     skips: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, device: torch.device
