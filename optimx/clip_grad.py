@@ -180,6 +180,7 @@ def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> None:
 
     table, addresses, aligned = _table(grads)
     scale_(table, addresses, scale, dtype=grads[0].dtype, aligned=aligned)
+    torch.autograd.graph.increment_version(grads)
 
 
 def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
