@@ -54,7 +54,11 @@ class Bucket:
         if len(self.step_indices) != len(self.steps.views):
             self.increments = torch.zeros_like(self.steps.values)
             self.increments[self.step_indices] = 1
-        self._step_tensors = [state["step"] for state in self._state_dicts]
+        # looking at every state would take a sixth of a step on many small tensors; who swaps the memory beneath states
+        # does it to all of them, so a few tell. Where addresses are kept, all of those are compared
+        shapes = [(param.dim(), param.numel()) for param in self.params]
+        self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
+        self._step_tensors = [self._state_dicts[i]["step"] for i in self._watched]
         self._step_addresses = [*map(Tensor.data_ptr, self._step_tensors)]
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
@@ -65,7 +69,7 @@ class Bucket:
 
     def watched_states(self) -> list[Tensor]:
         """State tensors whose shapes, strides and dtypes are compared every step."""
-        return [tensor for tensors in self.states for tensor in tensors]
+        return [tensors[i] for tensors in self.states for i in self._watched]
 
     def matches(self) -> bool:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""

@@ -99,21 +99,12 @@ class NativeBucket(Bucket):
 
     def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
         super().finish(counts, all_states)
-        # looking at every state would take a sixth of a step on many small tensors. Nothing here keeps an address of
-        # one, and who swaps the memory beneath states does it to all of them: a few tell
-        shapes = [(param.dim(), param.numel()) for param in self.params]
-        self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
-        self._step_tensors = [self._step_tensors[i] for i in self._watched]
-        self._step_addresses = [self._step_addresses[i] for i in self._watched]
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._mixed = len(set(self.key.dtypes)) > 1
         self._piece: Tensor | None = None
         self._pattern: list[int] = []
         self._calls: list[_Call] = []
-
-    def watched_states(self) -> list[Tensor]:
-        return [tensors[i] for tensors in self.states for i in self._watched]
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         """Merge groups with equal hyperparameters; which groups are equal changes less often than their values."""

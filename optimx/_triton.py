@@ -42,13 +42,16 @@ class TritonBucket(Bucket):
             [param.numel() for param in self.params], [self.params, *self.states], range(n), device, launch_size
         )
         self._fixed = [*chain.from_iterable([self.params, *self.states])]
-        self._addresses = [*map(Tensor.data_ptr, self._fixed)]
         self._row_keys: list[tuple[int, int]] = []
         self._compiled: set[tuple[bool, bool]] = set()
         if self.key.device_steps:
-            self._steps_table = upload(torch.tensor(self._step_addresses, dtype=torch.int64, device="cpu"), device)
+            steps = [state["step"] for state in self._state_dicts]
+            self._fixed += steps
+            addresses = torch.tensor([*map(Tensor.data_ptr, steps)], dtype=torch.int64, device="cpu")
+            self._steps_table = upload(addresses, device)
             self._rows = torch.empty(n, self._kernels.HYPER_COLUMNS, dtype=torch.float64, device=device)
-            self._raw_values: list[tuple[Any, ...]] = []
+            self._raw_values: Sequence[tuple[Any, ...]] = []
+        self._addresses = [*map(Tensor.data_ptr, self._fixed)]
         # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
         # and never given back
         self._spare: list[Tensor] = []
@@ -62,20 +65,18 @@ class TritonBucket(Bucket):
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
-        self._values = values
         addresses = array("q", map(Tensor.data_ptr, grads))
         self.aligned = self.key.aligned and is_aligned(torch.frombuffer(addresses, dtype=torch.int64))
         if not self.key.device_steps:
             self.grads, rows = self._send(addresses, array("d", self._host_rows(values)))
             self._rows = rows.view(torch.float64)
             return
-        raw_values = [values[group] for group in self.groups]
         capturing = _capturing(self.key.device)
-        if capturing or not _identical(raw_values, self._raw_values):
-            self.grads, raw, scalars = self._send(addresses, *self._raw(raw_values))
+        if capturing or not _identical(values, self._raw_values):
+            self.grads, raw, scalars = self._send(addresses, *self._raw(values))
             self._raw_tables = raw.view(torch.float64), scalars
             # what is sent under capture arrives at replay, and belongs to the graph
-            self._raw_values = [] if capturing else raw_values
+            self._raw_values = [] if capturing else values
         else:
             (self.grads,) = self._send(addresses)
 
@@ -131,10 +132,10 @@ class TritonBucket(Bucket):
         row_of = self._kernels.hyper_row
         return chain.from_iterable(row_of(*values[group], step=counts[i] + 1) for group, i in self._row_keys)
 
-    def _raw(self, raw_values: Sequence[tuple[Any, ...]]) -> tuple[array, array]:
+    def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[array, array]:
         """Hyperparameters of each tensor for ``prepare_``: numbers, and addresses of those that are device scalars."""
         numbers, addresses = array("d"), array("q")
-        for value in chain.from_iterable(raw_values):
+        for value in chain.from_iterable(values[group] for group in self.groups):
             on_device = isinstance(value, Tensor)
             numbers.append(0.0 if on_device else value)
             addresses.append(value.data_ptr() if on_device else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,15 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
 def launch(kernel: Any, n_programs: int, warmup: bool) -> Callable[..., Any]:
     """``kernel`` on a one-dimensional grid; with ``warmup`` it is only compiled."""
     grid = (n_programs,)
-    return partial(kernel.warmup, grid=grid) if warmup else kernel[grid]
+    start = partial(kernel.warmup, grid=grid) if warmup else kernel[grid]
+
+    def on_its_device(*args: Any, **kwargs: Any) -> Any:
+        # triton launches on the current device, wherever the tensors are
+        device = args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return start(*args, **kwargs)
+
+    return on_its_device
 
 
 @triton.jit
