@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -716,7 +717,8 @@ def test_default_device_is_another(kwargs: dict, device: torch.device) -> None:
             set_grads(params_of(optimizer), step, skip=[0] if step == 1 else [])
             if optimizer is stock and kwargs:
                 nn.utils.clip_grad_norm_(copies, 0.5)
-            with torch.device("meta"):
+            # before torch 2.13 stock's own step fails there
+            with torch.device("meta") if optimizer is ours else nullcontext():
                 optimizer.step()
     assert_same(ours, stock)
 

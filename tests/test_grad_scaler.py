@@ -42,6 +42,13 @@ def copies(params: Sequence[Tensor]) -> list[Parameter]:
     return [Parameter(p.detach().clone()) for p in params]
 
 
+def turn(params: Sequence[Tensor]) -> None:
+    """Give complex gradients an imaginary part."""
+    for param in params:
+        if param.is_complex():
+            param.grad = param.grad * (1 - 2j)
+
+
 def backward(
     scaler: torch.amp.GradScaler,
     optimizer: torch.optim.Optimizer,
@@ -57,6 +64,7 @@ def backward(
     """
     params = params_of(optimizer)
     set_grads(params, step, scale, skip)
+    turn(params)
     pairs = [(p, p.grad) for p in params if p.grad is not None]
     optimizer.zero_grad()
     loss = sum((p * grad.conj()).real.float().sum() for p, grad in pairs)
@@ -100,7 +108,7 @@ def assert_equal(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
 
 
 #: Steps 1 and 4 are skipped; the scale grows in between.
-BAD_STEPS = [None, (2, INF), None, None, (3, NAN), None]
+BAD_STEPS = [None, (2, -INF), None, None, (3, NAN), None]
 
 
 @each_fused
@@ -186,7 +194,7 @@ def test_unscale_by_hand_and_clip_inside(case: Case, scaler_cls: type, device: t
         assert_same(ours, stock)
 
 
-@pytest.mark.parametrize("value", [INF, -INF, NAN])
+@pytest.mark.parametrize("value", [INF, NAN])
 @pytest.mark.parametrize("index", range(3), ids=["scalar", "several_chunks", "bf16"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0], ids=["plain", "clipping"])
 @each_scaler
@@ -280,7 +288,7 @@ def test_gradients_are_left_alone(
 ) -> None:
     """Our scaler has them unscaled in registers. Torch's writes them, if only times 1."""
     params = make_params([(), (300,), (3, 5, 7)], device=device)
-    params += [Parameter(torch.randn(5, dtype=torch.complex64, device=device))]
+    params += make_params([(5,)], device=device, dtype=torch.complex64)
     params += make_params([(70,)], device=device, dtype=torch.float16)
     optimizer = optimx.AdamW(params, max_grad_norm=max_grad_norm)
     scaler = new_scaler(optimx.GradScaler, device)
@@ -430,6 +438,7 @@ def test_complex_parameters(case: Case, max_grad_norm: float | None, device: tor
             assert_equal(snapshot(ours), before)
             continue
         set_grads(params_of(stock), step)
+        turn(params_of(stock))
         norm = clip_grad_norm_(params_of(stock), max_grad_norm or INF)
         stock.step()
         if max_grad_norm is not None:

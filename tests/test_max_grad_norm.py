@@ -65,6 +65,13 @@ def clipped_step(
     return norm
 
 
+def turn(params: list[Tensor]) -> None:
+    """Give complex gradients an imaginary part."""
+    for param in params:
+        if param.is_complex():
+            param.grad = param.grad * (1 - 2j)
+
+
 def three_groups(params: list[Tensor]) -> list[dict]:
     return [{"params": params[:3]}, {"params": params[3:5], "lr": 0.05, "weight_decay": 0.3}, {"params": params[5:]}]
 
@@ -114,6 +121,29 @@ def test_mixed_dtypes(case: Case, device: torch.device) -> None:
         torch.testing.assert_close(param.double(), twin.double(), **close)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_grad"),
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float32)],
+    ids=["float32-bf16_grad", "bf16-float32_grad", "float64-float32_grad"],
+)
+@each_case
+def test_gradients_of_another_dtype(case: Case, dtype: torch.dtype, of_grad: torch.dtype, device: torch.device) -> None:
+    params = make_params([(), (129,), (16, 24)], device=device, dtype=dtype)
+    ours, stock, _ = twins(case, params, {"lr": 0.01}, max_grad_norm=0.5)
+    for param in params:
+        param.grad_dtype = None  # any
+
+    def round_grads(some: list[Tensor]) -> None:
+        for param in some:
+            grad = param.grad.to(of_grad)
+            param.grad = grad if param.grad_dtype is None else grad.to(param.dtype)
+
+    for step in range(3):
+        clipped_step(ours, stock, step, edit=round_grads)
+    assert ours.grad_norm.dtype is torch.float32
+    assert_same(ours, stock, CLOSE[torch.float32] if dtype is torch.float64 else None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bf16"])
 @each_case
 def test_large_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> None:
@@ -152,7 +182,7 @@ def test_many_small_tensors(case: Case, device: torch.device) -> None:
 @each_case
 def test_gradients_are_left_alone(case: Case, dtype: torch.dtype, max_grad_norm: float, device: torch.device) -> None:
     params = make_params([*SHAPES, (20, 30)], device=device, dtype=dtype)
-    complex_param = Parameter(torch.randn(5, dtype=torch.complex64, device=device))
+    (complex_param,) = make_params([(5,)], device=device, dtype=torch.complex64)
     optimizer = case.cls([*params, complex_param], max_grad_norm=max_grad_norm)
     for step in range(2):
         set_grads([*params, complex_param], step)
@@ -282,7 +312,7 @@ def test_survives(duplicate: Callable, case: Case, device: torch.device) -> None
 def test_nonfinite_gradients(case: Case, value: float, index: int, device: torch.device) -> None:
     """Nobody looks for them: an infinite norm makes the factor 0 (and 0 * inf NaN), NaN makes all NaN."""
     params = make_params([(), (300,), (5, 7)], device=device)
-    params.append(Parameter(torch.randn(5, dtype=torch.complex64, device=device)))
+    params += make_params([(5,)], device=device, dtype=torch.complex64)
     ours, stock, _ = twins(case, params, {"lr": 0.01}, max_grad_norm=0.5)
     clipped_step(ours, stock, 0)
 
@@ -317,20 +347,19 @@ def test_with_parameters_on_torchs_step(case: Case, mixture: str, max_grad_norm:
     params += make_params([(4,), (2, 3)], device=device, dtype=torch.complex64)
     ours, stock, _ = twins(case, params, {"lr": 0.01}, MIXTURES[mixture], max_grad_norm=max_grad_norm)
     for step in range(4):
-        clipped_step(ours, stock, step, scale=1.0 + step)
+        clipped_step(ours, stock, step, scale=1.0 + step, edit=turn)
     assert_same(ours, stock, CLOSE[torch.float32])
 
 
+@pytest.mark.parametrize("kwargs", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
 @each_case
-def test_optimizer_on_torchs_step(case: Case, device: torch.device) -> None:
+def test_optimizer_on_torchs_step(case: Case, kwargs: dict, device: torch.device) -> None:
     params = make_params(device=device)
-    ours, stock, _ = twins(case, params, {}, max_grad_norm=0.5)
-    for kwargs in ({"foreach": True}, {"foreach": False}, {"fused": False}):
-        ours = case.cls(params, lr=0.01, max_grad_norm=0.5, **kwargs)
-        stock = case.stock([Parameter(p.detach().clone()) for p in params], lr=0.01, foreach=False)
-        for step in range(3):
-            clipped_step(ours, stock, step)
-        assert_same(ours, stock)
+    stock = case.stock([Parameter(p.detach().clone()) for p in params], lr=0.01, foreach=False)
+    ours = case.cls(params, lr=0.01, max_grad_norm=0.5, **kwargs)
+    for step in range(3):
+        clipped_step(ours, stock, step)
+    assert_same(ours, stock)
 
 
 @each_case
