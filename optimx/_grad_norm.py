@@ -60,7 +60,7 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, *, wide: boo
     for (_, dtype), same in alike.items():
         accumulate = torch.float32 if dtype in (torch.bfloat16, torch.float16) else None
         if wide:
-            accumulate = torch.complex128 if dtype.is_complex else torch.float64
+            accumulate = torch.complex128 if dtype.is_complex else widest(same[0].device)
         small, large = split_by_size(same)
         for batch in small:
             together = _compat.flatten_dense_tensors([same[i] for i in batch])
@@ -76,11 +76,16 @@ def _elements(tensor: Tensor) -> Tensor:
 
 
 def meet(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
-    """The norm of norms, float64 on ``device``."""
+    """The norm of norms on ``device``, in its widest dtype."""
     if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    stacked = torch.stack([norm.to(device, torch.float64) for norm in norms])
+        return torch.zeros((), dtype=widest(device), device=device)
+    stacked = torch.stack([norm.to(device, widest(device)) for norm in norms])
     return torch.linalg.vector_norm(stacked, norm_type)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
@@ -121,18 +126,18 @@ def measure(
         if scaled and _maybe_infinite(norm):
             # squares of scaled gradients overflow float32 long before those of the gradients would
             norm = meet(_torch_norms(native, others, wide=True), 2.0, device)
-    scale = torch.ones((), dtype=torch.float64, device=device)
-    skip = torch.zeros((), dtype=torch.float64, device=device)
+    scale = torch.ones((), dtype=widest(device), device=device)
+    skip = torch.zeros((), dtype=widest(device), device=device)
     if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
         amp.found_inf.copy_(torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in all_grads]).any())
     if amp.grad_scale is not None:
-        inverse = amp.grad_scale.to(device, torch.float64).reciprocal()
+        inverse = amp.grad_scale.to(device, widest(device)).reciprocal()
         norm = None if norm is None else norm * inverse
         scale = scale * inverse
     if max_norm is not None and norm is not None:
         scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if amp.found_inf is not None:
-        skip = amp.found_inf.to(device, torch.float64)
+        skip = amp.found_inf.to(device, widest(device))
     control = torch.stack([skip if norm is None else norm, scale, skip])
     return control[0].to(dtype), control
 

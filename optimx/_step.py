@@ -138,7 +138,8 @@ class MultiTensorStep(Optimizer):
     def step_was_skipped(self) -> Tensor:
         """Whether the last step changed nothing because GradScaler found an infinite or NaN gradient: a bool scalar.
 
-        It is on the gradients' device; only looking at its value (``if opt.step_was_skipped``) waits.
+        It is on the gradients' device; only looking at its value (``if opt.step_was_skipped``) waits. Where torch's
+        implementation was asked for, GradScaler does not call a skipped step, and this tells of the last one called.
         """
         return torch.tensor(False, device="cpu") if self._control is None else self._control[2] != 0
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import utils as _torch
 
 from . import _backend, _compat
-from ._grad_norm import meet, result_dtype, tensor_norms
+from ._grad_norm import meet, result_dtype, tensor_norms, widest
 from ._plan import FLOATS, is_dense
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
@@ -77,12 +77,13 @@ def clip_grads_with_norm_(
         return _torch.clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
     grads = [param.grad for param in listed if param.grad is not None]
     with torch.no_grad():
-        scale = torch.clamp(float(max_norm) / (total_norm.double() + 1e-6), max=1.0)
+        scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):
             if backend == _backend.TRITON:
                 _scale_triton_(same, scale.to(device, non_blocking=True))
             elif device.type != "cpu":
-                _compat.foreach_mul_(same, scale.to(device, same[0].dtype, non_blocking=True))
+                # not in the gradients' dtype: 16 bits would round the factor first
+                _compat.foreach_mul_(same, scale.to(device, result_dtype([same[0].dtype]), non_blocking=True))
             elif float(scale) != 1.0 and same[0].dtype.itemsize > 2:
                 _compat.foreach_mul_(same, float(scale))
             elif float(scale) != 1.0:
@@ -131,7 +132,9 @@ def clip_grad_value_(parameters: Tensors, clip_value: float, foreach: bool | Non
     It reads and writes the gradients twice; no kernel of ours would be used by a step, where clipping by value has no
     counterpart to ``max_grad_norm``.
     """
-    _torch.clip_grad_value_(parameters, clip_value, foreach)
+    listed = _listed(parameters)
+    if any(param.grad is not None for param in listed):
+        _torch.clip_grad_value_(listed, clip_value, foreach)
 
 
 def _listed(tensors: Tensors) -> list[Tensor]:
