@@ -243,6 +243,7 @@ class StepPlan:
         self.params = params
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
+        self._values_seen = optimizer._values
 
         self._group_sizes = [len(group["params"]) for group in groups]
         # torch steps a parameter twice that is listed twice; in one launch the two would race
@@ -307,9 +308,18 @@ class StepPlan:
             and all(map(is_, states.values(), self._state_dicts))
             and sum(map(len, self._value_dicts)) == len(self._state_values)
             and all(map(is_, chain.from_iterable(map(dict.values, self._value_dicts)), self._state_values))
-            and [*map(optimizer.rule.structure_of, groups)] == self.structure
-            and [*map(optimizer.rule.flags_of, groups)] == self.flags
+            and self._same_variants(optimizer)
         )
+
+    def _same_variants(self, optimizer: MultiTensorStep) -> bool:
+        """Whether groups still choose the kernels they chose; looked at only where a setting has changed."""
+        if optimizer._values is self._values_seen:
+            return True
+        rule, groups = optimizer.rule, optimizer.param_groups
+        same = [*map(rule.structure_of, groups)] == self.structure and [*map(rule.flags_of, groups)] == self.flags
+        if same:
+            self._values_seen = optimizer._values
+        return same
 
     def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
         """Whether dtypes, devices, shapes, strides and addresses are what they were."""

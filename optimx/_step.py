@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
-from operator import itemgetter
+from operator import is_, itemgetter
 from typing import Any, ClassVar
 
 import torch
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from . import _backend, _compat
 from ._grad_norm import Amp, measure
 from ._plan import Leftover, StepCounts, StepPlan, asks_for_torch
+
+_CONSTANTS = (bool, int, float, str, type(None))
 
 #: Patterns of gradients (which are None) for which a plan is kept.
 _PLANS_KEPT = 4
@@ -103,6 +105,8 @@ class MultiTensorStep(Optimizer):
         self._device_steps = False
         self._control = None
         self._deferred_found_inf = None
+        self._settings: list[Any] = []
+        self._values: list[tuple[Any, ...]] = []
         #: GradScaler hands scale and found_inf over instead of unscaling; as in torch, not where torch's step is used
         self._step_supports_amp_scaling = not any(map(asks_for_torch, self.param_groups))
 
@@ -173,6 +177,7 @@ class MultiTensorStep(Optimizer):
     def _step(self) -> None:
         params = [*chain.from_iterable(map(itemgetter("params"), self.param_groups))]
         grads = [param.grad for param in params]
+        self._read_groups()
         amp = self._amp()
         plan = self._plan(params, grads)
         if amp.found_inf is not None and not self._device_steps and plan.on_triton:
@@ -189,6 +194,20 @@ class MultiTensorStep(Optimizer):
             _backend.give_up_on_triton(error.cause)
             self._plans.clear()
             self._run(self._plan(params, grads), grads, amp)
+
+    def _read_groups(self) -> None:
+        """Bring ``_values``, the hyperparameters of each group, up to date; it is a new list where one has changed.
+
+        Most steps change nothing, and hundreds of groups take longer to read than to update: settings that are the very
+        objects of the last step, and cannot change in place, are not looked into.
+        """
+        read = itemgetter(*self.defaults)
+        settings = [*chain.from_iterable(map(read, self.param_groups))]
+        if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
+            return
+        values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]
+        self._settings = settings if all(map(_is_constant, settings)) else []
+        self._values = values
 
     def _amp(self) -> Amp:
         """What GradScaler left on the optimizer before it called the step."""
@@ -210,7 +229,7 @@ class MultiTensorStep(Optimizer):
         return plan
 
     def _run(self, plan: StepPlan, grads: list[Tensor | None], amp: Amp) -> None:
-        values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]
+        values = self._values
         gathered = [*plan.gather(grads)]
         others: list[Any] = [grads[leftover.position] for leftover in plan.leftovers]
         self._control = control = None
@@ -268,6 +287,11 @@ def _triton_errors(expected: bool) -> Iterator[None]:
         if not expected:
             raise
         raise _TritonError(error) from error
+
+
+def _is_constant(value: Any) -> bool:
+    """Whether a setting that is the same object is the same value."""
+    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
 
 
 def _readable(value: Any) -> Any:
