@@ -100,7 +100,7 @@ def grouped(groups: Groups) -> dict[str, Callable[[Case], Run]]:
 
 
 def cpu_cases() -> list[Case]:
-    large, small, many = [(2048, 2048)] * 4, [(4,)] * 1000, [(64,)] * 465
+    large, small, many = [(2048, 2048)] * 4, [(4,)] * 1000, [(4,)] * 465
     float32, bfloat16 = {FUSED: 28.0, OURS: 28.0}, {FUSED: 14.0, OURS: 14.0}
 
     def at_least(bound: float, contestant: str = OURS, against: str = FUSED) -> Target:
@@ -121,6 +121,8 @@ def cpu_cases() -> list[Case]:
         Case("step-1000x4", small, STEP, FUSED, targets=(at_least(5),)),
         Case("step-465-groups-same-lr", many, grouped(group_each), FUSED, targets=(at_least(5),)),
         Case("step-465-groups-layer-decay", many, grouped(layer_decay), FUSED, targets=(at_least(5),)),
+        # from 17 elements on torch's operator opens a parallel region for every tensor
+        Case("step-465-groups-of-64", [(64,)] * 465, grouped(layer_decay), FUSED),
         clip("clip-4x4M-below", large, targets=(inside(1.1),)),
         clip("clip-4x4M-clipped", large, grad_norm=CLIPPED, targets=(inside(1.1),)),
         clip("clip-1000x4-below", small, targets=(inside(3),)),

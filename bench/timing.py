@@ -23,14 +23,18 @@ HOLD_CYCLES = 20_000_000
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case is measured: rounds until ``seconds`` have passed, within bounds. A round is one call of each."""
+    """How long a case is measured: rounds until ``seconds`` have passed, within bounds.
+
+    A round is a turn of each contestant, a turn is ``calls`` calls in a row.
+    """
 
     seconds: float = 4.0
-    min_rounds: int = 20
-    max_rounds: int = 200
+    min_rounds: int = 8
+    max_rounds: int = 100
+    calls: int = 5
 
 
-QUICK = Budget(seconds=0.3, min_rounds=3, max_rounds=20)
+QUICK = Budget(seconds=0.3, min_rounds=1, max_rounds=20, calls=3)
 
 
 def wall_time(run: Run) -> float:
@@ -94,7 +98,7 @@ def measure(case: Case, budget: Budget) -> dict[str, Row]:
 
 
 def take_turns(case: Case, runs: dict[str, Run], rows: dict[str, Row], budget: Budget) -> dict[str, list[float]]:
-    """Seconds, one a round, of every contestant that comes through all rounds."""
+    """Seconds, one a call, of every contestant that comes through all rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
     gc.disable()
@@ -108,7 +112,7 @@ def take_turns(case: Case, runs: dict[str, Run], rows: dict[str, Row], budget: B
             first = turn % max(len(names), 1)
             for name in names[first:] + names[:first]:
                 with recorded(rows[name]):
-                    times[name].append(timed(runs[name], case))
+                    times[name] += [timed(runs[name], case) for _ in range(budget.calls)]
     finally:
         gc.enable()
     return {name: seconds for name, seconds in times.items() if rows[name].error is None}

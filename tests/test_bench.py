@@ -16,7 +16,7 @@ from bench.provenance import slug
 from bench.results import Row, judge, summarize
 from bench.timing import Budget, measure
 
-BUDGET = Budget(seconds=0.0, min_rounds=3, max_rounds=3)
+BUDGET = Budget(seconds=0.0, min_rounds=3, max_rounds=3, calls=1)
 
 
 def broken(case: Case):
