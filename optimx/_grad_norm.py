@@ -94,7 +94,7 @@ def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def measure(
-    gathered: Sequence[tuple[Bucket, list[Tensor]]], others: Sequence[Tensor], max_norm: float | None, amp: Amp
+    gathered: Sequence[tuple[Bucket, Sequence[Tensor]]], others: Sequence[Tensor], max_norm: float | None, amp: Amp
 ) -> tuple[Tensor, Tensor]:
     """Norm and ``control`` of a step.
 

@@ -82,13 +82,8 @@ class _Call:
         small, self.large = split_by_size(self.params)
         self.batches = [_Batch(indices, self.params, bucket.compute_dtype) for indices in small]
         self.values: tuple[Any, ...] = ()
-        self.grads: Sequence[Tensor] = []
-
-    def take(self, grads: Sequence[Tensor]) -> None:
-        """Use these gradients from now on; nothing of earlier ones is kept."""
-        self.grads = grads
-        for batch in self.batches:
-            batch.flat = None
+        # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
+        self.first_step = [self.steps[0]] * len(self.steps)
 
     def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self._members is None else [tensors[i] for i in self._members]
@@ -103,6 +98,8 @@ class NativeBucket(Bucket):
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._mixed = len(set(self.key.dtypes)) > 1
         self._piece: Tensor | None = None
+        self._grads: Sequence[Tensor] = []
+        self._flattened = False
         self._values: Sequence[tuple[Any, ...]] = ()
         self._pattern: list[int] = []
         self._calls: list[_Call] = []
@@ -112,8 +109,16 @@ class NativeBucket(Bucket):
         if values is not self._values:
             self._values = values
             self._merge(values)
-        for call in self._calls:
-            call.take(call.pick(grads))
+        self._grads = grads
+        self._forget()
+
+    def _forget(self) -> None:
+        """Keep no copies of this step's gradients."""
+        if self._flattened:
+            self._flattened = False
+            for call in self._calls:
+                for batch in call.batches:
+                    batch.flat = None
 
     def _merge(self, values: Sequence[tuple[Any, ...]]) -> None:
         distinct: dict[tuple[Any, ...], int] = {}
@@ -132,33 +137,33 @@ class NativeBucket(Bucket):
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
         dtype = torch.float64 if wide else self.compute_dtype
         norms: list[Tensor] = []
+        self._flattened = True
         for call in self._calls:
-            norms += [torch.linalg.vector_norm(batch.flatten(call.grads), dtype=dtype) for batch in call.batches]
+            grads = call.pick(self._grads)
+            norms += [torch.linalg.vector_norm(batch.flatten(grads), dtype=dtype) for batch in call.batches]
             if call.large:
-                norms += _compat.foreach_norm([call.grads[i] for i in call.large], 2.0, dtype=dtype)
+                norms += _compat.foreach_norm([grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
 
     def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
-        scale = 1.0
-        if control is not None:
-            _, scale, skip = control.tolist()
-            if skip:
-                for call in self._calls:
-                    call.take([])
-                return
-        self.steps.count(self.increments)
-        # where all counts are equal one of them does: a thousand fewer tensors to fetch from memory
-        fewest, most = self.steps.values.aminmax()
-        together = bool(fewest == most)
-        for call in self._calls:
+        _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
+        if not skip:
+            self.steps.count(self.increments)
             if scale == 1.0 and not self._mixed:
-                steps = [call.steps[0]] * len(call.steps) if together else call.steps
-                self.rule.native(self.key.structure, call.values, call.params, call.grads, call.states, steps)
+                fewest, most = self.steps.values.aminmax()
+                together = bool(fewest == most)
+                native, structure = self.rule.native, self.key.structure
+                for call in self._calls:
+                    steps = call.first_step if together else call.steps
+                    native(structure, call.values, call.params, call.pick(grads), call.states, steps)
             else:
-                self._update_staged(call, scale)
-            call.take([])
+                self._flattened = True
+                for call in self._calls:
+                    self._update_staged(call, call.pick(grads), scale)
+        self._grads = []
+        self._forget()
 
-    def _update_staged(self, call: _Call, scale: float) -> None:
+    def _update_staged(self, call: _Call, grads: Sequence[Tensor], scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, without writing a gradient.
 
         The operators take neither, so copies of what is not in the dtype to compute in pass through the cache, a
@@ -168,9 +173,9 @@ class NativeBucket(Bucket):
         for batch in call.batches:
             members = [[role[i] for i in batch.indices] for role in roles]
             steps = [call.steps[i] for i in batch.indices]
-            self._native_staged(call.values, members, batch.scaled(call.grads, scale), steps)
+            self._native_staged(call.values, members, batch.scaled(grads, scale), steps)
         for i in call.large:
-            split = [flat(tensor).split(PIECE) for tensor in (call.grads[i], *(role[i] for role in roles))]
+            split = [flat(tensor).split(PIECE) for tensor in (grads[i], *(role[i] for role in roles))]
             scratch = self._scratch()
             for grad, *pieces in zip(*split, strict=True):
                 scaled = scratch[: len(grad)]

@@ -331,11 +331,11 @@ class StepPlan:
         """Whether a CUDA graph records this step."""
         return self.on_triton and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
-    def gather(self, grads: list[Any]) -> Iterator[tuple[Bucket, list[Tensor]]]:
+    def gather(self, grads: list[Any]) -> Iterator[tuple[Bucket, Sequence[Tensor]]]:
         """Each bucket with the gradients of its members, laid out like their parameters."""
         if self.relayout:
             grads = list(grads)
             for i in self.relayout:
                 grads[i] = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
         for bucket in self.buckets:
-            yield bucket, [grads[i] for i in bucket.positions]
+            yield bucket, self._guarded(grads) if len(self.buckets) == 1 else [grads[i] for i in bucket.positions]
