@@ -46,9 +46,10 @@ def test_groups_that_differ(case: Case, kwargs: dict, device: torch.device) -> N
 
 
 def _database() -> list:
-    pytest.importorskip("expecttest")
-    pytest.importorskip("numpy")
-    from torch.testing._internal.common_optimizers import optim_db
+    try:
+        from torch.testing._internal.common_optimizers import optim_db
+    except ImportError:  # it needs expecttest and numpy, which a GPU machine may lack; the other tests need neither
+        return []
 
     known = {case.stock: case for case in CASES}
     return [

@@ -1,0 +1,1 @@
+"""Algorithms written from their papers, in float64 loops; never imported by the package."""
