@@ -106,6 +106,11 @@ def unsuitable(param: Tensor, grad: Tensor, group: dict[str, Any]) -> str | None
     return None
 
 
+def has_device_values(values: Iterable[Any]) -> bool:
+    """Whether a hyperparameter is a tensor that the host could not read without waiting."""
+    return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
+
+
 def classify(
     optimizer: MultiTensorStep, param: Tensor, grad: Tensor, group: dict[str, Any]
 ) -> tuple[BucketKey | None, str]:
@@ -127,7 +132,9 @@ def classify(
         return None, "float64 gradient or state of a smaller parameter"
     on_device = bool(group.get("fused") or group.get("capturable"))
     triton = backend == _backend.TRITON
-    device_steps = triton and (on_device or optimizer._device_steps)
+    # a tensor lr on the device is read there, never here: so are the rows made, and the steps counted
+    by_tensor = has_device_values(optimizer.rule.values(group))
+    device_steps = triton and (on_device or by_tensor or optimizer._device_steps)
     step = state.get("step")
     fresh_dtype = torch.float32 if device_steps else _compat.step_dtype(on_device)
     step_dtype = step.dtype if isinstance(step, Tensor) else fresh_dtype
@@ -243,6 +250,7 @@ class StepPlan:
         self.params = params
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
+        self._on_device = [*map(has_device_values, optimizer._values)]
         self._values_seen = optimizer._values
 
         self._group_sizes = [len(group["params"]) for group in groups]
@@ -316,7 +324,11 @@ class StepPlan:
         if optimizer._values is self._values_seen:
             return True
         rule, groups = optimizer.rule, optimizer.param_groups
-        same = [*map(rule.structure_of, groups)] == self.structure and [*map(rule.flags_of, groups)] == self.flags
+        same = (
+            [*map(rule.structure_of, groups)] == self.structure
+            and [*map(rule.flags_of, groups)] == self.flags
+            and [*map(has_device_values, optimizer._values)] == self._on_device
+        )
         if same:
             self._values_seen = optimizer._values
         return same

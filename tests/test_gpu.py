@@ -29,7 +29,14 @@ def no_sync() -> Iterator[None]:
 @by_case
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"fused": True}, {"max_grad_norm": 1.0}, {"amsgrad": True}, {"lr": "tensor", "capturable": True}],
+    [
+        {},
+        {"fused": True},
+        {"max_grad_norm": 1.0},
+        {"amsgrad": True},
+        {"lr": "tensor"},
+        {"lr": "tensor", "capturable": True},
+    ],
     ids=str,
 )
 def test_no_synchronisation(case: Case, kwargs: dict) -> None:
