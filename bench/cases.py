@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -18,12 +19,14 @@ from bench.contestants import (
     optimx_amp_step,
     optimx_clip_step,
     optimx_step,
+    peer_step,
     torch_amp_step,
     torch_clip_step,
     torch_step,
 )
 from bench.shapes import Shape
 
+LARGE, SMALL = [(2048, 2048)] * 4, [(4,)] * 1000
 BELOW, CLIPPED = 0.5 * MAX_NORM, 10 * MAX_NORM
 LOSS_SCALE = 2.0**16
 
@@ -33,7 +36,8 @@ class Target:
     """A promise about one contestant of a case.
 
     With ``against``, its speed or bandwidth is at least ``bound`` times the other contestant's; without,
-    the quantity (a column of the results) is at most ``bound``.
+    the quantity (a column of the results) is at most ``bound``. ``BEST_STOCK`` is whoever of ``STOCK`` has the
+    shortest median in that run.
     """
 
     contestant: str
@@ -62,6 +66,8 @@ class Case:
         clock: What a call is charged with (see ``bench.timing``): "wall", "device" or "host" time.
         traffic: Contestant -> bytes of memory traffic a parameter, counted from its algorithm, where bandwidth matters.
         targets: What the results are held against.
+        notes: Contestant -> what one must know to read its times.
+        optimizer, kwargs: The optimizer's class by name, and its arguments where they are not the defaults.
     """
 
     name: str
@@ -75,13 +81,24 @@ class Case:
     clock: str = "wall"
     traffic: dict[str, float] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
+    notes: dict[str, str] = field(default_factory=dict)
+    optimizer: str = "AdamW"
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def call(self) -> str:
+        """The optimizer as it is called: "AdamW", "SGD(momentum=0.9)"."""
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.kwargs.items())
+        return f"{self.optimizer}({arguments})" if arguments else self.optimizer
 
     @property
     def numel(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
 
 
-DEFAULT, FUSED, OURS, COPY = "torch default", "torch fused", "optimx", "device copy"
+DEFAULT, FOREACH, FUSED = "torch default", "torch foreach", "torch fused"
+STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED), "fastest stock"
+OURS, COPY = "optimx", "device copy"
 TORCH_CLIP, CLIP_INSIDE, CLIP_BEFORE = "torch clip, fused", "optimx max_grad_norm", "optimx clip, step"
 TORCH_AMP, AMP_INSIDE, AMP_TORCH = "torch unscale, clip", "optimx GradScaler", "optimx, torch scaler"
 
@@ -99,34 +116,35 @@ def grouped(groups: Groups) -> dict[str, Callable[[Case], Run]]:
     return {name: partial(start, groups=groups) for name, start in STEP.items()}
 
 
-def cpu_cases() -> list[Case]:
-    large, small, many = [(2048, 2048)] * 4, [(4,)] * 1000, [(4,)] * 465
-    float32, bfloat16 = {FUSED: 28.0, OURS: 28.0}, {FUSED: 14.0, OURS: 14.0}
+def at_least(bound: float, contestant: str = OURS, against: str = FUSED) -> Target:
+    return Target(contestant, "speed", bound, against)
 
-    def at_least(bound: float, contestant: str = OURS, against: str = FUSED) -> Target:
-        return Target(contestant, "speed", bound, against)
+
+def cpu_cases() -> list[Case]:
+    many = [(4,)] * 465
+    float32, bfloat16 = {FUSED: 28.0, OURS: 28.0}, {FUSED: 14.0, OURS: 14.0}
 
     inside = partial(at_least, contestant=CLIP_INSIDE, against=TORCH_CLIP)
     clip = partial(Case, contestants=CLIP, baseline=TORCH_CLIP)
     return [
         Case(
             "step-4x4M-float32",
-            large,
+            LARGE,
             STEP,
             FUSED,
             traffic=float32,
             targets=(at_least(4, against=DEFAULT), at_least(0.97)),
         ),
-        Case("step-4x4M-bfloat16", large, STEP, FUSED, dtype=torch.bfloat16, traffic=bfloat16),
-        Case("step-1000x4", small, STEP, FUSED, targets=(at_least(5),)),
+        Case("step-4x4M-bfloat16", LARGE, STEP, FUSED, dtype=torch.bfloat16, traffic=bfloat16),
+        Case("step-1000x4", SMALL, STEP, FUSED, targets=(at_least(5),)),
         Case("step-465-groups-same-lr", many, grouped(group_each), FUSED, targets=(at_least(5),)),
         Case("step-465-groups-layer-decay", many, grouped(layer_decay), FUSED, targets=(at_least(5),)),
         # from 17 elements on torch's operator opens a parallel region for every tensor
         Case("step-465-groups-of-64", [(64,)] * 465, grouped(layer_decay), FUSED),
-        clip("clip-4x4M-below", large, targets=(inside(1.1),)),
-        clip("clip-4x4M-clipped", large, grad_norm=CLIPPED, targets=(inside(1.1),)),
-        clip("clip-1000x4-below", small, targets=(inside(3),)),
-        clip("clip-1000x4-clipped", small, grad_norm=CLIPPED, targets=(inside(3),)),
+        clip("clip-4x4M-below", LARGE, targets=(inside(1.1),)),
+        clip("clip-4x4M-clipped", LARGE, grad_norm=CLIPPED, targets=(inside(1.1),)),
+        clip("clip-1000x4-below", SMALL, targets=(inside(3),)),
+        clip("clip-1000x4-clipped", SMALL, grad_norm=CLIPPED, targets=(inside(3),)),
     ]
 
 
@@ -212,4 +230,91 @@ def gpu_cases() -> list[Case]:
     ]
 
 
-CASES: tuple[Case, ...] = (*cpu_cases(), *gpu_cases())
+def other(name: str, optimizer: str, traffic: dict[str, float], **kwargs: Any) -> Case:
+    """An optimizer other than AdamW, as a float32 case that wants tensors and targets."""
+    if optimizer in ("Lion", "LAMB"):
+        contestants = {FOREACH: peer_step}
+    else:
+        contestants = {DEFAULT: torch_step, FOREACH: partial(torch_step, foreach=True)}
+    if optimizer in ("SGD", "Adagrad"):
+        contestants[FUSED] = partial(torch_step, fused=True)
+    baseline = FUSED if FUSED in contestants else FOREACH
+    contestants[OURS] = optimx_step
+    return Case(name, (), contestants, baseline, traffic=traffic, optimizer=optimizer, kwargs=kwargs)
+
+
+SGD_MOMENTUM = other("sgd-momentum", "SGD", {FOREACH: 32.0, FUSED: 20.0, OURS: 20.0}, momentum=0.9)
+# ours: p and g read, p written, states read and written; torch's foreach: where somebody has counted it
+OTHERS = (
+    other("sgd", "SGD", {FUSED: 12.0, OURS: 12.0}),
+    SGD_MOMENTUM,
+    other("rmsprop", "RMSprop", {FOREACH: 52.0, OURS: 20.0}),
+    other("rmsprop-centered", "RMSprop", {OURS: 36.0}, momentum=0.9, centered=True),
+    other("adagrad", "Adagrad", {FOREACH: 52.0, FUSED: 20.0, OURS: 20.0}),
+    other("adadelta", "Adadelta", {OURS: 28.0}),
+    other("adamax", "Adamax", {OURS: 28.0}),
+    other("nadam", "NAdam", {OURS: 28.0}),
+    other("radam", "RAdam", {OURS: 28.0}),
+    other("rprop", "Rprop", {OURS: 28.0}),
+    other("asgd", "ASGD", {OURS: 20.0}),
+    other("lion", "Lion", {OURS: 20.0}, lr=1e-4, weight_decay=0.1),
+    # a second pass: the norms of parameters and steps come first
+    other("lamb", "LAMB", {OURS: 44.0}, lr=1e-3, weight_decay=0.01),
+)
+
+
+def other_cpu_cases() -> list[Case]:
+    cases = []
+    for case in OTHERS:
+        large = (at_least(0.97 if FUSED in case.contestants else 1.5, against=BEST_STOCK),)
+        if DEFAULT in case.contestants:
+            small = (at_least(3, against=DEFAULT), at_least(0.97, against=BEST_STOCK))
+        else:
+            small = (at_least(3, against=FOREACH),)
+        cases += [
+            replace(case, name=f"{case.name}-4x4M", shapes=LARGE, targets=large),
+            replace(case, name=f"{case.name}-1000x4", shapes=SMALL, traffic={}, targets=small),
+        ]
+    bfloat16 = replace(
+        SGD_MOMENTUM,
+        name="sgd-momentum-4x4M-bfloat16",
+        shapes=LARGE,
+        # not against fused, and no target against whoever is fastest, which might be fused
+        baseline=FOREACH,
+        dtype=torch.bfloat16,
+        traffic={FOREACH: 16.0, OURS: 10.0},
+        notes={FUSED: "wrong: torch 2.13's 16-bit CPU kernel leaves the parameters as they were"},
+    )
+    return [*cases, bfloat16]
+
+
+def other_gpu_cases() -> list[Case]:
+    targets = {
+        "sgd-momentum": (at_least(1.5, against=FOREACH), at_least(1.0)),
+        "rmsprop": (at_least(2.3, against=FOREACH),),
+        "adagrad": (at_least(2.3, against=FOREACH),),
+        "lion": (Target(OURS, "bandwidth", 0.92, COPY),),
+    }
+    cases = []
+    for case in OTHERS:
+        # sgd-momentum and rmsprop with less or more state
+        if case.name in ("sgd", "rmsprop-centered"):
+            continue
+        # without flags torch takes foreach on a GPU, which is there under that name
+        contestants = {name: start for name, start in case.contestants.items() if name != DEFAULT}
+        cases.append(
+            replace(
+                case,
+                name=f"{case.name}-llama-1b",
+                shapes=shapes.llama(),
+                contestants={**contestants, COPY: device_copy},
+                device="cuda",
+                clock="device",
+                traffic={**case.traffic, COPY: 8.0},
+                targets=(*targets.get(case.name, ()), Target(OURS, "syncs", 0)),
+            )
+        )
+    return cases
+
+
+CASES: tuple[Case, ...] = (*cpu_cases(), *other_cpu_cases(), *gpu_cases(), *other_gpu_cases())

@@ -1,13 +1,19 @@
-"""Who is measured: a function for each way to take a step, which builds tensors and optimizer for a case."""
+"""Who is measured: a function for each way to take a step, which builds tensors and optimizer for a case.
+
+The optimizer is the one that the case names, from torch.optim, from optimx or from bench.peers. It is looked up when
+the contestant is built, so that one that is missing is an error in its row and nowhere else.
+"""
 
 import math
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import optimx
+from bench import peers
 
 if TYPE_CHECKING:
     from bench.cases import Case
@@ -60,21 +66,26 @@ def layer_decay(params: Params) -> list[dict[str, Any]]:
     return [{"params": [p], "lr": 1e-3 * 0.99 ** (len(params) - i)} for i, p in enumerate(params)]
 
 
-def torch_step(case: "Case", *, fused: bool | None = None, groups: Groups = one_group) -> Run:
-    model = Model(case)
-    return Run(model.backward, torch.optim.AdamW(groups(model.params), lr=1e-3, fused=fused).step)
+def optimizer_of(
+    case: "Case", module: ModuleType, model: Model, groups: Groups = one_group, **options: Any
+) -> torch.optim.Optimizer:
+    """The case's optimizer as ``module`` has it, over the parameters of ``model``."""
+    return getattr(module, case.optimizer)(groups(model.params), **case.kwargs, **options)
 
 
-def optimx_step(case: "Case", *, max_grad_norm: float | None = None, groups: Groups = one_group) -> Run:
+def plain_step(case: "Case", *, module: ModuleType, **options: Any) -> Run:
     model = Model(case)
-    # not passed when None: the plain step is then written exactly as a user of torch.optim writes it
-    clipping = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
-    return Run(model.backward, optimx.AdamW(groups(model.params), lr=1e-3, **clipping).step)
+    return Run(model.backward, optimizer_of(case, module, model, **options).step)
+
+
+torch_step = partial(plain_step, module=torch.optim)
+optimx_step = partial(plain_step, module=optimx)
+peer_step = partial(plain_step, module=peers)
 
 
 def torch_clip_step(case: "Case") -> Run:
     model = Model(case)
-    optimizer = torch.optim.AdamW(model.params, lr=1e-3, fused=True)
+    optimizer = optimizer_of(case, torch.optim, model, fused=True)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.params, MAX_NORM)
@@ -85,7 +96,7 @@ def torch_clip_step(case: "Case") -> Run:
 
 def optimx_clip_step(case: "Case") -> Run:
     model = Model(case)
-    optimizer = optimx.AdamW(model.params, lr=1e-3)
+    optimizer = optimizer_of(case, optimx, model)
 
     def step() -> None:
         optimx.clip_grad_norm_(model.params, MAX_NORM)
@@ -96,7 +107,7 @@ def optimx_clip_step(case: "Case") -> Run:
 
 def torch_amp_step(case: "Case") -> Run:
     model = Model(case)
-    optimizer = torch.optim.AdamW(model.params, lr=1e-3, fused=True)
+    optimizer = optimizer_of(case, torch.optim, model, fused=True)
     scaler = make_scaler(torch.amp.GradScaler, case)
 
     def step() -> None:
@@ -110,7 +121,7 @@ def torch_amp_step(case: "Case") -> Run:
 
 def optimx_amp_step(case: "Case", *, torch_scaler: bool = False) -> Run:
     model = Model(case)
-    optimizer = optimx.AdamW(model.params, lr=1e-3, max_grad_norm=MAX_NORM)
+    optimizer = optimizer_of(case, optimx, model, max_grad_norm=MAX_NORM)
     scaler = make_scaler(torch.amp.GradScaler if torch_scaler else optimx.GradScaler, case)
 
     def step() -> None:

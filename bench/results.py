@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from bench.cases import COPY, Case, Target
+from bench.cases import BEST_STOCK, COPY, STOCK, Case, Target
 
 
 @dataclass
@@ -16,6 +16,7 @@ class Row:
     """
 
     case: str
+    optimizer: str
     contestant: str
     clock: str
     baseline: str
@@ -30,6 +31,7 @@ class Row:
     copy_fraction: float | None = None
     launches: int | None = None
     syncs: int | None = None
+    note: str | None = None
     error: str | None = None
 
 
@@ -42,6 +44,14 @@ class Verdict:
     target: str
     measured: float | None
     holds: str
+
+
+def empty_rows(case: Case) -> dict[str, Row]:
+    """A row for every contestant, by name, with nothing measured yet."""
+    return {
+        name: Row(case.name, case.call, name, case.clock, case.baseline, note=case.notes.get(name))
+        for name in case.contestants
+    }
 
 
 def summarize(case: Case, rows: dict[str, Row], times: dict[str, list[float]]) -> None:
@@ -82,6 +92,10 @@ def quantity(target: Target, rows: dict[str, Row]) -> float | None:
     row = rows[target.contestant]
     if target.against is None:
         return getattr(row, target.quantity)
+    if target.against == BEST_STOCK:
+        medians = [rows[name].median_ms for name in STOCK if name in rows]
+        # one that failed might have been the fastest
+        return over(None if None in medians else min(medians), row.median_ms)
     other = rows[target.against]
     if target.quantity == "bandwidth":
         return over(row.gb_per_s, other.gb_per_s)

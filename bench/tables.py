@@ -1,5 +1,6 @@
 """Results as text for a terminal of 80 columns, and as Markdown."""
 
+import textwrap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "copy_fraction": ("of copy", lambda fraction: f"{fraction:.1%}"),
     "us_per_tensor": ("us/tensor", lambda us: f"{us:.3f}"),
     "rounds": ("rounds", str),
+    "note": ("note", str),
 }
 TEXT_COLUMNS = dict(zip(list(COLUMNS)[:7], (10, 8, 8, 8, 6, 8, 6), strict=True))
 
@@ -48,6 +50,8 @@ def text_case(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
         if row.rounds:
             cells = "".join(f"{cell(row, column):>{width}}" for column, width in TEXT_COLUMNS.items())
             lines.append(f"  {row.contestant:<{NAME_WIDTH}}{cells}".rstrip())
+        if row.note is not None:
+            lines += textwrap.wrap(row.note, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
         if row.error is not None:
             lines.append(f"  {row.contestant:<{NAME_WIDTH}}  error: {row.error}"[:WIDTH])
     for verdict in verdicts:
@@ -57,15 +61,12 @@ def text_case(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
 
 
 def markdown(provenance: dict[str, str], rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
-    """The whole report: how it came about, results, targets."""
-    rows, verdicts = list(rows), list(verdicts)
-    shown = [column for column in COLUMNS if any(getattr(row, column) is not None for row in rows)]
-    results = [["case", "contestant", "clock", "ratio to", *(COLUMNS[column][0] for column in shown)]]
-    for row in rows:
-        cells = [cell(row, column) for column in shown]
-        if row.error is not None:
-            cells[0] = f"{cells[0]} error: {row.error}".strip().replace("|", r"\|")
-        results.append([row.case, row.contestant, row.clock, row.baseline, *cells])
+    """The whole report: how it came about, results with a section an optimizer, targets."""
+    rows = list(rows)
+    sections = []
+    for optimizer in dict.fromkeys(row.optimizer for row in rows):
+        results = results_table([row for row in rows if row.optimizer == optimizer])
+        sections += [f"## {optimizer}", "", *markdown_table(results), ""]
     targets = [["case", "contestant", "target", "measured", "holds"]]
     for v in verdicts:
         targets.append([v.case, v.contestant, v.target, "" if v.measured is None else number(v.measured), v.holds])
@@ -78,14 +79,25 @@ def markdown(provenance: dict[str, str], rows: Iterable[Row], verdicts: Iterable
             "ratio: the baseline's median over this one's, so above 1.00x is faster. Medians, with the 20th and 80th",
             "percentile, over interleaved rounds in one process.",
             "",
-            *markdown_table(results),
-            "",
+            *sections,
             "## Targets",
             "",
             *markdown_table(targets),
             "",
         ]
     )
+
+
+def results_table(rows: list[Row]) -> list[list[str]]:
+    """Headings, then a line a row; columns that none of the rows has are left out."""
+    shown = [column for column in COLUMNS if any(getattr(row, column) is not None for row in rows)]
+    table = [["case", "contestant", "clock", "ratio to", *(COLUMNS[column][0] for column in shown)]]
+    for row in rows:
+        cells = [cell(row, column) for column in shown]
+        if row.error is not None:
+            cells[0] = f"{cells[0]} error: {row.error}".strip().replace("|", r"\|")
+        table.append([row.case, row.contestant, row.clock, row.baseline, *cells])
+    return table
 
 
 def markdown_table(table: list[list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from bench.cases import Case
 from bench.contestants import Run
-from bench.results import Row, summarize
+from bench.results import Row, empty_rows, summarize
 
 CPU_THREADS = 2
 WARMUP = 3
@@ -77,7 +77,7 @@ def synchronize() -> None:
 
 def measure(case: Case, budget: Budget) -> dict[str, Row]:
     """Rows by contestant. One that raises gets a row with the error, and the others go on."""
-    rows = {name: Row(case.name, name, case.clock, case.baseline) for name in case.contestants}
+    rows = empty_rows(case)
     runs: dict[str, Run] = {}
     for name, start in case.contestants.items():
         with recorded(rows[name]):
