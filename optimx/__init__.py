@@ -8,20 +8,31 @@ from torch import optim as _torch
 from torch.optim import *  # noqa: F403
 
 from . import lr_scheduler, swa_utils  # type: ignore[no-redef]
+from .adadelta import Adadelta
+from .adagrad import Adagrad
 from .adam import Adam
+from .adamax import Adamax
 from .adamw import AdamW
+from .asgd import ASGD
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .explain import explain
 from .grad_scaler import GradScaler
+from .lamb import LAMB
+from .lion import Lion
+from .nadam import NAdam
+from .radam import RAdam
+from .rmsprop import RMSprop
+from .rprop import Rprop
+from .sgd import SGD
 
 __version__ = "0.1.0"
 
 __all__ = sorted(
     {
         *_torch.__all__,
-        "Adam",
-        "AdamW",
         "GradScaler",
+        "LAMB",
+        "Lion",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",

@@ -15,6 +15,32 @@ from torch.optim import Optimizer
 
 fused_adam_: Any = torch._fused_adam_
 fused_adamw_: Any = torch._fused_adamw_
+fused_sgd_: Any = torch._fused_sgd_
+fused_adagrad_: Any = torch._fused_adagrad_
+
+#: A step count at which every bias correction is 1.
+_FAR = torch.tensor(2.0**60, device="cpu")
+
+
+def uncorrected_adam_(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+) -> None:
+    """Adam without its bias corrections, ``beta2 < 1``: in one pass what would be five."""
+    fused_adam_(
+        [p], [g], [exp_avg], [exp_avg_sq], [], [_FAR], lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay,
+        eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
 foreach_norm = torch._foreach_norm
 foreach_mul_ = torch._foreach_mul_
 foreach_copy_: Any = torch._foreach_copy_
@@ -22,28 +48,33 @@ flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
 
-def stock_step(optimizer: Optimizer) -> None:
-    """Torch's own step of the optimizer's torch class, without the step hooks.
+def stock_step(optimizer: Optimizer, mixin: type) -> None:
+    """The step that ``mixin`` overrides, mostly torch's own, without the step hooks.
 
     ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step`` carries
     the hook runner, and the user's hooks, which already run around our step, would run twice.
     """
-    stock: Any = next(cls for cls in type(optimizer).__mro__ if cls.__module__.split(".")[0] == "torch")
-    step = stock.step
+    bases = type(optimizer).__mro__
+    step: Any = next(vars(cls)["step"] for cls in bases[bases.index(mixin) + 1 :] if "step" in vars(cls))
     if getattr(step, "hooked", False):
         step = step.__wrapped__
     step(optimizer)
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:
-    """Torch's check that a step under CUDA-graph capture has ``capturable=True`` groups (RuntimeError)."""
+    """Torch's check that a step under CUDA-graph capture has ``capturable=True`` groups (RuntimeError).
+
+    Torch's classes whose groups have no such key do not check.
+    """
+    if "capturable" not in optimizer.defaults:
+        return
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     # the name until torch 2.10
     (check or optimizer._cuda_graph_capture_health_check)()  # type: ignore[operator]
 
 
-def step_dtype(fused: bool) -> torch.dtype:
-    """The dtype torch gives a new step count."""
+def count_dtype(fused: bool) -> torch.dtype:
+    """The dtype torch gives a new step count and other scalar states."""
     if fused or torch.get_default_dtype() is not torch.float64:
         return torch.float32
     return torch.float64

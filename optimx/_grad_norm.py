@@ -94,7 +94,12 @@ def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def measure(
-    gathered: Sequence[tuple[Bucket, Sequence[Tensor]]], others: Sequence[Tensor], max_norm: float | None, amp: Amp
+    gathered: Sequence[tuple[Bucket, Sequence[Tensor]]],
+    others: Sequence[Tensor],
+    max_norm: float | None,
+    amp: Amp,
+    *,
+    clamp: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Norm and ``control`` of a step.
 
@@ -103,6 +108,7 @@ def measure(
         others: Gradients that torch's own step will use.
         max_norm: Clip to this 2-norm; None: do not.
         amp: From GradScaler.
+        clamp: Leave gradients below ``max_norm`` as they are; False: scale them up to it.
 
     Returns:
         The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
@@ -118,7 +124,7 @@ def measure(
     needed = max_norm is not None or amp.check
     if triton:
         norms = _torch_norms(native, others, wide=scaled) if needed else []
-        return _measure_triton(triton, norms, max_norm, amp, dtype)
+        return _measure_triton(triton, norms, max_norm, amp, dtype, clamp)
     device = all_grads[0].device
     norm = None
     if needed:
@@ -135,7 +141,8 @@ def measure(
         norm = None if norm is None else norm * inverse
         scale = scale * inverse
     if max_norm is not None and norm is not None:
-        scale = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        factor = max_norm / (norm + 1e-6)
+        scale = scale * (factor.clamp(max=1.0) if clamp else factor)
     if amp.found_inf is not None:
         skip = amp.found_inf.to(device, widest(device))
     control = torch.stack([skip if norm is None else norm, scale, skip])
@@ -152,7 +159,12 @@ def _maybe_infinite(norm: Tensor) -> bool:
 
 
 def _measure_triton(
-    buckets: Sequence[TritonBucket], norms: Sequence[Tensor], max_norm: float | None, amp: Amp, dtype: torch.dtype
+    buckets: Sequence[TritonBucket],
+    norms: Sequence[Tensor],
+    max_norm: float | None,
+    amp: Amp,
+    dtype: torch.dtype,
+    clamp: bool,
 ) -> tuple[Tensor, Tensor]:
     from .triton_kernels.grad_norm import finish_, norm_
 
@@ -184,7 +196,7 @@ def _measure_triton(
     control = torch.empty(3, dtype=torch.float64, device=home)
     found_inf = _on(amp.found_inf, home)
     finish_(
-        partials, norm, control, norm_type=2.0, max_norm=max_norm, grad_scale=_on(amp.grad_scale, home),
+        partials, norm, control, norm_type=2.0, max_norm=max_norm, clamp=clamp, grad_scale=_on(amp.grad_scale, home),
         found_inf=found_inf, check_finite=amp.check,
     )  # fmt: skip
     if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:

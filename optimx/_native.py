@@ -1,9 +1,14 @@
-"""Buckets of CPU tensors: torch's own fused operators on the plan's lists, in cache-sized pieces where that pays."""
+"""Buckets of CPU tensors: torch's own fused operators on the plan's lists; formulas, where there are none, in pieces.
+
+A formula is a handful of passes over memory. Large tensors go through it in pieces that stay in the cache, so that
+memory sees each byte once; small ones are copied together, because an operator call costs more than their elements.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +17,12 @@ from . import _compat
 from ._buckets import Bucket
 
 if TYPE_CHECKING:
-    from ._plan import StepCounts
+    from ._counts import Counts
 
-#: Elements a piece of a large tensor has. Its scaled gradient, 2 MB of float32, stays in the cache; smaller pieces lose
-#: more to calls and to threads that wait for each other (measured from 2**14 to 2**22).
+#: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
+#: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
 PIECE = 1 << 19
-#: Elements of small tensors that are flattened together.
+#: Elements of small tensors that are copied together.
 BATCH = 1 << 16
 #: Contiguous tensors up to this many elements are copied together rather than one by one.
 SMALL = 1 << 12
@@ -47,43 +52,72 @@ def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]
     return small, large
 
 
-class _Batch:
-    """Small tensors that are flattened together, with a scratch copy of their gradients."""
+class Piece(NamedTuple):
+    """Elements to update at once, in the dtype to compute in: a part of a large tensor, or a batch of small ones.
 
-    def __init__(self, indices: list[int], params: Sequence[Tensor], dtype: torch.dtype) -> None:
+    For an operator the lists hold the tensors of a batch; for a formula they hold one tensor without dimensions of its
+    own, in which those of a batch follow each other.
+
+    Attributes:
+        grads: Multiplied by their factor.
+        steps: Of each tensor.
+        sizes: Elements of each of the tensors that lie in it, whole or in part.
+        numel: Elements of those tensors, all of them.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]]
+    steps: Sequence[Tensor]
+    sizes: Sequence[int]
+    numel: int
+
+
+class _Batch:
+    """Small tensors that pass through scratch memory together."""
+
+    def __init__(self, indices: list[int], roles: Sequence[Sequence[Tensor]]) -> None:
         self.indices = indices
-        self._numels = [params[i].numel() for i in indices]
-        self._dtype = dtype
-        self._scratch: Tensor | None = None
-        self.flat: Tensor | None = None
+        self.roles = [[role[i] for i in indices] for role in roles]
+        self.sizes = [tensor.numel() for tensor in self.roles[0]]
+        self._views: list[list[Tensor]] = []
+        self.flat_grads: Tensor | None = None
 
     def flatten(self, grads: Sequence[Tensor]) -> Tensor:
         """This step's gradients in one tensor, made once."""
-        if self.flat is None:
-            self.flat = _compat.flatten_dense_tensors([grads[i] for i in self.indices])
-        return self.flat
+        if self.flat_grads is None:
+            self.flat_grads = _compat.flatten_dense_tensors([grads[i] for i in self.indices])
+        return self.flat_grads
 
-    def scaled(self, grads: Sequence[Tensor], scale: float) -> Sequence[Tensor]:
-        """Gradients times ``scale``. A thousand views cost more than the step, so scratch memory and views stay."""
-        if self._scratch is None:
-            self._scratch = torch.empty(sum(self._numels), dtype=self._dtype, device="cpu")
-            self._views = self._scratch.split(self._numels)
-        self._scratch.copy_(self.flatten(grads)).mul_(scale)
+    def views(self, scratch: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The members' places in scratch memory, for each role. A thousand views cost more than the step: they stay."""
+        if not self._views:
+            shapes = [tensor.shape for tensor in self.roles[0]]
+            split = [memory[: sum(self.sizes)].split(self.sizes) for memory in scratch]
+            self._views = [[v.view(shape) for v, shape in zip(role, shapes, strict=True)] for role in split]
         return self._views
 
 
 class _Call:
-    """Members with equal hyperparameters, which one operator call updates."""
+    """Members with equal settings, which are updated together.
+
+    Attributes:
+        setting: For an operator the hyperparameters, for a formula the row.
+    """
 
     def __init__(self, bucket: NativeBucket, members: list[int] | None) -> None:
         self._members = members
-        steps = [bucket.steps.views[i] for i in bucket.step_indices]
-        self.params, self.steps, *self.states = map(self.pick, (bucket.params, steps, *bucket.states))
+        self.setting: tuple[Any, ...] = ()
+        self.params, *self.states = map(self.pick, (bucket.params, *bucket.states))
+        self.roles = (self.params, *self.states)
         small, self.large = split_by_size(self.params)
-        self.batches = [_Batch(indices, self.params, bucket.compute_dtype) for indices in small]
-        self.values: tuple[Any, ...] = ()
-        # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
-        self.first_step = [self.steps[0]] * len(self.steps)
+        self.batches = [_Batch(indices, self.roles) for indices in small]
+        self.steps: Sequence[Tensor] = []
+        self.first_step: Sequence[Tensor] = []
+        if bucket.counts is not None:
+            self.steps = self.pick([bucket.counts.views[i] for i in bucket.count_indices])
+            # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
+            self.first_step = [self.steps[0]] * len(self.steps)
 
     def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return tensors if self._members is None else [tensors[i] for i in self._members]
@@ -92,25 +126,30 @@ class _Call:
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
-    def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
+    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
         super().finish(counts, all_states)
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
-        self._mixed = len(set(self.key.dtypes)) > 1
-        self._piece: Tensor | None = None
+        self._direct = self.rule.operator(self.key.structure, self.key.dtypes[0])
+        if len(set(self.key.dtypes)) > 1:
+            self._direct = None
+        self._staged = self.rule.operator(self.key.structure, self.compute_dtype)
+        self._scratch: list[Tensor] = []
         self._grads: Sequence[Tensor] = []
         self._flattened = False
-        self._values: Sequence[tuple[Any, ...]] = ()
+        self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
+        self._setting_of_member: Sequence[int] = []
         self._calls: list[_Call] = []
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
-        """Merge groups with equal hyperparameters; which groups are equal changes less often than their values."""
-        if values is not self._values:
-            self._values = values
-            self._merge(values)
         self._grads = grads
         self._forget()
+        if self._staged is None:
+            self._merge(*self.host_rows(values))
+        elif values is not self._values:
+            self._values = values
+            self._merge(self.values_of(values), self.groups)
 
     def _forget(self) -> None:
         """Keep no copies of this step's gradients."""
@@ -118,20 +157,23 @@ class NativeBucket(Bucket):
             self._flattened = False
             for call in self._calls:
                 for batch in call.batches:
-                    batch.flat = None
+                    batch.flat_grads = None
 
-    def _merge(self, values: Sequence[tuple[Any, ...]]) -> None:
+    def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
+        """One call for equal settings; which are equal changes less often than their values."""
+        if setting_of_member is None:
+            setting_of_member = self._setting_of_member
         distinct: dict[tuple[Any, ...], int] = {}
-        pattern = [distinct.setdefault(group_values, len(distinct)) for group_values in values]
-        if pattern != self._pattern:
-            self._pattern = pattern
+        pattern = [distinct.setdefault(setting, len(distinct)) for setting in settings]
+        if pattern != self._pattern or setting_of_member != self._setting_of_member:
+            self._pattern, self._setting_of_member = pattern, setting_of_member
             members: dict[int, list[int]] = {}
-            for i, group in enumerate(self.groups):
-                members.setdefault(pattern[group], []).append(i)
+            for i, setting in enumerate(setting_of_member):
+                members.setdefault(pattern[setting], []).append(i)
             self._calls = [_Call(self, None if len(members) == 1 else indices) for indices in members.values()]
-            self._call_groups = [self.groups[indices[0]] for indices in members.values()]
-        for call, group in zip(self._calls, self._call_groups, strict=True):
-            call.values = values[group]
+            self._call_settings = [setting_of_member[indices[0]] for indices in members.values()]
+        for call, i in zip(self._calls, self._call_settings, strict=True):
+            call.setting = settings[i]
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
@@ -145,63 +187,102 @@ class NativeBucket(Bucket):
                 norms += _compat.foreach_norm([grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
 
-    def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
+    def update(self, grads: Sequence[Tensor], control: Tensor | None) -> None:
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
         if not skip:
-            self.steps.count(self.increments)
-            if scale == 1.0 and not self._mixed:
-                fewest, most = self.steps.values.aminmax()
+            self.count()
+            if self._direct is not None and scale == 1.0:
+                fewest, most = (0, 0) if self.counts is None else self.counts.steps.aminmax()
                 together = bool(fewest == most)
-                native, structure = self.rule.native, self.key.structure
                 for call in self._calls:
                     steps = call.first_step if together else call.steps
-                    native(structure, call.values, call.params, call.pick(grads), call.states, steps)
+                    self._direct(call.setting, call.params, call.pick(grads), call.states, steps)
             else:
                 self._flattened = True
                 for call in self._calls:
-                    self._update_staged(call, call.pick(grads), scale)
+                    self._update_in_pieces(call, call.pick(grads), scale)
         self._grads = []
         self._forget()
 
-    def _update_staged(self, call: _Call, grads: Sequence[Tensor], scale: float) -> None:
-        """Update with gradients times ``scale``, or of mixed dtypes, without writing a gradient.
-
-        The operators take neither, so copies of what is not in the dtype to compute in pass through the cache, a
-        piece at a time: memory still sees each byte once.
-        """
-        roles = (call.params, *call.states)
+    def _update_in_pieces(self, call: _Call, grads: Sequence[Tensor], scale: float) -> None:
+        """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
+        # the factor that operators have an argument for
+        factor = scale if self._staged is not None else scale * call.setting[0]
         for batch in call.batches:
-            members = [[role[i] for i in batch.indices] for role in roles]
-            steps = [call.steps[i] for i in batch.indices]
-            self._native_staged(call.values, members, batch.scaled(grads, scale), steps)
+            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor))
         for i in call.large:
-            split = [flat(tensor).split(PIECE) for tensor in (grads[i], *(role[i] for role in roles))]
-            scratch = self._scratch()
-            for grad, *pieces in zip(*split, strict=True):
-                scaled = scratch[: len(grad)]
-                if grad.dtype is scaled.dtype:
-                    torch.mul(grad, scale, out=scaled)
-                else:
-                    scaled.copy_(grad).mul_(scale)
-                self._native_staged(call.values, [[piece] for piece in pieces], [scaled], [call.steps[i]])
+            self._update_tensors(call.setting, partial(self._pieces, call, i, grads[i], factor))
 
-    def _scratch(self) -> Tensor:
+    def _update_tensors(self, setting: tuple[Any, ...], pieces: Callable[[], Iterator[Piece]]) -> None:
+        """Update one large tensor, or a batch.
+
+        Args:
+            setting: See :class:`_Call`.
+            pieces: Begins a walk over them. What a piece holds is written back when the next one is asked for, so a
+                walk must come to its end.
+        """
+        for piece in pieces():
+            if self._staged is not None:
+                self._staged(setting, *piece[:4])
+            else:
+                p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
+                self.rule.formula(self.key.structure, setting, p, g, states, self.temporaries(p))
+
+    def temporaries(self, like: Tensor, count: int = 2) -> tuple[Tensor, ...]:
+        """Pieces of scratch memory."""
+        first = 2 + len(self.states)
+        return tuple(self._memory(first + i)[: len(like)] for i in range(count))
+
+    def _memory(self, i: int) -> Tensor:
         """A piece's worth of memory that stays in the cache: fresh memory of that size is mapped anew every time."""
-        if self._piece is None:
-            self._piece = torch.empty(PIECE, dtype=self.compute_dtype, device="cpu")
-        return self._piece
+        while len(self._scratch) <= i:
+            self._scratch.append(torch.empty(PIECE, dtype=self.compute_dtype, device="cpu"))
+        return self._scratch[i]
 
-    def _native_staged(
-        self,
-        values: tuple[Any, ...],
-        roles: Sequence[Sequence[Tensor]],
-        grads: Sequence[Tensor],
-        steps: Sequence[Tensor],
-    ) -> None:
-        """Call the operator on copies of the roles that are not in the dtype to compute in."""
-        dtype = self.compute_dtype
-        staged = [role if role[0].dtype is dtype else [tensor.to(dtype) for tensor in role] for role in roles]
-        self.rule.native(self.key.structure, values, staged[0], grads, staged[1:], steps)
-        for role, copies in zip(roles, staged, strict=True):
-            if copies is not role:
+    def _batch(self, call: _Call, batch: _Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
+        """A batch as one piece: copied together for a formula, else where its members are."""
+        numel = sum(batch.sizes)
+        memory = [*map(self._memory, range(1 + len(batch.roles)))]
+        grad_views, *views = batch.views(memory)
+        flat_grads = memory[0][:numel]
+        if factor == 1.0 and grads[batch.indices[0]].dtype is self.compute_dtype:
+            flat_grads = batch.flatten(grads)
+            grad_views = [grads[i] for i in batch.indices]
+        else:
+            flat_grads.copy_(batch.flatten(grads)).mul_(factor)
+        staged = [self._staged is None or role[0].dtype is not self.compute_dtype for role in batch.roles]
+        for role, copies, is_staged in zip(batch.roles, views, staged, strict=True):
+            if is_staged:
+                _compat.foreach_copy_(copies, role)
+        if self._staged is None:
+            params, *states = ([m[:numel]] for m in memory[1:])
+            yield Piece(params, [flat_grads], states, [], batch.sizes, numel)
+        else:
+            params, *states = (c if s else r for r, c, s in zip(batch.roles, views, staged, strict=True))
+            steps = [call.steps[i] for i in batch.indices] if call.steps else []
+            yield Piece(params, grad_views, states, steps, batch.sizes, numel)
+        for role, copies, is_staged in zip(batch.roles, views, staged, strict=True):
+            if is_staged:
                 _compat.foreach_copy_(role, copies)
+
+    def _pieces(self, call: _Call, i: int, grad: Tensor, factor: float) -> Iterator[Piece]:
+        """A large tensor, piece by piece; what is not in the dtype to compute in passes through scratch memory."""
+        steps = [call.steps[i]] if call.steps else []
+        split = [flat(tensor).split(PIECE) for tensor in (grad, *(role[i] for role in call.roles))]
+        for g, *roles in zip(*split, strict=True):
+            if factor != 1.0 or g.dtype is not self.compute_dtype:
+                scaled = self._memory(0)[: len(g)]
+                if g.dtype is self.compute_dtype:
+                    torch.mul(g, factor, out=scaled)
+                else:
+                    scaled.copy_(g).mul_(factor)
+                g = scaled
+            working = [
+                role if role.dtype is self.compute_dtype else self._memory(1 + j)[: len(role)].copy_(role)
+                for j, role in enumerate(roles)
+            ]
+            p, *states = working
+            yield Piece([p], [g], [[state] for state in states], steps, [len(p)], grad.numel())
+            for role, copy in zip(roles, working, strict=True):
+                if copy is not role:
+                    role.copy_(copy)

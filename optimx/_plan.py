@@ -9,9 +9,8 @@ on is compared every step, in a handful of C loops: about 0.5 µs a tensor.
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import is_
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from . import _backend, _compat
 from ._buckets import Bucket
-from ._native import NativeBucket
 
 if TYPE_CHECKING:
     from ._step import MultiTensorStep
@@ -37,7 +35,10 @@ class BucketKey:
     Attributes:
         dtypes: Of parameter, gradient and states.
         structure: The kernel variant: values of the rule's ``structure`` hyperparameters.
-        device_steps: Step counts live on the device, because the host cannot know them (``capturable``, AMP skips).
+        on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
+            (``capturable``, AMP skips, a tensor lr).
+        count_dtype: Of the scalar states.
+        first: Members take their first step, where the rule has it differ from the others.
         aligned: 128-bit accesses are possible.
     """
 
@@ -45,8 +46,9 @@ class BucketKey:
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
     structure: tuple[Any, ...]
-    device_steps: bool
-    step_dtype: torch.dtype
+    on_device: bool
+    count_dtype: torch.dtype
+    first: bool
     aligned: bool
 
 
@@ -106,6 +108,11 @@ def unsuitable(param: Tensor, grad: Tensor, group: dict[str, Any]) -> str | None
     return None
 
 
+def is_capturing() -> bool:
+    """Whether a CUDA graph records the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def has_device_values(values: Iterable[Any]) -> bool:
     """Whether a hyperparameter is a tensor that the host could not read without waiting."""
     return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
@@ -119,9 +126,10 @@ def classify(
     backend, why = _backend.choose(param.device)
     if reason or backend == _backend.TORCH:
         return None, reason or why
-    structure = optimizer.rule.structure_of(group)
+    rule = optimizer.rule
+    structure = rule.structure_of(group)
     state = optimizer.state.get(param, {})
-    states = [state.get(name, param) for name in optimizer.rule.state_names(structure)]
+    states = [param if state.get(name) is None else state[name] for name in rule.state_names(structure)]
     for tensor in states:
         if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
             return None, "a state is not a plain floating-point tensor"
@@ -130,89 +138,27 @@ def classify(
     dtypes = (param.dtype, grad.dtype, *(tensor.dtype for tensor in states))
     if param.dtype is not torch.float64 and torch.float64 in dtypes:
         return None, "float64 gradient or state of a smaller parameter"
-    on_device = bool(group.get("fused") or group.get("capturable"))
     triton = backend == _backend.TRITON
+    capturable = group.get("capturable", optimizer.capturable)
+    if triton and not capturable and is_capturing():
+        return None, "capture without capturable=True"
+    values = rule.values(group)
     # a tensor lr on the device is read there, never here: so are the rows made, and the steps counted
-    by_tensor = has_device_values(optimizer.rule.values(group))
-    device_steps = triton and (on_device or by_tensor or optimizer._device_steps)
-    step = state.get("step")
-    fresh_dtype = torch.float32 if device_steps else _compat.step_dtype(on_device)
-    step_dtype = step.dtype if isinstance(step, Tensor) else fresh_dtype
-    if device_steps and step_dtype is not torch.float32:
-        return None, f"step counts are {step_dtype}"
-    for value in optimizer.rule.values(group):
+    on_device = triton and (capturable or has_device_values(values) or optimizer._device_counts)
+    on_device = on_device or (triton and bool(rule.counts) and (rule.counts_on_device or bool(group.get("fused"))))
+    fresh_dtype = torch.float32
+    if rule.counts_on_device or not on_device:
+        fresh_dtype = _compat.count_dtype(bool(group.get("fused") or capturable))
+    known = [state[name].dtype for name in rule.counts if isinstance(state.get(name), Tensor)]
+    count_dtype = known[0] if known else fresh_dtype
+    if any(dtype is not count_dtype for dtype in known) or (on_device and count_dtype is not torch.float32):
+        return None, f"{' and '.join(rule.counts)} of dtype {', '.join(map(str, known))}"
+    for value in values:
         if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != param.device:
             return None, "a tensor hyperparameter is on another device"
     aligned = triton and not any(tensor.data_ptr() % 16 for tensor in (param, grad, *states))
-    return BucketKey(backend, param.device, dtypes, structure, device_steps, step_dtype, aligned), ""
-
-
-class StepBuffer:
-    """Step counts in one tensor, so that one addition counts a step.
-
-    The tensors ``state[p]["step"]`` become views of it; they stay the objects they were, because others may hold them.
-    """
-
-    def __init__(self, steps: Sequence[Tensor]) -> None:
-        self.values = torch.stack([step.detach().reshape(()) for step in steps])
-        self.views = steps
-        for i, step in enumerate(steps):
-            step.set_(self.values.untyped_storage(), i, (), ())
-        self._expected: Tensor | None = None
-        # weak: a buffer outlives the plans that count with it, and must not keep their tensors alive
-        self._last_user: Callable[[], object] = lambda: None
-
-    def count(self, increments: Tensor | None) -> None:
-        """Add 1 to all counts, or ``increments`` where only some parameters step."""
-        for tensor in (self.values, self._expected):
-            if tensor is not None:
-                tensor.add_(1 if increments is None else increments)
-
-    def unchanged_since(self, user: object) -> bool:
-        """Whether ``user`` was the last to count here and nobody wrote a count since; remembers ``user``."""
-        expected = self._expected
-        if self._last_user() is user and expected is not None and torch.equal(self.values, expected):
-            return True
-        self._last_user, self._expected = weakref.ref(user), self.values.clone()
-        return False
-
-
-class StepCounts:
-    """The step buffers of an optimizer."""
-
-    _KEPT = 8
-
-    def __init__(self) -> None:
-        self._buffers: dict[int, StepBuffer] = {}
-
-    def home(
-        self, states: Sequence[dict[str, Any]], device: torch.device, others: Iterable[Any] = ()
-    ) -> tuple[StepBuffer, list[int]]:
-        """Bring the step counts of ``states`` into one buffer on ``device``; returns it and each one's index.
-
-        Where a new buffer has to be made, it takes the counts of ``others`` too, all that are alike: patterns of
-        gradients that overlap would otherwise take counts out of each other's buffers forever.
-        """
-        for state in states:
-            if state["step"].device != device:
-                # towards the host a copy that nobody waits for would be read too early
-                state["step"] = state["step"].to(device, non_blocking=device.type != "cpu")
-        steps = [state["step"] for state in states]
-        buffers = {id(buffer): buffer for buffer in map(self._find, steps)}
-        buffer = next(iter(buffers.values())) if len(buffers) == 1 else None
-        if buffer is None:
-            candidates = (state.get("step") for state in others if isinstance(state, dict))
-            alike = [s for s in candidates if isinstance(s, Tensor) and (s.device, s.dtype) == (device, steps[0].dtype)]
-            buffer = StepBuffer([*{id(step): step for step in (*steps, *alike)}.values()])
-            self._buffers[buffer.values.untyped_storage().data_ptr()] = buffer
-            while len(self._buffers) > self._KEPT:
-                del self._buffers[next(iter(self._buffers))]
-        return buffer, [step.storage_offset() for step in steps]
-
-    def _find(self, step: Tensor) -> StepBuffer | None:
-        buffer = self._buffers.get(step.untyped_storage().data_ptr())
-        # a copy or a view that somebody made of a view is not ours to count with
-        return buffer if buffer is not None and buffer.views[int(step.storage_offset())] is step else None
+    first = rule.is_first(state, values)
+    return BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned), ""
 
 
 def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any], key: BucketKey) -> dict[str, Any]:
@@ -220,15 +166,21 @@ def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any
 
     Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
     """
+    rule = optimizer.rule
+    names = rule.state_names(key.structure)
+    if not (rule.counts or names):
+        # as in torch, whose plain SGD leaves the state empty
+        return optimizer.state.get(param, {})
     state = optimizer.state[param]
-    if not isinstance(state.get("step"), Tensor):
-        on_device = key.device_steps or group.get("fused")
-        device = param.device if on_device else torch.device("cpu")
-        count = float(state.get("step", 0.0))
-        state["step"] = torch.full((), count, dtype=key.step_dtype, device=device)
-    for name in optimizer.rule.state_names(key.structure):
-        if name not in state:
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+    on_device = key.on_device or rule.counts_on_device or group.get("fused")
+    for name in rule.counts:
+        if not isinstance(state.get(name), Tensor):
+            value = float(state[name]) if name in state else rule.new_count(name, group)
+            device = param.device if on_device else torch.device("cpu")
+            state[name] = torch.full((), value, dtype=key.count_dtype, device=device)
+    for name in names:
+        if not isinstance(state.get(name), Tensor):
+            state[name] = rule.new_state(name, param, group, optimizer.defaults)
     return state
 
 
@@ -250,6 +202,7 @@ class StepPlan:
         self.params = params
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
+        self._capture = optimizer.capturable, is_capturing()
         self._on_device = [*map(has_device_values, optimizer._values)]
         self._values_seen = optimizer._values
 
@@ -275,7 +228,7 @@ class StepPlan:
             by_key[key].add(param, position, g, ensure_state(optimizer, param, groups[g], key))
         self.buckets = list(by_key.values())
         for bucket in self.buckets:
-            bucket.finish(optimizer._step_counts, optimizer.state.values())
+            bucket.finish(optimizer._counts, optimizer.state.values())
 
         # what is compared every step; read after the states were made
         self._grad_types = [*map(type, grads)]
@@ -286,13 +239,15 @@ class StepPlan:
         if self._members == list(range(len(params))):
             self._members = []
         self._states = [tensor for bucket in self.buckets for tensor in bucket.watched_states()]
+        # a first step that differs from the others is not planned for a second time
+        self.is_first = any(bucket.key.first for bucket in self.buckets)
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
         self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads), *self._states])
 
     @staticmethod
     def _new_bucket(key: BucketKey, optimizer: MultiTensorStep) -> Bucket:
         if key.backend == _backend.NATIVE:
-            return NativeBucket(key, optimizer.rule)
+            return optimizer.rule.native_bucket(key, optimizer.rule)
         from ._triton import TritonBucket
 
         return TritonBucket(key, optimizer.rule)
@@ -317,6 +272,8 @@ class StepPlan:
             and sum(map(len, self._value_dicts)) == len(self._state_values)
             and all(map(is_, chain.from_iterable(map(dict.values, self._value_dicts)), self._state_values))
             and self._same_variants(optimizer)
+            and not self.is_first
+            and self._capture == (optimizer.capturable, is_capturing())
         )
 
     def _same_variants(self, optimizer: MultiTensorStep) -> bool:
@@ -341,7 +298,13 @@ class StepPlan:
 
     def is_captured(self) -> bool:
         """Whether a CUDA graph records this step."""
-        return self.on_triton and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        return self.on_triton and is_capturing()
+
+    def take_back_first(self) -> None:
+        """A first step that was skipped is still to come."""
+        for bucket in self.buckets:
+            if bucket.key.first:
+                bucket.drop_states()
 
     def gather(self, grads: list[Any]) -> Iterator[tuple[Bucket, Sequence[Tensor]]]:
         """Each bucket with the gradients of its members, laid out like their parameters."""

@@ -18,59 +18,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _backend, _compat
+from ._counts import Counts
 from ._grad_norm import Amp, measure
-from ._plan import Leftover, StepCounts, StepPlan, asks_for_torch
+from ._plan import Leftover, StepPlan, asks_for_torch
+from ._rule import UpdateRule
 
 _CONSTANTS = (bool, int, float, str, type(None))
 
 #: Patterns of gradients (which are None) for which a plan is kept.
 _PLANS_KEPT = 4
-
-
-class UpdateRule:
-    """What the engine has to know of an algorithm.
-
-    Attributes:
-        structure: Group keys that choose another kernel, such as ``amsgrad``.
-    """
-
-    structure: ClassVar[tuple[str, ...]] = ()
-
-    def structure_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The kernel variant of a group."""
-        return tuple(map(group.get, self.structure))
-
-    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What a group says about who updates it and where counts live."""
-        return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
-
-    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """The hyperparameters: numbers, or tensors of one element where the user gave such."""
-        raise NotImplementedError
-
-    def state_names(self, structure: tuple[Any, ...]) -> tuple[str, ...]:
-        """State tensors of the parameter's shape, in the order the kernel has them."""
-        raise NotImplementedError
-
-    def native(
-        self,
-        structure: tuple[Any, ...],
-        values: tuple[float, ...],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        steps: Sequence[Tensor],
-    ) -> None:
-        """Update CPU tensors of one dtype in place. ``steps`` count the present step already."""
-        raise NotImplementedError
-
-    def kernels(self) -> Any:
-        """The Triton module: ``RAW_COLUMNS``, ``HYPER_COLUMNS``, ``hyper_row`` and ``prepare_``."""
-        raise NotImplementedError
-
-    def launch(self, structure: tuple[Any, ...], *args: Any, **kwargs: Any) -> None:
-        """Launch the update kernel: ``(table, grads, hyper, control, *, dtypes, aligned, warmup)``."""
-        raise NotImplementedError
 
 
 class MultiTensorStep(Optimizer):
@@ -84,25 +40,30 @@ class MultiTensorStep(Optimizer):
     #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
     #: gradients, and not finite where the step was skipped.
     grad_norm: Tensor | None = None
+    #: Divide the gradients of all groups by their common 2-norm inside the step.
+    normalize_grads: bool = False
+    #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
+    capturable: bool = False
 
     _plans: list[StepPlan]
-    _step_counts: StepCounts
-    _device_steps: bool
+    _counts: Counts
+    _device_counts: bool
     _control: Tensor | None
     _deferred_found_inf: Tensor | None
 
-    def _init_step(self, max_grad_norm: float | None) -> None:
+    def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False) -> None:
         """To be called at the end of a subclass's ``__init__``."""
         if max_grad_norm is not None and not max_grad_norm > 0.0:
             raise ValueError(f"max_grad_norm should be > 0 but is: {max_grad_norm}")
         self.max_grad_norm = max_grad_norm
+        self.capturable = capturable
         self._reset_step()
 
     def _reset_step(self) -> None:
         self._plans = []
-        self._step_counts = StepCounts()
+        self._counts = Counts()
         self._captured_plans: list[StepPlan] = []
-        self._device_steps = False
+        self._device_counts = False
         self._control = None
         self._deferred_found_inf = None
         self._settings: list[Any] = []
@@ -111,31 +72,54 @@ class MultiTensorStep(Optimizer):
         self._step_supports_amp_scaling = not any(map(asks_for_torch, self.param_groups))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm}
+        ours = {name: getattr(self, name) for name in ("max_grad_norm", "capturable", "normalize_grads")}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if not all("differentiable" in group for group in self.param_groups):
+            # torch adds this default to any optimizer; Lion and LAMB have no such setting
+            self.defaults.pop("differentiable", None)
         self._reset_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps."""
-        super().load_state_dict(state_dict)
-        # torch takes the step counts over as they are, and two optimizers would count with one tensor
-        for state in self.state.values():
-            if isinstance(state, dict) and isinstance(state.get("step"), Tensor):
-                state["step"] = state["step"].clone()
+        # hooks may load something else than was given
+        loaded: list[dict[str, Any]] = []
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        state_dict = loaded[0]
+        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for param, saved_id in zip(params, saved_ids, strict=False):
+            state: Any = self.state.get(param, {})
+            saved = state_dict["state"].get(saved_id, {})
+            for name in self.rule.counts:
+                if isinstance(state.get(name), Tensor):
+                    # torch takes the step counts over as they are, and two optimizers would count with one tensor;
+                    # the other scalars it rounds to the parameter's dtype
+                    exact = state[name] if name == "step" else saved.get(name)
+                    source = exact if isinstance(exact, Tensor) else state[name]
+                    state[name] = source.detach().to(state[name].device, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""
+        names = self.rule.counts
+        if not names or self.rule.counts_on_device:
+            return super().state_dict()
         away = [
             state
             for group in self.param_groups
-            if not (group.get("capturable") or group.get("fused"))
+            if not (group.get("capturable", self.capturable) or group.get("fused"))
             for state in map(self.state.get, group["params"])
-            if state and isinstance(state.get("step"), Tensor) and state["step"].device.type != "cpu"
-        ]
+            if state and all(isinstance(state.get(name), Tensor) for name in names)
+            and any(state[name].device.type != "cpu" for name in names)
+        ]  # fmt: skip
         if away:
-            self._step_counts.home(away, torch.device("cpu"))
+            self._counts.home(names, away, torch.device("cpu"))
         return super().state_dict()
 
     @property
@@ -166,9 +150,9 @@ class MultiTensorStep(Optimizer):
                 loss = closure()
         if not torch.compiler.is_compiling():
             self._step()
-        elif self.max_grad_norm is None:
+        elif not self._needs_norm:
             # under torch.compile the stock formulas become one graph
-            _compat.stock_step(self)
+            _compat.stock_step(self, MultiTensorStep)
         else:
             _step_outside_of_the_graph(self)
         return loss
@@ -180,9 +164,9 @@ class MultiTensorStep(Optimizer):
         self._read_groups()
         amp = self._amp()
         plan = self._plan(params, grads)
-        if amp.found_inf is not None and not self._device_steps and plan.on_triton:
+        if amp.found_inf is not None and self.rule.counts and not self._device_counts and plan.on_triton:
             # whether this step counts, only the device will know
-            self._device_steps = True
+            self._device_counts = True
             self._plans.clear()
             plan = self._plan(params, grads)
         if plan.is_captured():
@@ -194,6 +178,10 @@ class MultiTensorStep(Optimizer):
             _backend.give_up_on_triton(error.cause)
             self._plans.clear()
             self._run(self._plan(params, grads), grads, amp)
+
+    @property
+    def _needs_norm(self) -> bool:
+        return self.max_grad_norm is not None or self.normalize_grads
 
     def _read_groups(self) -> None:
         """Bring ``_values``, the hyperparameters of each group, up to date; it is a new list where one has changed.
@@ -237,12 +225,14 @@ class MultiTensorStep(Optimizer):
         with _triton_errors(plan.on_triton and not _backend.interpreted()):
             for bucket, bucket_grads in gathered:
                 bucket.send(bucket_grads, values)
-            if self.max_grad_norm is not None and not (gathered or others):
+            if self._needs_norm and not (gathered or others):
                 self.grad_norm = torch.zeros((), device="cpu")
-            elif (self.max_grad_norm is not None or amp != Amp()) and (gathered or others):
-                norm, control = measure(gathered, others, self.max_grad_norm, amp)
+            elif (self._needs_norm or amp != Amp()) and (gathered or others):
+                # normalizing is clipping to 1 that also lengthens
+                max_norm = 1.0 if self.normalize_grads else self.max_grad_norm
+                norm, control = measure(gathered, others, max_norm, amp, clamp=not self.normalize_grads)
                 self._control = control
-                self.grad_norm = norm if self.max_grad_norm is not None else None
+                self.grad_norm = norm if self._needs_norm else None
             on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b, _ in gathered]
             for (bucket, _), there in zip(gathered, on_device, strict=True):
                 bucket.compile(there)
@@ -250,9 +240,11 @@ class MultiTensorStep(Optimizer):
         if plan.leftovers:
             self._run_stock(plan.leftovers, others, control, amp)
         for (bucket, bucket_grads), there in zip(gathered, on_device, strict=True):
-            bucket.update(bucket_grads, values, there)
+            bucket.update(bucket_grads, there)
             # autograd has to notice that what it saved for backward is gone
             torch.autograd.graph.increment_version(bucket.params)
+        if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
+            plan.take_back_first()
 
     def _run_stock(self, leftovers: Sequence[Leftover], grads: Sequence[Any], control: Tensor | None, amp: Amp) -> None:
         """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
@@ -261,7 +253,7 @@ class MultiTensorStep(Optimizer):
         params = [leftover.param for leftover in leftovers]
         scaled = nullcontext() if control is None else _scaled_grads(params, grads, control[1])
         with _only(self, params), scaled:
-            _compat.stock_step(self)
+            _compat.stock_step(self, MultiTensorStep)
 
 
 @_compat.disable_dynamo

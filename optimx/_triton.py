@@ -14,7 +14,7 @@ from ._buckets import Bucket
 from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
 
 if TYPE_CHECKING:
-    from ._plan import StepCounts
+    from ._counts import Counts
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -27,37 +27,36 @@ def _capturing(device: torch.device) -> bool:
 class TritonBucket(Bucket):
     """Members that one launch updates.
 
-    The host computes a hyperparameter row for every distinct (group, step count). With ``device_steps`` it knows no
-    counts: then a small kernel counts, and computes a row for every tensor from the raw hyperparameters.
+    The host computes a hyperparameter row for every distinct (group, counts). With ``on_device`` it knows no counts:
+    then a small kernel counts, and computes a row for every tensor from the raw hyperparameters.
 
     In a step come, in this order, :meth:`send`, the gradient norm if any, :meth:`compile` and :meth:`update`. What
     can fail lies before the last, so a failure leaves nothing half done.
     """
 
-    def finish(self, counts: StepCounts, all_states: Iterable[Any]) -> None:
+    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
         super().finish(counts, all_states)
         device, n = self.key.device, len(self.params)
-        self._kernels = self.rule.kernels()
+        kernels = self.rule.kernels
         self.table = TensorTable(
             [param.numel() for param in self.params], [self.params, *self.states], range(n), device, launch_size
         )
         self._fixed = [*chain.from_iterable([self.params, *self.states])]
-        self._row_keys: list[tuple[int, int]] = []
         self._compiled: set[tuple[bool, bool]] = set()
-        if self.key.device_steps:
-            steps = [state["step"] for state in self._state_dicts]
-            self._fixed += steps
-            addresses = torch.tensor([*map(Tensor.data_ptr, steps)], dtype=torch.int64, device="cpu")
-            self._steps_table = upload(addresses, device)
-            self._rows = torch.empty(n, self._kernels.HYPER_COLUMNS, dtype=torch.float64, device=device)
+        if self.key.on_device:
+            scalars = [state[name] for state in self._state_dicts for name in self.rule.counts]
+            self._fixed += scalars
+            addresses = torch.tensor([*map(Tensor.data_ptr, scalars)], dtype=torch.int64, device="cpu")
+            self._count_table = upload(addresses.view(n, len(self.rule.counts)), device)
+            self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
         self._addresses = [*map(Tensor.data_ptr, self._fixed)]
         # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
         # and never given back
         self._spare: list[Tensor] = []
         self._owned_by_graphs: list[Any] = []
-        if self.key.device_steps and device.type == "cuda":
-            words = _even(n) + 2 * _even(n * self._kernels.RAW_COLUMNS)
+        if self.key.on_device and device.type == "cuda":
+            words = _even(n) + 2 * _even(n * len(kernels.RAW))
             self._spare.append(torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True))
 
     def matches(self) -> bool:
@@ -67,10 +66,14 @@ class TritonBucket(Bucket):
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
         addresses = array("q", map(Tensor.data_ptr, grads))
         self.aligned = self.key.aligned and is_aligned(torch.frombuffer(addresses, dtype=torch.int64))
-        if not self.key.device_steps:
-            self.grads, rows = self._send(addresses, array("d", self._host_rows(values)))
-            self._rows = rows.view(torch.float64)
+        if not self.key.on_device:
+            rows, row_of_member = self.host_rows(values)
+            if row_of_member is not None:
+                self.table.set_rows(row_of_member)
+            self.grads, sent = self._send(addresses, array("d", chain.from_iterable(rows)))
+            self._rows = sent.view(torch.float64)
             return
+        values = self.values_of(values)
         capturing = _capturing(self.key.device)
         if capturing or not _identical(values, self._raw_values):
             self.grads, raw, scalars = self._send(addresses, *self._raw(values))
@@ -87,18 +90,20 @@ class TritonBucket(Bucket):
             self._launch(control, warmup=True)
             self._compiled.add(variant)
 
-    def update(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]], control: Tensor | None) -> None:
-        if not self.key.device_steps:
-            self.steps.count(self.increments)
+    def update(self, grads: Sequence[Tensor], control: Tensor | None) -> None:
+        if not self.key.on_device:
+            self.count()
         self._launch(control, warmup=False)
 
     def _launch(self, control: Tensor | None, warmup: bool) -> None:
-        if self.key.device_steps:
+        if self.key.on_device:
+            from .triton_kernels.update import prepare_
+
             raw, scalars = self._raw_tables
-            self._kernels.prepare_(raw, scalars, self._steps_table, self._rows, control, warmup=warmup)
+            prepare_(self.rule.kernels, raw, scalars, self._count_table, self._rows, control, warmup=warmup)
         self.rule.launch(
-            self.key.structure, self.table, self.grads, self._rows, control,
-            dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,
+            self.table, self.grads, self._rows, control,
+            structure=self.key.structure, dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,
         )  # fmt: skip
 
     def _send(self, *parts: array) -> tuple[Tensor, ...]:
@@ -115,22 +120,6 @@ class TritonBucket(Bucket):
             self._owned_by_graphs += [staging, sent]
         tensors = sent.split([_even(len(part)) for part in parts])
         return tuple(tensor[: len(part)] for tensor, part in zip(tensors, parts, strict=True))
-
-    def _host_rows(self, values: Sequence[tuple[Any, ...]]) -> chain[float]:
-        """The rows of the coming step; which tensor reads which row is worked out anew when counts were changed."""
-        counts = self.steps.values.tolist()
-        if not (self.steps.unchanged_since(self) and self._row_keys):
-            rows: dict[tuple[int, float], int] = {}
-            self._row_keys = []
-            row_of_tensor = []
-            for group, i in zip(self.groups, self.step_indices, strict=True):
-                row = rows.setdefault((group, counts[i]), len(rows))
-                if row == len(self._row_keys):
-                    self._row_keys.append((group, i))
-                row_of_tensor.append(row)
-            self.table.set_rows(row_of_tensor)
-        row_of = self._kernels.hyper_row
-        return chain.from_iterable(row_of(*values[group], step=counts[i] + 1) for group, i in self._row_keys)
 
     def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[array, array]:
         """Hyperparameters of each tensor for ``prepare_``: numbers, and addresses of those that are device scalars."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from operator import itemgetter
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._step import MultiTensorStep, UpdateRule
+from ._rule import Operator, UpdateRule
+from ._step import MultiTensorStep
 
 __all__ = ["Adam"]
 
@@ -19,44 +20,50 @@ __all__ = ["Adam"]
 class AdamRule(UpdateRule):
     """One step of Adam: with the weight decay in the gradient, or decoupled from it (AdamW)."""
 
-    structure = ("amsgrad",)
-    hyperparameters = ("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
-    _read = itemgetter(*hyperparameters)
+    module = "adam"
+    _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return (bool(group["amsgrad"]),)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
 
-    def state_names(self, structure: tuple[Any, ...]) -> tuple[str, ...]:
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
         (amsgrad,) = structure
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
-    def native(
-        self,
-        structure: tuple[Any, ...],
-        values: tuple[float, ...],
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[Sequence[Tensor]],
-        steps: Sequence[Tensor],
-    ) -> None:
+    def prepare(self, values, counts):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
-        (amsgrad,) = structure
-        operator = _compat.fused_adamw_ if decoupled else _compat.fused_adam_
-        operator(
-            params, grads, states[0], states[1], states[2] if amsgrad else [], steps,
-            lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
-            amsgrad=amsgrad, maximize=bool(maximize),
-        )  # fmt: skip
+        step = counts[0] + 1
+        row = (
+            -1.0 if maximize else 1.0,
+            1.0 - lr * weight_decay if decoupled else 1.0,
+            0.0 if decoupled else weight_decay,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            math.sqrt(1.0 - beta2**step),
+            lr / (1.0 - beta1**step),
+            eps,
+        )
+        return row, (step,)
 
-    def kernels(self) -> Any:
-        from .triton_kernels import adam
+    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator:
+        return fused_adam
 
-        return adam
 
-    def launch(self, structure: tuple[Any, ...], *args: Any, dtypes: Sequence[torch.dtype], **kwargs: Any) -> None:
-        (amsgrad,) = structure
-        self.kernels().adam_(*args, dtypes=dtypes[:4], amsgrad=amsgrad, **kwargs)
+def fused_adam(values, params, grads, states, steps):
+    """Torch's operator, with the values of :class:`AdamRule`."""
+    lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
+    fused = _compat.fused_adamw_ if decoupled else _compat.fused_adam_
+    exp_avgs, exp_avg_sqs, *largest = states
+    fused(
+        params, grads, exp_avgs, exp_avg_sqs, largest[0] if largest else [], steps,
+        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps,
+        amsgrad=bool(largest), maximize=bool(maximize),
+    )  # fmt: skip
 
 
 ADAM = AdamRule()

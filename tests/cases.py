@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,41 +14,187 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
+from optimx.lamb import LAMBLoop
+from optimx.lion import LionLoop
+from tests.reference.adadelta import adadelta
+from tests.reference.adagrad import adagrad
+from tests.reference.adam import adam
+from tests.reference.adamax import adamax
+from tests.reference.asgd import asgd
+from tests.reference.lamb import lamb
+from tests.reference.lion import lion
+from tests.reference.nadam import nadam
+from tests.reference.radam import radam
+from tests.reference.rmsprop import rmsprop
+from tests.reference.rprop import rprop
+from tests.reference.sgd import sgd
 
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer and the torch class it replaces.
+    """An optimizer and what it replaces.
 
     Attributes:
-        cls, stock: Ours and torch's.
+        cls: Ours.
+        stock: Torch's class; for optimizers of our own, the plain loop that they fall back to.
+        reference: The paper's algorithm on lists of floats.
         variants: Arguments that lead to different arithmetic, by a readable id.
+        other: Hyperparameters for a second group.
+        stored: Hyperparameters that a state begins with, in the dtype of the parameter.
     """
 
     cls: type[torch.optim.Optimizer]
     stock: type[torch.optim.Optimizer]
+    reference: Callable[..., list[float]]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    other: dict[str, Any] = field(default_factory=dict)
+    stored: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return self.cls.__name__.lower()
 
+    @property
+    def is_torchs(self) -> bool:
+        """Whether torch has a class of this name."""
+        return self.stock.__module__.startswith("torch.")
 
-_ADAM_VARIANTS: dict[str, dict[str, Any]] = {
+    def has(self, argument: str) -> bool:
+        """Whether torch's class (or ours, where torch has none) has this argument."""
+        return argument in inspect.signature(self.stock if self.is_torchs else self.cls).parameters
+
+    def rounded(self, kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+        """The arguments, with what a state begins with rounded to ``dtype``."""
+        defaults = inspect.signature(self.cls).parameters
+        values = {name: float(kwargs.get(name, defaults[name].default)) for name in self.stored}
+        return {**kwargs, **{name: float(torch.tensor(value).to(dtype)) for name, value in values.items()}}
+
+    def state_names(self, **kwargs: Any) -> tuple[str, ...]:
+        """State tensors of the parameter's shape, with these arguments."""
+        optimizer: Any = self.cls([Parameter(torch.zeros(1))], **kwargs)
+        return optimizer.rule.state_names(optimizer.rule.structure_of(optimizer.param_groups[0]))
+
+
+_DECAY: dict[str, dict[str, Any]] = {
     "default": {},
     "decay": {"weight_decay": 0.1},
-    "amsgrad": {"weight_decay": 0.1, "amsgrad": True},
     "maximize": {"weight_decay": 0.1, "maximize": True},
+    "tensor_lr": {"lr": torch.tensor(0.01)},
+}
+_ADAM: dict[str, dict[str, Any]] = {
+    **_DECAY,
     "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
     "beta1_zero": {"betas": (0.0, 0.9)},
-    "tensor_lr": {"lr": torch.tensor(0.01)},
+}
+_AMSGRAD: dict[str, dict[str, Any]] = {
+    **_ADAM,
+    "amsgrad": {"weight_decay": 0.1, "amsgrad": True},
     "tensor_betas": {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.8), torch.tensor([0.95]))},
     "fused": {"fused": True, "weight_decay": 0.1},
 }
+_DECOUPLED: dict[str, dict[str, Any]] = {
+    **_ADAM,
+    "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
+}
+_BETAS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "betas": (0.5, 0.6)}
 
 CASES = [
-    Case(optimx.Adam, torch.optim.Adam, _ADAM_VARIANTS),
-    Case(optimx.AdamW, torch.optim.AdamW, _ADAM_VARIANTS),
+    Case(optimx.Adam, torch.optim.Adam, partial(adam), _AMSGRAD, _BETAS),
+    Case(optimx.AdamW, torch.optim.AdamW, partial(adam, decoupled=True, weight_decay=1e-2), _AMSGRAD, _BETAS),
+    Case(
+        optimx.SGD,
+        torch.optim.SGD,
+        sgd,
+        {
+            **_DECAY,
+            "momentum": {"lr": 0.1, "momentum": 0.9},
+            "momentum_decay": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
+            "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+            "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+            "fused": {"fused": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+        },
+        {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5},
+    ),
+    Case(
+        optimx.RMSprop,
+        torch.optim.RMSprop,
+        rmsprop,
+        {
+            **_DECAY,
+            "momentum": {"momentum": 0.9, "alpha": 0.9, "eps": 1e-6},
+            "centered": {"centered": True, "weight_decay": 0.1},
+            "centered_momentum": {"centered": True, "momentum": 0.9, "maximize": True},
+        },
+        {"lr": 0.05, "weight_decay": 0.3, "alpha": 0.5},
+    ),
+    Case(
+        optimx.Adagrad,
+        torch.optim.Adagrad,
+        adagrad,
+        {
+            **_DECAY,
+            "lr_decay": {"lr": 0.1, "lr_decay": 0.5, "initial_accumulator_value": 0.1},
+            "fused": {"fused": True, "weight_decay": 0.1},
+        },
+        {"lr": 0.05, "weight_decay": 0.3, "lr_decay": 0.1},
+        stored=("initial_accumulator_value",),
+    ),
+    Case(
+        optimx.Adadelta,
+        torch.optim.Adadelta,
+        adadelta,
+        {**_DECAY, "rho": {"lr": 0.5, "rho": 0.5, "eps": 1e-4}},
+        {"lr": 0.5, "weight_decay": 0.3, "rho": 0.6},
+    ),
+    Case(optimx.Adamax, torch.optim.Adamax, adamax, _ADAM, _BETAS),
+    Case(
+        optimx.NAdam,
+        torch.optim.NAdam,
+        nadam,
+        {**_DECOUPLED, "momentum_decay": {"lr": 0.01, "momentum_decay": 0.3}},
+        {**_BETAS, "momentum_decay": 0.1},
+    ),
+    Case(optimx.RAdam, torch.optim.RAdam, radam, _DECOUPLED, _BETAS),
+    Case(
+        optimx.Rprop,
+        torch.optim.Rprop,
+        rprop,
+        {
+            "default": {},
+            "maximize": {"maximize": True},
+            "etas": {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.05, 0.2)},
+            "tensor_lr": {"lr": torch.tensor(0.05)},
+        },
+        {"lr": 0.05, "etas": (0.4, 1.3)},
+        stored=("lr",),
+    ),
+    Case(
+        optimx.ASGD,
+        torch.optim.ASGD,
+        asgd,
+        {**_DECAY, "averaged": {"lr": 0.05, "lambd": 0.1, "alpha": 0.6, "t0": 1, "weight_decay": 0.1}},
+        {"lr": 0.05, "weight_decay": 0.3, "t0": 2},
+    ),
+    Case(
+        optimx.Lion,
+        LionLoop,
+        lion,
+        {**_DECAY, "betas": {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.5}},
+        _BETAS,
+    ),
+    Case(
+        optimx.LAMB,
+        LAMBLoop,
+        lamb,
+        {
+            **_ADAM,
+            "unadapted": {"weight_decay": 0.0},
+            "always_adapt": {"weight_decay": 0.0, "always_adapt": True},
+            "clamped": {"weight_decay": 0.1, "max_trust_ratio": 0.7, "lr": 0.05},
+            "uncorrected": {"bias_correction": False, "lr": 0.05},
+        },
+        _BETAS,
+    ),
 ]
 
 #: Cases for tests that one variant each is enough for.
@@ -96,12 +244,16 @@ def twins(
         copy = param.detach().clone(memory_format=torch.preserve_format)
         copies.append(Parameter(copy.double() if param.dtype in HALF else copy))
     kwargs = deepcopy(kwargs)
-    loop = {key: value for key, value in kwargs.items() if key != "fused"}
-    return (
-        case.cls(groups(params), **deepcopy(kwargs), **ours),
-        case.stock(groups(copies), **loop, foreach=False),
-        copies,
-    )
+    return case.cls(groups(params), **deepcopy(kwargs), **ours), loop(case, groups(copies), **kwargs), copies
+
+
+def loop(case: Case, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
+    """Torch's plain for-loop; for optimizers of our own the loop that they fall back to."""
+    kwargs.pop("fused", None)
+    if case.is_torchs:
+        return case.stock(params, **kwargs, foreach=False)
+    optimizer: Any = case.cls(params, **kwargs)
+    return case.stock(optimizer.param_groups, optimizer.defaults)
 
 
 def assert_same(
@@ -114,19 +266,23 @@ def assert_same(
         strict=True,
     )
     for i, (a, b) in enumerate(pairs):
-        close = tolerance or CLOSE[a.dtype]
-        torch.testing.assert_close(a, b, **close, check_dtype=a.dtype not in HALF, msg=lambda m, i=i: f"{i}: {m}")
+        assert_close(a, b, tolerance or CLOSE[a.dtype], f"{i}")
         mine, theirs = ours.state.get(a, {}), stock.state.get(b, {})
         assert mine.keys() == theirs.keys(), f"parameter {i}"
         for key, value in theirs.items():
-            torch.testing.assert_close(
-                mine[key],
-                value,
-                **close,
-                check_device=key != "step",
-                check_dtype=a.dtype not in HALF,
-                msg=lambda m, i=i, k=key: f"{k} of {i}: {m}",
-            )
+            assert_close(mine[key], value, tolerance or CLOSE[a.dtype], f"{key} of {i}")
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: dict[str, float], name: str) -> None:
+    """16 bits are compared with float64. Where numbers cancelled, an ulp of the tensor's largest number is left."""
+    half = actual.dtype in HALF
+    if expected.numel() and actual.dtype.is_floating_point:
+        ulp = torch.finfo(actual.dtype).eps * float(expected.detach().abs().max())
+        tolerance = {**tolerance, "atol": max(tolerance["atol"], ulp)}
+    torch.testing.assert_close(
+        actual, expected, **tolerance, check_device=expected.dim() > 0, check_dtype=not half,
+        msg=lambda m: f"{name}: {m}",
+    )  # fmt: skip
 
 
 def train_rounded(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer, steps: int, dtype: torch.dtype) -> None:
@@ -139,7 +295,8 @@ def train_rounded(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer, ste
             copy.grad = copy.grad.to(dtype).to(copy.dtype)
         stock.step()
         for copy in copies if dtype in HALF else ():
-            stored = [copy.data, *(v for k, v in stock.state[copy].items() if k != "step")]
+            # but scalar states, which stay float32
+            stored = [copy.data, *(v for v in stock.state[copy].values() if v.shape == copy.shape and v.dim())]
             for tensor in stored:
                 tensor.copy_(tensor.to(dtype))
 

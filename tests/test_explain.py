@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,30 +13,43 @@ from torch.nn import Parameter
 import optimx
 from tests.cases import CASES, Case, make_params, set_grads, train
 from tests.conftest import INTERPRETED
-
-pytestmark = pytest.mark.interpreted
-
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+from tests.test_contract import each_case_natively as each_case
+from tests.test_contract import interpreted, usual
 
 
 def fast(device: torch.device) -> str:
     return "native" if device.type == "cpu" and not INTERPRETED else "triton"
 
 
-def test_all_groups_share_one_row(device: torch.device) -> None:
+@each_case
+def test_all_groups_share_one_row(case: Case, device: torch.device) -> None:
     params = make_params([(5,), (3, 4), ()], device)
-    optimizer = optimx.AdamW([{"params": params[:1]}, {"params": params[1:], "lr": 0.5, "weight_decay": 0.0}])
+    optimizer = case.cls([{"params": params[:1]}, {"params": params[1:], **case.other}], **usual(case))
     explanation = optimx.explain(optimizer)
     (row,) = explanation.rows
-    assert explanation.optimizer == "AdamW"
+    assert explanation.optimizer == case.cls.__name__
     assert (row.backend, row.tensors, row.elements, row.groups) == (fast(device), 3, 18, 2)
     assert torch.device(row.device).type == device.type
-    assert row.dtypes == ("float32",) * 4
+    assert row.dtypes == ("float32",) * (2 + len(case.state_names(**usual(case))))
     assert row.reason == ""
 
 
-def test_a_row_for_every_launch(device: torch.device) -> None:
+#: Arguments that make a kernel variant of their own.
+STRUCTURES = [
+    ("adam", {"amsgrad": True}),
+    ("adamw", {"amsgrad": True}),
+    ("sgd", {"momentum": 0.9}),
+    ("rmsprop", {"momentum": 0.9}),
+    ("rmsprop", {"centered": True}),
+    ("rmsprop", {"centered": True, "momentum": 0.9}),
+]
+
+
+@interpreted
+@pytest.mark.parametrize(("name", "kwargs"), STRUCTURES, ids=str)
+def test_a_row_for_every_launch(name: str, kwargs: dict, device: torch.device) -> None:
     """Other dtypes, other kernel variants, and torch's own step with its reasons."""
+    (case,) = (case for case in CASES if case.name == name)
     params = [
         Parameter(torch.ones(8, device=device)),
         Parameter(torch.ones(8, device=device, dtype=torch.bfloat16)),
@@ -41,7 +57,7 @@ def test_a_row_for_every_launch(device: torch.device) -> None:
         Parameter(torch.ones(16, device=device)[::2]),
         Parameter(torch.ones(9, device=device)[1:]),
     ]
-    optimizer = optimx.Adam([{"params": params}, {"params": make_params([(8,)], device), "amsgrad": True}])
+    optimizer = case.cls([{"params": params}, {"params": make_params([(8,)], device), **kwargs}])
     explained = optimx.explain(optimizer).rows
     assert sum(row.tensors for row in explained) == 6
     # misaligned tensors are another launch of the kernels, with the same words
@@ -49,9 +65,24 @@ def test_a_row_for_every_launch(device: torch.device) -> None:
     backend = fast(device)
     assert rows["torch", ("complex64",), "parameter is complex64"].tensors == 1
     assert rows["torch", ("float32",), "parameter's memory has gaps or overlaps"].elements == 8
-    assert rows[backend, ("bfloat16",) * 4, ""].tensors == 1
-    assert (backend, ("float32",) * 5, "") in rows
-    assert (backend, ("float32",) * 4, "") in rows
+    plain, variant = (2 + len(case.state_names(**settings)) for settings in ({}, kwargs))
+    assert plain < variant
+    assert rows[backend, ("bfloat16",) * plain, ""].tensors == 1
+    assert (backend, ("float32",) * plain, "") in rows
+    assert (backend, ("float32",) * variant, "") in rows
+
+
+@interpreted
+def test_sgds_first_step_is_a_launch_of_its_own(device: torch.device) -> None:
+    """With dampening: a parameter whose gradient comes later joins the others from its second step on."""
+    params = make_params([(5,), (3, 4)], device)
+    optimizer = optimx.SGD(params, momentum=0.9, dampening=0.5)
+    assert len(optimx.explain(optimizer).rows) == 1
+    for step, launches in enumerate([2, 1]):
+        set_grads(params, step, skip=[1 - step])
+        optimizer.step()
+        explained = optimx.explain(optimizer).rows
+        assert [row.backend for row in explained] == [fast(device)] * launches
 
 
 @each_case
@@ -59,7 +90,7 @@ def test_agrees_with_the_step(case: Case, device: torch.device) -> None:
     """Before the first step it tells what the step will do."""
     params = [*make_params([(5,), (3, 4)], device), *make_params([(6,)], device, torch.float64)]
     params.append(Parameter(torch.ones(3, dtype=torch.complex64, device=device)))
-    optimizer = case.cls(params)
+    optimizer = case.cls(params, **usual(case))
     before = optimx.explain(optimizer)
     for param in params:
         param.grad = torch.ones_like(param)
@@ -75,20 +106,35 @@ def test_agrees_with_the_step(case: Case, device: torch.device) -> None:
 @each_case
 def test_changes_nothing(case: Case, device: torch.device) -> None:
     params = make_params([(5,), (3, 4)], device)
-    optimizer = case.cls(params)
+    optimizer = case.cls(params, **usual(case))
+    keys = [*optimizer.state]
     optimx.explain(optimizer)
-    assert len(optimizer.state) == 0
+    assert [*optimizer.state] == keys
     assert optimizer._plans == []
     set_grads(params, 0, skip=[1])
     optimizer.step()
-    keys = [*optimizer.state]
-    versions = [value._version for value in optimizer.state[params[0]].values()]
+    states = [
+        (param, dict(state), [value._version for value in state.values()]) for param, state in optimizer.state.items()
+    ]
     plans = list(optimizer._plans)
     optimx.explain(optimizer)
-    assert [*optimizer.state] == keys
-    assert [value._version for value in optimizer.state[params[0]].values()] == versions
+    assert [*optimizer.state] == [param for param, _, _ in states]
+    for param, state, versions in states:
+        assert optimizer.state[param].keys() == state.keys()
+        assert all(optimizer.state[param][name] is value for name, value in state.items())
+        assert [value._version for value in state.values()] == versions
     assert optimizer._plans == plans
     assert params[1].grad is None
+
+
+def _state(new: Callable[[Tensor], Any]) -> Callable[[dict, dict], None]:
+    """Replace the first state of the parameter's shape."""
+
+    def replace(group: dict, state: dict) -> None:
+        name = next(name for name, value in state.items() if value.dim())
+        state[name] = new(state[name])
+
+    return replace
 
 
 @pytest.mark.parametrize(
@@ -97,15 +143,17 @@ def test_changes_nothing(case: Case, device: torch.device) -> None:
         (lambda group, state: group.update(foreach=True), "asked for: foreach=True"),
         (lambda group, state: group.update(foreach=False), "asked for: foreach=False"),
         (lambda group, state: group.update(fused=False), "asked for: fused=False"),
-        (lambda group, state: state.update(exp_avg=torch.ones(2)), "a state differs from the parameter"),
-        (lambda group, state: state.update(exp_avg=3.0), "a state is not a plain floating-point tensor"),
-        (lambda group, state: state.update(exp_avg=state["exp_avg"].double()), "float64 gradient or state"),
+        (lambda group, state: group.update(differentiable=True), "asked for: differentiable=True"),
+        (_state(lambda value: torch.ones(2)), "a state differs from the parameter"),
+        (_state(lambda value: 3.0), "a state is not a plain floating-point tensor"),
+        (_state(lambda value: value.double()), "float64 gradient or state"),
     ],
-    ids=["foreach", "no_foreach", "not_fused", "shape", "type", "dtype"],
+    ids=["foreach", "no_foreach", "not_fused", "differentiable", "shape", "type", "dtype"],
 )
-def test_reasons(edit, reason: str, device: torch.device) -> None:
+@each_case
+def test_reasons(case: Case, edit: Callable[[dict, dict], None], reason: str, device: torch.device) -> None:
     (param,) = params = make_params([(5,)], device)
-    optimizer = CASES[0].cls(params)
+    optimizer = case.cls(params, **usual(case))
     train([optimizer], 1)
     edit(optimizer.param_groups[0], optimizer.state[param])
     (row,) = optimx.explain(optimizer).rows
@@ -113,19 +161,45 @@ def test_reasons(edit, reason: str, device: torch.device) -> None:
     assert reason in row.reason
 
 
-def test_capturable_on_a_cpu_is_torchs() -> None:
-    (row,) = optimx.explain(optimx.AdamW(make_params([(5,)]), capturable=True)).rows
-    assert (row.backend, row.reason) == ("torch", "capturable=True on a CPU")
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "count"), [(case.name, count) for case in CASES for count in case.cls.rule.counts[1:]], ids=str
+)
+def test_scalar_states_of_two_dtypes(name: str, count: str, device: torch.device) -> None:
+    (case,) = (case for case in CASES if case.name == name)
+    (param,) = params = make_params([(5,)], device)
+    optimizer = case.cls(params)
+    train([optimizer], 1)
+    state = optimizer.state[param]
+    state[count] = state[count].double()
+    (row,) = optimx.explain(optimizer).rows
+    assert row.backend == "torch"
+    assert " and ".join(case.cls.rule.counts) in row.reason
+    assert "float64" in row.reason
 
 
-def test_sparse_gradient(device: torch.device) -> None:
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_capturable_on_a_cpu(case: Case) -> None:
+    """Torch's classes that know the word refuse; to the others it is ours, and says nothing about a CPU."""
+    optimizer = case.cls(make_params([(5,)]), capturable=True)
+    (row,) = optimx.explain(optimizer).rows
+    refused = "capturable" in optimizer.defaults
+    assert refused == (case.is_torchs and case.has("capturable"))
+    assert (row.backend, row.reason) == (
+        ("torch", "capturable=True on a CPU") if refused else (fast(torch.device("cpu")), "")
+    )
+
+
+@each_case
+def test_sparse_gradient(case: Case, device: torch.device) -> None:
     (param,) = params = make_params([(5, 2)], device)
     param.grad = torch.ones(5, 2, device=device).to_sparse(1)
-    (row,) = optimx.explain(optimx.AdamW(params)).rows
+    (row,) = optimx.explain(case.cls(params)).rows
     assert (row.backend, row.reason) == ("torch", "gradient is sparse")
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad"])
+@interpreted
+@pytest.mark.parametrize("name", ["SGD", "AdamW", "Adagrad", "Adafactor"])
 def test_stock_optimizers(name: str, device: torch.device) -> None:
     optimizer = getattr(torch.optim, name)(make_params([(5,), (3, 4)], device), lr=0.1)
     explanation = optimx.explain(optimizer)
@@ -136,8 +210,8 @@ def test_stock_optimizers(name: str, device: torch.device) -> None:
 
 
 def many_kinds(device: torch.device) -> list[Tensor]:
-    params = make_params([(50, 70), (9,)], device)
-    half = make_params([(50, 70), (9,)], device, torch.bfloat16)
+    params = make_params([(20, 70), (9,)], device)
+    half = make_params([(20, 70), (9,)], device, torch.bfloat16)
     return [*params, *half, Parameter(torch.ones(3, dtype=torch.complex64, device=device))]
 
 
@@ -145,7 +219,7 @@ def many_kinds(device: torch.device) -> list[Tensor]:
 @each_case
 def test_prints_a_table(case: Case, stepped: bool, device: torch.device) -> None:
     params = many_kinds(device)
-    optimizer = case.cls(params)
+    optimizer = case.cls(params, **usual(case))
     if stepped:
         for param in params:
             param.grad = torch.ones_like(param)
@@ -154,17 +228,19 @@ def test_prints_a_table(case: Case, stepped: bool, device: torch.device) -> None
     assert all(len(line) <= 80 and line == line.rstrip() for line in lines)
     assert lines[0] == case.cls.__name__
     assert lines[1].split() == ["backend", "tensors", "elements", "groups", "device", "dtypes"]
-    assert lines[2].split()[:4] == [fast(device), "2", "3,509", "1"]
+    assert lines[2].split()[:4] == [fast(device), "2", "1,409", "1"]
     assert lines[-1] == "  because: parameter is complex64"
     # numbers end in one column
-    ends = [line.index(word) + len(word) for line, word in zip(lines[1:3], ("elements", "3,509"), strict=True)]
+    ends = [line.index(word) + len(word) for line, word in zip(lines[1:3], ("elements", "1,409"), strict=True)]
     assert ends[0] == ends[1]
 
 
-def test_mixed_dtypes_fit_too(device: torch.device) -> None:
+@each_case
+def test_mixed_dtypes_fit_too(case: Case, device: torch.device) -> None:
     (param,) = params = make_params([(300,)], device, torch.bfloat16)
-    optimizer = optimx.AdamW(params)
-    optimizer.state[param].update({name: torch.zeros(300, device=device) for name in ("exp_avg", "exp_avg_sq")})
+    optimizer = case.cls(params, **usual(case))
+    names = case.state_names(**usual(case))
+    optimizer.state[param].update({name: torch.zeros(300, device=device) for name in names})
     text = str(optimx.explain(optimizer))
     assert "bfloat16" in text
     assert "state float32" in text

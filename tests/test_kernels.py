@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 import optimx
-from tests.cases import CLOSE, SHAPES, make_params, set_grads
+import optimx._backend
+from tests.cases import CASES, CLOSE, SHAPES, Case, make_params, set_grads
 
 pytestmark = pytest.mark.interpreted
 pytest.importorskip("triton")
 
-from optimx.triton_kernels import adam, grad_norm  # noqa: E402
+from optimx.triton_kernels import grad_norm, lamb, update  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
     LaunchSize,
     TensorTable,
@@ -25,8 +26,31 @@ from optimx.triton_kernels.tensor_table import (  # noqa: E402
 )
 
 SIZE = LaunchSize(chunk_size=64, block_size=32)
-ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "maximize": 0.0, "decoupled": 1.0}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def _algorithms() -> list:
+    """One case and arguments for every kernel."""
+    found: dict[tuple, Any] = {}
+    for case in CASES:
+        for name, kwargs in case.variants.items():
+            structure = _group(case, kwargs)[1]
+            if name != "fused" and not name.startswith("tensor_"):
+                key = case.cls.rule.module, structure
+                # the more of the arithmetic takes part, the better
+                found[key] = max(found.get(key, (0, "")), (len(kwargs), f"{case.name}-{name}"))
+    chosen = {name for _, name in found.values()}
+    return [
+        pytest.param(case, kwargs, id=f"{case.name}-{name}")
+        for case in CASES
+        for name, kwargs in case.variants.items()
+        if f"{case.name}-{name}" in chosen
+    ]
+
+
+def _group(case: Case, kwargs: dict) -> tuple[dict[str, Any], tuple[bool, ...]]:
+    group = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups[0]
+    return group, case.cls.rule.structure_of(group)
 
 
 def in_poison(shapes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype, seed: int, shift: int):
@@ -51,80 +75,212 @@ def rows(*values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(device)
 
 
+def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
+    """After three steps."""
+    counts = tuple(rule.new_count(name, group) for name in rule.counts)
+    for _ in range(3):
+        counts = rule.prepare(rule.values(group), counts)[1]
+    return counts
+
+
+class Launch:
+    """Everything that one launch of an algorithm's update takes, on poisoned memory."""
+
+    def __init__(self, case: Case, kwargs: dict, device: torch.device, dtype: torch.dtype, shift: int = 0) -> None:
+        self.rule = case.cls.rule
+        self.group, self.structure = _group(case, kwargs)
+        self.dtype, self.aligned = dtype, shift == 0
+        names = self.rule.state_names(self.structure)
+        made = [in_poison(SHAPES, device, dtype, seed, shift) for seed in range(2 + len(names))]
+        self.params, self.grads, *self.states = (m[0] for m in made)
+        self.poison = [p for m in made for p in m[1]]
+        if "grad_avg" in names:
+            # a variance is not negative
+            for square_avg in self.states[0]:
+                square_avg.add_(1)
+        self.before = [[t.double().clone() for t in role] for role in (self.params, self.grads, *self.states)]
+        numels = [p.numel() for p in self.params]
+        self.table = TensorTable(numels, [self.params, *self.states], range(len(numels)), device, SIZE)
+        self.row = self.rule.prepare(self.rule.values(self.group), counts_of(self.rule, self.group))[0]
+        self.hyper = rows(*[self.row] * len(numels), device=device)
+
+    def __call__(self, control: Tensor | None = None) -> None:
+        where = addresses(self.grads, self.params[0].device)
+        dtypes = [self.dtype] * (2 + len(self.states))
+        self.rule.launch(
+            self.table, where, self.hyper, control,
+            structure=self.structure, dtypes=dtypes, aligned=self.aligned, warmup=False,
+        )  # fmt: skip
+
+    def everything(self) -> list[Tensor]:
+        return [t for role in (self.params, self.grads, *self.states) for t in role]
+
+    def expected(self) -> list[list[Tensor]]:
+        """By the CPU's path, in float64."""
+        params, grads, *states = ([t.cpu().clone() for t in role] for role in self.before)
+        optimizer_class = next(case.cls for case in CASES if case.cls.rule is self.rule)
+        twins = [torch.nn.Parameter(p) for p in params]
+        group = {k: v for k, v in self.group.items() if k != "params"}
+        optimizer = optimizer_class([{"params": twins, **group}])
+        counts = counts_of(self.rule, self.group)
+        for i, twin in enumerate(twins):
+            twin.grad = grads[i]
+            named = dict(zip(self.rule.state_names(self.structure), (s[i] for s in states), strict=True))
+            scalars = {n: torch.tensor(c, dtype=torch.float64) for n, c in zip(self.rule.counts, counts, strict=True)}
+            if named or scalars:
+                optimizer.state[twin] = {**scalars, **named}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimx._backend, "choose", lambda device: (optimx._backend.NATIVE, ""))
+            optimizer.step()
+        return [[t.detach() for t in role] for role in (twins, grads, *states)]
+
+
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["plain", "amsgrad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-def test_adam_writes_its_tensors_and_nothing_else(
-    triton_backend: torch.device, dtype: torch.dtype, amsgrad: bool, shift: int
+@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+def test_writes_its_tensors_and_nothing_else(
+    triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype, shift: int
 ) -> None:
-    device = triton_backend
-    made = [in_poison(SHAPES, device, dtype, seed, shift) for seed in range(5 if amsgrad else 4)]
-    (params, grads, *states), poison = [m[0] for m in made], [p for m in made for p in m[1]]
-    expected = [[t.double().clone() for t in role] for role in (params, grads, *states)]
-    table = TensorTable([p.numel() for p in params], [params, *states], [0] * len(params), device, SIZE)
-    hyper = rows(adam.hyper_row(**ADAMW, step=3.0), device=device)
-    kwargs: dict[str, Any] = {"dtypes": [dtype] * 4, "amsgrad": amsgrad, "aligned": shift == 0}
-    adam.adam_(table, addresses(grads, device), hyper, None, **kwargs)
-
-    for i, (p, g, m, v, *vmax) in enumerate(zip(*expected, strict=True)):
-        m = m + 0.1 * (g - m)
-        v = 0.99 * v + 0.01 * g * g
-        largest = torch.maximum(vmax[0], v) if amsgrad else v
-        p = p * (1 - 0.01 * 0.1) - 0.01 / (1 - 0.9**3) * m / ((largest / (1 - 0.99**3)).sqrt() + 1e-8)
-        for name, actual, value in zip("pmv", (params[i], states[0][i], states[1][i]), (p, m, v), strict=True):
-            torch.testing.assert_close(
-                actual.double(), value, **CLOSE[dtype], msg=lambda s, n=name, i=i: f"{n}{i}: {s}"
-            )
-        assert torch.equal(grads[i].double(), g)
-    assert all(p.isnan().all() for p in poison)
+    launch = Launch(case, kwargs, triton_backend, dtype, shift)
+    expected = launch.expected()
+    launch()
+    for r, role in enumerate((launch.params, launch.grads, *launch.states)):
+        for i, tensor in enumerate(role):
+            close = dict(CLOSE[dtype])
+            if tensor.numel():
+                # an ulp of the tensor's largest number, where numbers cancelled
+                close["atol"] = max(close["atol"], torch.finfo(dtype).eps * float(expected[r][i].abs().max()))
+            torch.testing.assert_close(tensor.double().cpu(), expected[r][i], **close)
+    assert all(map(torch.equal, (g.double() for g in launch.grads), launch.before[1]))
+    assert all(p.isnan().all() for p in launch.poison)
 
 
-def test_adam_is_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device) -> None:
-    device = triton_backend
+@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+def test_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     results = []
     for aligned in (True, True, False):
-        (params, grads, m, v) = (in_poison(SHAPES, device, torch.float32, seed, 0)[0] for seed in range(4))
-        table = TensorTable([p.numel() for p in params], [params, m, v], [0] * len(params), device, SIZE)
-        hyper = rows(adam.hyper_row(**ADAMW, step=1.0), device=device)
-        kwargs: dict[str, Any] = {"dtypes": [torch.float32] * 4, "amsgrad": False, "aligned": aligned}
-        adam.adam_(table, addresses(grads, device), hyper, None, **kwargs)
-        results.append(torch.cat([t.flatten() for t in (*params, *m, *v)]))
+        launch = Launch(case, kwargs, triton_backend, torch.float32)
+        launch.aligned = aligned
+        launch()
+        results.append(torch.cat([t.flatten() for t in launch.everything()]))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
 
-def test_adam_skips(triton_backend: torch.device) -> None:
-    device = triton_backend
-    params, grads, m, v = (make_params(SHAPES, device, seed=seed) for seed in range(4))
-    before = [t.detach().clone() for t in (*params, *m, *v)]
-    table = TensorTable([p.numel() for p in params], [params, m, v], [0] * len(params), device, SIZE)
-    control = torch.tensor([float("inf"), 1.0, 1.0], dtype=torch.float64, device=device)
-    hyper = rows(adam.hyper_row(**ADAMW, step=1.0), device=device)
-    kwargs: dict[str, Any] = {"dtypes": [torch.float32] * 4, "amsgrad": False, "aligned": True}
-    adam.adam_(table, addresses(grads, device), hyper, control, **kwargs)
-    assert all(map(torch.equal, before, (*params, *m, *v)))
+@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+def test_skips(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
+    launch = Launch(case, kwargs, triton_backend, torch.float32)
+    before = [t.clone() for t in launch.everything()]
+    launch(torch.tensor([float("inf"), 1.0, 1.0], dtype=torch.float64, device=triton_backend))
+    assert all(map(torch.equal, before, launch.everything()))
 
 
-@pytest.mark.parametrize("skip", [False, True])
-def test_prepare_is_the_hosts_row(triton_backend: torch.device, skip: bool) -> None:
-    device = triton_backend
-    values = [{**ADAMW, "lr": 0.1}, {**ADAMW, "decoupled": 0.0, "maximize": 1.0}, {**ADAMW, "beta1": 0.0}]
-    counts = [0.0, 9.0, 99999.0]
-    steps = torch.tensor(counts, device=device)
-    lr = torch.tensor(0.25, device=device)
-    raw = rows(*(list(row.values()) for row in values), device=device)
-    scalars = torch.zeros(3, adam.RAW_COLUMNS, dtype=torch.int64)
-    scalars[1, 0] = lr.data_ptr()
-    values[1]["lr"] = 0.25
-    hyper = torch.full((3, adam.HYPER_COLUMNS), float("nan"), dtype=torch.float64, device=device)
+@pytest.mark.parametrize("skip", [False, True], ids=["counts", "skips"])
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_prepare_is_the_hosts_row(triton_backend: torch.device, case: Case, skip: bool) -> None:
+    device, rule = triton_backend, case.cls.rule
+    groups = [_group(case, kwargs)[0] for name, kwargs in case.variants.items() if not name.startswith("tensor_")]
+    values = [[float(v) for v in rule.values(group)] for group in groups]
+    counts = [[float(torch.tensor(c)) for c in counts_of(rule, group)] for group in groups]
+    for i, steps in enumerate((0.0, 9.0, 99999.0)[: len(rule.counts) and 3]):
+        counts[i][0] = steps
+    n, k = len(values), len(rule.counts)
+    scalar = torch.tensor(0.25, device=device)
+    addresses_of_values = torch.zeros(n, len(values[0]), dtype=torch.int64)
+    addresses_of_values[1, 0] = scalar.data_ptr()
+    raw = rows(*values, device=device)
+    values[1][0] = 0.25
+    stored = torch.tensor(counts, dtype=torch.float32, device=device).view(n, k)
+    where = addresses(list(stored.flatten().unbind()), device).view(n, k)
+    module = rule.kernels
+    hyper = torch.full((n, len(module.HYPER)), float("nan"), dtype=torch.float64, device=device)
     control = torch.tensor([0.0, 1.0, float(skip)], dtype=torch.float64, device=device)
-    adam.prepare_(raw, scalars.to(device), addresses(list(steps.unbind()), device), hyper, control)
-    counted = [count + (not skip) for count in counts]
-    assert steps.tolist() == counted
-    if not skip:
-        expected = rows(*(adam.hyper_row(**row, step=t) for row, t in zip(values, counted, strict=True)), device=device)
-        # float64 throughout; 1 - beta**t at t=1 loses three digits of sixteen
-        torch.testing.assert_close(hyper, expected, rtol=1e-12, atol=0)
+    update.prepare_(module, raw, addresses_of_values.to(device), where, hyper, control)
+    if skip:
+        assert hyper.isnan().all()
+        assert torch.equal(stored.cpu(), torch.tensor(counts, dtype=torch.float32).view(n, k))
+        return
+    steps = [rule.prepare(tuple(v), tuple(c)) for v, c in zip(values, counts, strict=True)]
+    # float64 throughout; 1 - beta**t at t=1 loses three digits of sixteen
+    torch.testing.assert_close(hyper, rows(*(row for row, _ in steps), device=device), rtol=1e-12, atol=1e-300)
+    new = torch.tensor([new for _, new in steps], dtype=torch.float32).view(n, k)
+    torch.testing.assert_close(stored.cpu(), new, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "more"),
+    [({}, []), ({"max_grad_norm": 1.0}, ["_norm_kernel", "_finish_kernel"])],
+    ids=["step", "clip"],
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_launches_do_not_grow_with_groups(
+    triton_backend: torch.device, case: Case, kwargs: dict, more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = record_launches(monkeypatch)
+    params = make_params([(9,)] * 26, triton_backend)
+    groups = [{"params": [p], "lr": 0.1 * 0.75**i} for i, p in enumerate(params)]
+    optimizer = case.cls(groups, **kwargs)
+    algorithm = case.cls.rule.module
+    expected = [*more, f"_{algorithm}_kernel"]
+    if case.name == "lamb":
+        expected = [*more, "_lamb_prepare_kernel", "_lamb_norms_kernel", "_lamb_ratio_kernel", "_lamb_kernel"]
+    if case.name == "asgd":
+        expected = [*more, "_asgd_prepare_kernel", "_asgd_kernel"]
+    for step in range(2):
+        set_grads(params, step)
+        launched.clear()
+        optimizer.step()
+        assert launched == expected
+
+
+def test_counts_on_the_device_are_one_launch_more(
+    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = record_launches(monkeypatch)
+    params = make_params([(9,)] * 26, triton_backend)
+    optimizer = optimx.AdamW([{"params": [p]} for p in params], fused=True)
+    set_grads(params, 0)
+    optimizer.step()
+    assert launched == ["_adam_prepare_kernel", "_adam_kernel"]
+
+
+def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of kernels, as profilers will show them."""
+    launched: list[str] = []
+    for module in (update, lamb, grad_norm):
+        original = module.launch
+
+        def record(kernel, n_programs, warmup, original=original):
+            start = original(kernel, n_programs, warmup)
+
+            def named(*args, **kwargs):
+                algorithm = kwargs.get("UPDATE") or kwargs.get("PREPARE")
+                name = kernel.fn.__name__
+                if algorithm is not None:
+                    name = f"_{algorithm.fn.__module__.rpartition('.')[2]}{name.replace('_update', '')}"
+                if not warmup:
+                    launched.append(name)
+                return start(*args, **kwargs)
+
+            return named
+
+        monkeypatch.setattr(module, "launch", record)
+    return launched
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["unadapted", "adapted"])
+def test_lambs_trust_ratio_is_of_the_whole_tensor(triton_backend: torch.device, adapted: bool) -> None:
+    """Of many chunks; of zeros; clamped."""
+    values = [torch.linspace(-3, 5, 1000), torch.zeros(130), torch.full((70,), 100.0)]
+    params = [torch.nn.Parameter(v.to(triton_backend, copy=True)) for v in values]
+    optimizer = optimx.LAMB(params, lr=0.1, weight_decay=0.0, always_adapt=adapted, max_trust_ratio=50.0, eps=0.0)
+    for p in params:
+        p.grad = torch.full_like(p, 2.0)
+    optimizer.step()
+    for before, after in zip(values, params, strict=True):
+        # all elements of the step are 1
+        ratio = float(before.norm()) / before.numel() ** 0.5 if adapted and before.any() else 1.0
+        torch.testing.assert_close(after.cpu(), before - 0.1 * min(ratio, 50.0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
@@ -236,33 +392,14 @@ def test_misaligned_gradient_of_one_step(triton_backend: torch.device) -> None:
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "expected"),
-    [
-        ({}, ["_adam_kernel"]),
-        ({"max_grad_norm": 1.0}, ["_norm_kernel", "_finish_kernel", "_adam_kernel"]),
-        ({"fused": True}, ["_adam_prepare_kernel", "_adam_kernel"]),
-    ],
-    ids=["step", "clip", "device_counts"],
-)
-def test_launches_do_not_grow_with_groups(
-    triton_backend: torch.device, kwargs: dict, expected: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched: list[str] = []
-    for module in (adam, grad_norm):
-        original = module.launch
-
-        def record(kernel, n_programs, warmup, original=original):
-            if not warmup:
-                launched.append(kernel.fn.__name__)
-            return original(kernel, n_programs, warmup)
-
-        monkeypatch.setattr(module, "launch", record)
-    params = make_params([(9,)] * 26, triton_backend)
-    groups = [{"params": [p], "lr": 0.1 * 0.75**i, "weight_decay": 0.01 * (i % 2)} for i, p in enumerate(params)]
-    optimizer = optimx.AdamW(groups, **kwargs)
-    for step in range(2):
-        set_grads(params, step)
-        launched.clear()
-        optimizer.step()
-        assert launched == expected
+def test_normalizing_also_lengthens(triton_backend: torch.device) -> None:
+    device = triton_backend
+    grads = [torch.full((16,), 0.01, device=device)]
+    table = TensorTable([16], [], [], device, SIZE)
+    partials = torch.zeros(2, table.n_chunks, dtype=torch.float64, device=device)
+    norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
+    where = addresses(grads, device)
+    grad_norm.norm_(table, where, None, partials, 0, dtype=torch.float32, norm_type=2.0, aligned=True)
+    for clamp, expected in ((True, 1.0), (False, 1 / (0.04 + 1e-6))):
+        grad_norm.finish_(partials, norm, control, norm_type=2.0, max_norm=1.0, clamp=clamp)
+        torch.testing.assert_close(control[1].item(), expected, rtol=1e-6, atol=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,12 @@ ROOT = Path(__file__).parent.parent
 OPTIMX = sorted((ROOT / "optimx").rglob("*.py"))
 KERNELS = sorted((ROOT / "triton_kernels").rglob("*.py"))
 
+TORCHS = [case for case in CASES if case.is_torchs]
+OWN = [case for case in CASES if not case.is_torchs]
+
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_of_torchs = pytest.mark.parametrize("case", TORCHS, ids=lambda case: case.name)
+each_of_our_own = pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
 each_module = pytest.mark.parametrize("name", ["", ".lr_scheduler", ".swa_utils"])
 
 
@@ -62,7 +68,7 @@ def test_no_public_name_is_left_out(name: str) -> None:
 
 
 def test_torchs_names_are_torchs_objects_or_subclasses() -> None:
-    replaced = {case.stock.__name__ for case in CASES}
+    replaced = {case.stock.__name__ for case in TORCHS}
     for name in torch.optim.__all__:
         ours, torchs = getattr(optimx, name), getattr(torch.optim, name)
         if inspect.ismodule(ours):
@@ -74,11 +80,22 @@ def test_torchs_names_are_torchs_objects_or_subclasses() -> None:
             assert ours is torchs, name
 
 
+def test_optimizers_that_torch_lacks() -> None:
+    """When torch gets a class of that name, ours has to become its drop-in."""
+    assert {case.cls.__name__ for case in OWN} == {"Lion", "LAMB"}
+    for case in OWN:
+        name = case.cls.__name__
+        assert name in optimx.__all__
+        assert getattr(optimx, name) is case.cls
+        assert not hasattr(torch.optim, name)
+        assert issubclass(case.cls, torch.optim.Optimizer)
+
+
 def test_modules_as_in_torch() -> None:
     """``optim.lr_scheduler.StepLR`` is how everybody writes it; and a class is not hidden by its file."""
     assert issubclass(optimx.lr_scheduler.StepLR, torch.optim.lr_scheduler.StepLR)
     assert optimx.swa_utils.AveragedModel is torch.optim.swa_utils.AveragedModel
-    assert inspect.isclass(optimx.AdamW)
+    assert all(inspect.isclass(getattr(optimx, case.cls.__name__)) for case in CASES)
     assert inspect.isfunction(optimx.explain)
     assert optimx.Optimizer is torch.optim.Optimizer
 
@@ -90,33 +107,71 @@ def test_version() -> None:
 # classes
 
 
-def test_relations() -> None:
+@each_of_torchs
+def test_relations(case: Case) -> None:
+    ours = case.cls([Parameter(torch.ones(2))])
+    assert isinstance(ours, case.stock)
+    assert not isinstance(case.stock([Parameter(torch.ones(2))]), case.cls)
+    # no other class of torch's than the one replaced and those it inherits from
+    strangers = [other.stock for other in TORCHS if not issubclass(case.stock, other.stock)]
+    assert not issubclass(case.cls, tuple(strangers))
+
+
+def test_adamw_is_an_adam() -> None:
     ours = optimx.AdamW([Parameter(torch.ones(2))])
-    for cls in (optimx.AdamW, optimx.Adam, torch.optim.AdamW, torch.optim.Adam, torch.optim.Optimizer):
-        assert isinstance(ours, cls)
+    assert all(isinstance(ours, cls) for cls in (optimx.Adam, torch.optim.AdamW, torch.optim.Adam))
     assert not issubclass(optimx.Adam, torch.optim.AdamW)
-    assert not isinstance(torch.optim.AdamW([Parameter(torch.ones(2))]), optimx.Adam)
 
 
-@each_case
+#: Beyond torch's arguments; ``capturable`` where torch's class has none.
+EXTRA = {case.name: ["max_grad_norm"] for case in TORCHS}
+EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "capturable"]
+
+
+@each_of_torchs
 def test_signature(case: Case) -> None:
     ours = [*inspect.signature(case.cls).parameters.values()]
     torchs = [*inspect.signature(case.stock).parameters.values()]
     assert [(p.name, p.kind, p.default) for p in ours[: len(torchs)]] == [(p.name, p.kind, p.default) for p in torchs]
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in ours[len(torchs) :])
-    assert [p.name for p in ours[len(torchs) :]] == ["max_grad_norm"]
+    extra = ours[len(torchs) :]
+    assert all(p.kind is p.KEYWORD_ONLY for p in extra)
+    assert {p.name: p.default for p in extra} == {
+        name: {"max_grad_norm": None, "capturable": False}[name] for name in EXTRA[case.name]
+    }
+
+
+@each_of_our_own
+def test_signature_of_our_own(case: Case) -> None:
+    """The arguments that torch's classes have too come in torch's order; what else there is, by keyword only."""
+    parameters = inspect.signature(case.cls).parameters
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
+    assert positional == torchs
+    assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
+    assert list(parameters)[-2:] == ["capturable", "max_grad_norm"]
+    assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
+
+
+@each_case
+def test_annotated(case: Case) -> None:
+    signature = inspect.signature(case.cls.__init__)
+    named = [p for p in signature.parameters.values() if p.name != "self"]
+    assert [p.name for p in named if p.annotation is p.empty] == []
+    assert signature.return_annotation in (None, "None")
+    assert inspect.signature(case.cls.step).return_annotation is not inspect.Signature.empty
 
 
 @each_case
 def test_methods_have_torchs_signatures(case: Case) -> None:
-    for name, method in inspect.getmembers(case.stock, inspect.isfunction):
+    stock = case.stock if case.is_torchs else torch.optim.Optimizer
+    for name, method in inspect.getmembers(stock, inspect.isfunction):
         if not name.startswith("_") and name != "step":
             ours = inspect.signature(getattr(case.cls, name)).parameters
             assert [*ours] == [*inspect.signature(method).parameters], name
     assert [*inspect.signature(case.cls.step).parameters] == ["self", "closure"]
 
 
-@each_case
+@each_of_torchs
 def test_defaults_and_repr(case: Case) -> None:
     ours, stock = (cls([Parameter(torch.ones(2))], lr=0.5) for cls in (case.cls, case.stock))
     assert ours.defaults == stock.defaults
@@ -125,11 +180,44 @@ def test_defaults_and_repr(case: Case) -> None:
     assert "    lr: 0.5\n" in repr(ours)
 
 
+@each_of_our_own
+def test_defaults_and_repr_of_our_own(case: Case) -> None:
+    """Settings of the whole optimizer are on the optimizer, all others in its groups."""
+    ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
+    whole = {"params", "capturable", "max_grad_norm", "normalize_grads"}
+    parameters = inspect.signature(case.cls).parameters
+    assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
+    assert list(ours.param_groups[0]) == ["params", *ours.defaults]
+    assert repr(ours).startswith(f"{case.cls.__name__} (\nParameter Group 0\n")
+    assert "    lr: 0.5\n" in repr(ours)
+
+
 @each_case
 def test_documented(case: Case) -> None:
-    assert case.cls.__name__ == case.stock.__name__
-    assert case.cls.__module__.split(".")[0] == "optimx"
-    assert "max_grad_norm" in (inspect.getdoc(case.cls) or "")
+    """Every argument that torch's page does not tell of."""
+    text = inspect.getdoc(case.cls) or ""
+    torchs = inspect.signature(case.stock).parameters if case.is_torchs else {}
+    missing = [n for n in inspect.signature(case.cls).parameters if n not in torchs and f"{n}: " not in text]
+    assert missing == []
+    assert "Raises:" in text
+    assert case.cls.__module__ == f"optimx.{case.name}"
+    if case.is_torchs:
+        assert case.cls.__name__ == case.stock.__name__
+        assert f":class:`torch.optim.{case.stock.__name__}`" in text
+    else:
+        assert "Torch has no class of this name" in text
+
+
+@each_of_our_own
+def test_documented_defaults(case: Case) -> None:
+    """``(default: 1e-3)`` in the text is what the signature has."""
+    text = " ".join((inspect.getdoc(case.cls) or "").split())
+    for name, parameter in inspect.signature(case.cls).parameters.items():
+        if name == "params":
+            continue
+        told = re.search(rf"\b{name}: .*?\(default: (\([^)]*\)|[^,:)]*)", text)
+        assert told, name
+        assert ast.literal_eval(told[1]) == parameter.default, name
 
 
 # what an import loads
@@ -157,9 +245,14 @@ def test_a_cpu_step_loads_no_kernels() -> None:
         import {package} as optim
         p = torch.nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        optim.AdamW([p]).step()
+        for name in {names}:
+            getattr(optim, name)([p], lr=0.1).step()
     """
-    ours, torchs = (loaded_by(inspect.cleandoc(code).format(package=name)) for name in ("optimx", "torch.optim"))
+    names = {"optimx": CASES, "torch.optim": TORCHS}
+    ours, torchs = (
+        loaded_by(inspect.cleandoc(code).format(package=package, names=[case.cls.__name__ for case in cases]))
+        for package, cases in names.items()
+    )
     more = ours - torchs
     assert "optimx._native" in more
     assert not any(name.startswith(("triton", "optimx.triton_kernels", "optimx._triton", "cuda")) for name in more)
@@ -266,3 +359,21 @@ def test_engine_does_not_know_algorithms(path: Path) -> None:
         assert names & public == set()
     if path.stem != "__init__":
         assert "build" not in names
+
+
+@each_case
+def test_algorithms_know_the_engine_only(case: Case) -> None:
+    """And the algorithm they are a variant of."""
+    path = ROOT / "optimx" / f"{case.name}.py"
+    bases = {cls.__module__.split(".")[-1] for cls in case.cls.__mro__ if cls.__module__.startswith("optimx.")}
+    names = {name.lstrip(".").split(".")[0] for _, name in imports(parse(path)) if name.startswith(".")} - {""}
+    assert {name for name in names if not name.startswith("_")} <= bases | {"triton_kernels"}
+
+
+@each_case
+def test_files_of_an_algorithm(case: Case) -> None:
+    """A newcomer guesses the path."""
+    assert inspect.getfile(case.cls) == str(ROOT / "optimx" / f"{case.name}.py")
+    assert (ROOT / "triton_kernels" / f"{case.cls.rule.module}.py").is_file()
+    reference = getattr(case.reference, "func", case.reference)
+    assert reference.__module__ == f"tests.reference.{case.cls.rule.module}"

@@ -1,4 +1,4 @@
-"""What kernels share: constants for dtypes, the walk from a program to its chunk."""
+"""What kernels share: constants for dtypes, launching, loads and stores, arithmetic that rounds correctly."""
 
 from __future__ import annotations
 
@@ -40,10 +40,64 @@ def launch(kernel: Any, n_programs: int, warmup: bool) -> Callable[..., Any]:
 
 
 @triton.jit
+def chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE: tl.constexpr):
+    """A program's share: which tensor, from which element on, and how many elements are left there."""
+    pid = tl.program_id(0)
+    tensor = tl.load(chunk_tensor_ptr + pid)
+    start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
+    return tensor, start, tl.load(numels_ptr + tensor) - start
+
+
+@triton.jit
+def for_each_block(
+    BLOCK: tl.constexpr,
+    CONSTANTS: tl.constexpr,
+    carry,
+    args,
+    remaining,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """``carry = BLOCK(carry, args, offsets, mask, CONSTANTS)`` over a chunk; returns the last.
+
+    A mask that comes from a loaded size forbids 128-bit accesses, so only a tensor's last chunk has one.
+    """
+    if remaining >= CHUNK_SIZE:
+        for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
+            carry = BLOCK(carry, args, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
+    else:
+        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
+            offsets = i + tl.arange(0, BLOCK_SIZE)
+            carry = BLOCK(carry, args, offsets, offsets < remaining, CONSTANTS)
+    return carry
+
+
+@triton.jit
 def chunk_pointer(addresses_ptr, index, start, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     """The address of element ``start`` of tensor ``index``, as a pointer the compiler may widen accesses on."""
     base = tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE))
     return tl.multiple_of(base, ALIGNMENT) + start
+
+
+@triton.jit
+def role_pointers(fixed_ptr, tensor, start, DTYPES: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Of a parameter, and a tuple of those of its states; ``DTYPES`` has the gradient's in second place."""
+    N_ROLES: tl.constexpr = len(DTYPES) - 1
+    p_ptr = chunk_pointer(fixed_ptr, tensor * N_ROLES, start, DTYPES[0], ALIGNMENT)
+    state_ptrs = ()
+    for i in tl.static_range(1, N_ROLES):
+        state_ptrs = state_ptrs + (chunk_pointer(fixed_ptr, tensor * N_ROLES + i, start, DTYPES[1 + i], ALIGNMENT),)
+    return p_ptr, state_ptrs
+
+
+@triton.jit
+def load_row(hyper_ptr, row, N_COLUMNS: tl.constexpr, COMPUTE: tl.constexpr):
+    """A hyperparameter row: the factor of the gradient, and a tuple of the rest."""
+    row_ptr = hyper_ptr + row * N_COLUMNS
+    hyper = ()
+    for i in tl.static_range(1, N_COLUMNS):
+        hyper = hyper + (tl.load(row_ptr + i).to(COMPUTE),)
+    return tl.load(row_ptr).to(COMPUTE), hyper
 
 
 @triton.jit
@@ -74,6 +128,57 @@ def load(pointers, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
+def load_all(pointers, offsets, mask, COMPUTE: tl.constexpr):
+    """A tuple of values, one of each pointer."""
+    values = ()
+    for i in tl.static_range(len(pointers)):
+        values = values + (load(pointers[i] + offsets, mask, COMPUTE),)
+    return values
+
+
+@triton.jit
 def store(pointers, values, mask):
     """Round to the stored dtype once, at the end."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def save(out, i: tl.constexpr, value):
+    """Store a block of state ``i``; ``out`` is what an update was given for it."""
+    state_ptrs, offsets, mask = out
+    store(state_ptrs[i] + offsets, value, mask)
+
+
+@triton.jit
+def with_l2(g, p, l2):
+    """The gradient with the L2 penalty's; an infinite parameter without one must not turn the state to NaN."""
+    return tl.where(l2 != 0, g + l2 * p, g)
+
+
+@triton.jit
+def lerp(a, b, weight):
+    return a + weight * (b - a)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger; NaN where either is, as in torch."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; NaN stays NaN, as in torch."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
+def gradient_factor(maximize):
+    """What a gradient is multiplied by, from the flag as a number."""
+    return tl.where(maximize != 0, -1.0, 1.0).to(tl.float64)
+
+
+@triton.jit
+def bias_correction(beta, step):
+    """``1 - beta**step`` of float64 blocks; in float32 the first steps would keep four digits."""
+    return 1.0 - tl.exp(step * tl.log(beta))

@@ -14,13 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, chunk_pointer, compute_dtype, launch, load, store
+from .device import TRITON_DTYPE, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
 from .tensor_table import TensorTable
 
 
 @triton.jit
-def _power_block(g_ptr, offsets, mask, inv_scale, NORM_TYPE: tl.constexpr):
-    """What a block of gradients adds to a norm, and whether each is infinite or NaN."""
+def _norm_block(carry, args, offsets, mask, NORM_TYPE: tl.constexpr):
+    """Adds a block of gradients to a norm, and to the mark whether any is infinite or NaN."""
+    total, any_bad = carry
+    g_ptr, inv_scale = args
     g = load(g_ptr + offsets, mask, inv_scale.dtype)
     bad = (g != g) | (tl.abs(g) == float("inf"))
     g *= inv_scale
@@ -28,7 +30,7 @@ def _power_block(g_ptr, offsets, mask, inv_scale, NORM_TYPE: tl.constexpr):
         power = g * g
     else:
         power = tl.abs(g)
-    return power, bad
+    return _meet(total, power, NORM_TYPE), any_bad | bad
 
 
 @triton.jit(do_not_specialize=["n_partials"])
@@ -48,28 +50,17 @@ def _norm_kernel(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    pid = tl.program_id(0)
-    tensor = tl.load(chunk_tensor_ptr + pid)
-    start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
-    remaining = tl.load(numels_ptr + tensor) - start
+    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
     g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
     inv_scale = tl.full((), 1.0, COMPUTE)
     if HAS_SCALE:
         inv_scale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
 
-    total = tl.zeros((BLOCK_SIZE,), COMPUTE)
-    any_bad = tl.zeros((BLOCK_SIZE,), tl.int1)
-    if remaining >= CHUNK_SIZE:
-        for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
-            power, bad = _power_block(g_ptr, i + tl.arange(0, BLOCK_SIZE), None, inv_scale, NORM_TYPE)
-            total = _meet(total, power, NORM_TYPE)
-            any_bad = any_bad | bad
-    else:
-        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
-            offsets = i + tl.arange(0, BLOCK_SIZE)
-            power, bad = _power_block(g_ptr, offsets, offsets < remaining, inv_scale, NORM_TYPE)
-            total = _meet(total, power, NORM_TYPE)
-            any_bad = any_bad | bad
+    nothing = tl.zeros((BLOCK_SIZE,), COMPUTE), tl.zeros((BLOCK_SIZE,), tl.int1)
+    total, any_bad = for_each_block(
+        _norm_block, NORM_TYPE, nothing, (g_ptr, inv_scale), remaining, CHUNK_SIZE, BLOCK_SIZE
+    )
+    pid = tl.program_id(0)
     tl.store(partials_ptr + pid, _reduce(total, NORM_TYPE).to(tl.float64))
     tl.store(partials_ptr + n_partials + pid, tl.max(any_bad.to(tl.int32), axis=0).to(tl.float64))
 
@@ -103,6 +94,7 @@ def _finish_kernel(
     max_norm: tl.float32,
     NORM_TYPE: tl.constexpr,
     CLIP: tl.constexpr,
+    CLAMP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_FOUND_INF: tl.constexpr,
     CHECK_FINITE: tl.constexpr,
@@ -121,8 +113,9 @@ def _finish_kernel(
     scale = tl.full((), 1.0, tl.float64)
     if CLIP:
         scale = max_norm / (norm + 1e-6)
-        # as torch.clamp: NaN stays NaN
-        scale = tl.where(scale > 1.0, 1.0, scale)
+        if CLAMP:
+            # as torch.clamp: NaN stays NaN
+            scale = tl.where(scale > 1.0, 1.0, scale)
     if HAS_SCALE:
         scale /= tl.load(grad_scale_ptr).to(tl.float64)
     skip = tl.full((), 0.0, tl.float32)
@@ -138,8 +131,10 @@ def _finish_kernel(
 
 
 @triton.jit
-def _scale_block(g_ptr, offsets, mask, scale):
+def _scale_block(carry, args, offsets, mask, CONSTANTS: tl.constexpr):
+    g_ptr, scale = args
     store(g_ptr + offsets, load(g_ptr + offsets, mask, scale.dtype) * scale, mask)
+    return carry
 
 
 @triton.jit
@@ -159,18 +154,9 @@ def _scale_kernel(
     # most steps clip nothing: 8 of 12 bytes saved
     if scale == 1.0:
         return
-    pid = tl.program_id(0)
-    tensor = tl.load(chunk_tensor_ptr + pid)
-    start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
-    remaining = tl.load(numels_ptr + tensor) - start
+    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
     g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
-    if remaining >= CHUNK_SIZE:
-        for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
-            _scale_block(g_ptr, i + tl.arange(0, BLOCK_SIZE), None, scale)
-    else:
-        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
-            offsets = i + tl.arange(0, BLOCK_SIZE)
-            _scale_block(g_ptr, offsets, offsets < remaining, scale)
+    for_each_block(_scale_block, None, (), (g_ptr, scale), remaining, CHUNK_SIZE, BLOCK_SIZE)
 
 
 #: Norm types with a kernel, and the number each goes by there.
@@ -221,6 +207,7 @@ def finish_(
     *,
     norm_type: float,
     max_norm: float | None,
+    clamp: bool = True,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     check_finite: bool = False,
@@ -234,6 +221,7 @@ def finish_(
         control: float64 ``[3]``, written.
         norm_type: As given to :func:`norm_`.
         max_norm: Clip to this norm; None: do not clip.
+        clamp: Leave gradients below ``max_norm`` as they are; False: scale them up to it.
         grad_scale: As given to :func:`norm_`.
         found_inf: float32 scalar; the step is skipped where it is not 0.
         check_finite: Write ``found_inf`` from what :func:`norm_` saw, instead of reading it.
@@ -243,7 +231,7 @@ def finish_(
         partials, partials.shape[1], control if grad_scale is None else grad_scale,
         control if found_inf is None else found_inf, norm, control,
         0.0 if max_norm is None else float(max_norm),
-        NORM_TYPE=NORM_TYPES[norm_type], CLIP=max_norm is not None, HAS_SCALE=grad_scale is not None,
+        NORM_TYPE=NORM_TYPES[norm_type], CLIP=max_norm is not None, CLAMP=clamp, HAS_SCALE=grad_scale is not None,
         HAS_FOUND_INF=found_inf is not None and not check_finite, CHECK_FINITE=check_finite,
         BLOCK_SIZE=1024, num_warps=8,
     )  # fmt: skip

@@ -80,6 +80,7 @@ class TensorTable:
         numels: int64 ``[n_tensors]``.
         rows: int32 ``[n_tensors]``.
         chunk_tensor, chunk_start: int32 and int64 ``[n_chunks]``, see :func:`chunk_map`.
+        first_chunk: int32 ``[n_tensors + 1]``: chunks of tensor ``i`` begin there, and end where the next one's begin.
     """
 
     def __init__(
@@ -103,6 +104,8 @@ class TensorTable:
         self.numels = upload(torch.tensor(list(numels), dtype=torch.int64, device="cpu"), device)
         self.chunk_tensor = upload(chunk_tensor, device)
         self.chunk_start = upload(chunk_start, device)
+        tensors = torch.arange(self.n_tensors + 1, dtype=torch.int32, device="cpu")
+        self.first_chunk = upload(torch.searchsorted(chunk_tensor, tensors, out_int32=True), device)
         self.set_rows(rows)
 
     def set_rows(self, rows: Sequence[int]) -> None:

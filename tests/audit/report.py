@@ -22,8 +22,12 @@ COMMAND = "python -m tests.audit.report"
 LEGEND = """\
 A cell reads: widths in bits of the vector loads / stores (`-`: none), registers of a thread (gfx942: vector
 registers), then what is not 0 of shared memory and spills, in bytes. Where dtypes differ, the narrow tensors move 64
-bits at a time: 128 would take a detour through shared memory. Unaligned variants and the kernels of a program or two
-(`adam_prepare`, `finish`) have nothing to widen. **Bold**: past a limit of the audit.
+bits at a time: 128 would take a detour through shared memory. Unaligned variants and the kernels without blocks of
+elements (`*_prepare`, `lamb_ratio`, `finish`) have nothing to widen. **Bold**: past a limit of the audit.
+
+Every variant of Adam is here; of the other algorithms, those that `tests/audit/variants.py` says are enough.
+"""
+SUMMARY = """Registers of a thread at most, where accesses are aligned; in parentheses those of float64.
 """
 
 
@@ -57,6 +61,27 @@ def report() -> str:
     return "\n".join(_lines(results)) + "\n"
 
 
+def _summary(results: dict[str, tuple[Assembly, list[str]]]) -> Iterator[str]:
+    """A line a kernel."""
+    most: dict[str, dict[tuple[str, bool], int]] = {}
+    for name, (assembly, _) in results.items():
+        variant, architecture = cases()[name]
+        if "unaligned" not in variant.options:
+            registers = most.setdefault(variant.kernel, {})
+            key = architecture, "float64" in variant.options
+            registers[key] = max(registers.get(key, 0), assembly.registers)
+    yield SUMMARY
+    yield f"| kernel | {' | '.join(TARGETS)} |"
+    yield "|---" * (1 + len(TARGETS)) + "|"
+    for kernel, registers in most.items():
+        cells = [
+            f"{registers[architecture, False]}"
+            + (f" ({registers[architecture, True]})" if (architecture, True) in registers else "")
+            for architecture in TARGETS
+        ]
+        yield f"| {kernel} | {' | '.join(cells)} |"
+
+
 def _lines(results: dict[str, tuple[Assembly, list[str]]]) -> Iterator[str]:
     failed = sum(bool(found) for _, found in results.values())
     yield "# What the kernels compile to"
@@ -64,6 +89,8 @@ def _lines(results: dict[str, tuple[Assembly, list[str]]]) -> Iterator[str]:
     yield f"{len(results)} kernels, {failed} of them past a limit. Compiled ahead of time; no GPU was involved."
     yield f"torch {torch.__version__}, triton {triton.__version__}, ptxas {triton.knobs.nvidia.ptxas.version}"
     yield f"(sm_100: {triton.knobs.nvidia.ptxas_blackwell.version}), commit {commit()}, `{COMMAND}`."
+    yield ""
+    yield from _summary(results)
     yield ""
     yield LEGEND
     yield f"| kernel | variant | {' | '.join(TARGETS)} |"

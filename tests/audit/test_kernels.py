@@ -3,46 +3,77 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from optimx.triton_kernels.device import TRITON_DTYPE
 from triton.runtime.jit import JITFunction
 
+from tests.cases import CASES
+
 from .assembly import examine, problems
 from .compiler import TARGETS, Launch, compile_for, kernel_modules
-from .variants import Variant, cases, variants
+from .variants import ALGORITHMS, Variant, cases, variants
 
 
 @pytest.mark.parametrize(("variant", "architecture"), [pytest.param(*case, id=name) for name, case in cases().items()])
 def test_assembly(variant: Variant, architecture: str) -> None:
     target = TARGETS[architecture]
     launch, limits = variant.on(target)
-    found = problems(examine(compile_for(target, launch)), limits)
+    kernel = compile_for(target, launch)
+    found = problems(examine(kernel), limits)
     assert not found, "; ".join(found)
+    assert kernel.metadata.name == f"_{variant.kernel}_kernel"
 
 
 @pytest.fixture(scope="module")
-def launches() -> list[Launch]:
-    return [variant.on(TARGETS["sm_90"])[0] for variant in variants()]
+def launches() -> list[tuple[str, Launch]]:
+    """Of each variant: the kernel as profilers call it, and the launch."""
+    return [(variant.kernel, variant.on(TARGETS["sm_90"])[0]) for variant in variants()]
 
 
-def test_every_kernel_has_variants(launches: list[Launch]) -> None:
+def test_every_kernel_has_variants(launches: list[tuple[str, Launch]]) -> None:
     kernels = {
         value.__name__
         for module in kernel_modules()
         for value in vars(module).values()
         if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
     }
-    assert kernels == {launch.kernel.__name__ for launch in launches}
+    assert kernels == {launch.kernel.__name__ for _, launch in launches}
 
 
-def test_every_constant_takes_every_value(launches: list[Launch]) -> None:
+def test_every_algorithm_is_listed() -> None:
+    modules = [module for module in kernel_modules() if hasattr(module, "prepare")]
+    assert {algorithm.module for algorithm in ALGORITHMS} == set(modules)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
+def test_every_structure_is_listed(algorithm) -> None:
+    """As far as rules can ask for them."""
+    asked_for = set()
+    for case in CASES:
+        rule = case.cls.rule
+        if rule.module != algorithm.name:
+            continue
+        assert len(rule.counts) == algorithm.n_counts
+        for structure, n_states in algorithm.structures.values():
+            assert len(rule.state_names(structure)) == n_states
+        for kwargs in case.variants.values():
+            (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
+            asked_for.add(rule.structure_of(group))
+    assert {structure for structure, _ in algorithm.structures.values()} == asked_for
+
+
+def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) -> None:
     seen: dict[tuple[str, str], set] = {}
-    for launch in launches:
+    for kernel, launch in launches:
         for name, value in launch.options.items():
-            seen.setdefault((launch.kernel.__name__, name), set()).add(value)
+            seen.setdefault((kernel, name), set()).add(value)
     for (kernel, name), values in seen.items():
         if any(isinstance(value, bool) for value in values):
             assert values == {False, True}, (kernel, name)
         elif name.endswith("_DTYPE"):
             assert values == set(TRITON_DTYPE.values()), (kernel, name)
+        elif name == "DTYPES":
+            for role in zip(*(dtypes[:3] for dtypes in values), strict=False):
+                assert set(role) == set(TRITON_DTYPE.values()), (kernel, name)
         elif name == "ALIGNMENT":
             assert values == {1, 16}, (kernel, name)

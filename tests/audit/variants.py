@@ -6,9 +6,25 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
+from types import ModuleType
 
 import torch
-from optimx.triton_kernels import adam, grad_norm
+from optimx.triton_kernels import (
+    adadelta,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    grad_norm,
+    lamb,
+    lion,
+    nadam,
+    radam,
+    rmsprop,
+    rprop,
+    sgd,
+    update,
+)
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize, TensorTable
 from triton.backends.compiler import GPUTarget
@@ -28,13 +44,74 @@ THREADS_UNALIGNED, THREADS_FLOAT64 = 768, 512
 #: Bytes of shared memory: one value a warp where they reduce. Elsewhere none: a layout would have been converted.
 SHARED_REDUCTION = 128
 
-#: Of params, grads, exp_avgs and exp_avg_sqs.
-ADAM_DTYPES: dict[str, Dtypes] = {
-    **{str(dtype)[6:]: [dtype] * 4 for dtype in TRITON_DTYPE},
-    "float32-bfloat16_grads": [torch.float32, torch.bfloat16, torch.float32, torch.float32],
-    "bfloat16-float32_states": [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32],
-    "float32-bfloat16_states": [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16],
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What the generic kernels are compiled with.
+
+    Attributes:
+        module: Of ``triton_kernels``.
+        structures: For each variant of its ``update``, by name, the structure and the number of states.
+        n_counts: Number of scalar states.
+        threads: See :data:`THREADS`.
+    """
+
+    module: ModuleType
+    structures: dict[str, tuple[tuple[bool, ...], int]]
+    n_counts: int = 1
+    threads: int = THREADS
+
+    @property
+    def name(self) -> str:
+        return self.module.__name__.rpartition(".")[2]
+
+
+#: Everything that a rule of optimx can ask for.
+ALGORITHMS = (
+    Algorithm(adam, {"": ((False,), 2), "amsgrad": ((True,), 3)}),
+    Algorithm(
+        sgd, {"": ((False, False), 0), "momentum": ((True, False), 1), "nesterov": ((True, True), 1)}, n_counts=0
+    ),
+    Algorithm(
+        rmsprop,
+        {
+            "": ((False, False), 1),
+            "momentum": ((True, False), 2),
+            "centered": ((False, True), 2),
+            "momentum-centered": ((True, True), 3),
+        },
+    ),
+    Algorithm(adagrad, {"": ((), 1)}),
+    # for sm_100, ptxas takes 68 registers in 16 bits without control, and 64 with it; 896 threads have 56 KB in flight
+    Algorithm(adadelta, {"": ((), 2)}, threads=896),
+    Algorithm(adamax, {"": ((), 2)}),
+    Algorithm(nadam, {"": ((), 2)}, n_counts=2),
+    Algorithm(radam, {"": ((), 2)}),
+    Algorithm(rprop, {"": ((), 2)}),
+    Algorithm(asgd, {"": ((), 1)}, n_counts=3),
+    Algorithm(lion, {"": ((), 1)}, n_counts=0),
+    Algorithm(lamb, {"": ((), 2)}),
+)
+
+#: Of params, grads and all states.
+DTYPES: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]] = {
+    **{str(dtype)[6:]: (dtype, dtype, dtype) for dtype in TRITON_DTYPE},
+    "float32-bfloat16_grads": (torch.float32, torch.bfloat16, torch.float32),
+    "bfloat16-float32_states": (torch.bfloat16, torch.bfloat16, torch.float32),
+    "float32-bfloat16_states": (torch.float32, torch.float32, torch.bfloat16),
 }
+
+#: Dtypes, with control, aligned.
+EVERYTHING = [*product(DTYPES, (False, True), (True, False))]
+#: For all but Adam. What is an algorithm's own is its arithmetic and its number of roles: they decide on registers and
+#: spills, mostly in 16 bits, where a thread has eight elements of each role. The walk, its accesses, and what control
+#: and alignment do to them are the same code for all, so one variant of each is enough.
+REDUCED = [
+    *product((str(dtype)[6:] for dtype in TRITON_DTYPE), (False, True), (True,)),
+    ("float32-bfloat16_grads", True, True),
+    ("bfloat16-float32_states", True, True),
+    ("float32", True, False),
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +124,7 @@ class Variant:
         reads, writes: Dtypes of the tensors a full chunk reads and writes; empty where nothing is said about widths.
         threads: How many an SM or CU must have registers for.
         shared: See :class:`.assembly.Limits`.
+        position: Which of the launches it is, where the launcher makes several.
     """
 
     kernel: str
@@ -56,10 +134,11 @@ class Variant:
     writes: Dtypes = ()
     threads: int = THREADS
     shared: int = 0
+    position: int = 0
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
         """What is launched on ``target``, and what its assembly must keep to."""
-        launch = record(lambda: self.call(LaunchSize(num_warps=NUM_THREADS // target.warp_size)))
+        launch = record(lambda: self.call(LaunchSize(num_warps=NUM_THREADS // target.warp_size)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
         n_elements = launch.options["BLOCK_SIZE"] // n_threads
         reads, writes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
@@ -70,10 +149,10 @@ def _name(*parts: str | bool, **flags: bool) -> str:
     return "-".join([*filter(None, parts), *(flag for flag, on in flags.items() if on)]) or "plain"
 
 
-def _threads(dtypes: Dtypes, aligned: bool) -> int:
+def _threads(dtypes: Dtypes, aligned: bool, threads: int = THREADS) -> int:
     if torch.float64 in dtypes:
         return THREADS_FLOAT64
-    return THREADS if aligned else THREADS_UNALIGNED
+    return threads if aligned else THREADS_UNALIGNED
 
 
 def _table(size: LaunchSize, n_roles: int = 1) -> TensorTable:
@@ -88,38 +167,81 @@ def _numbers(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.float64)
 
 
-def _adam_variants() -> Iterator[Variant]:
-    flags = product(ADAM_DTYPES.items(), (False, True), (False, True), (True, False))
-    for (name, dtypes), amsgrad, control, aligned in flags:
+def _update_variants() -> Iterator[Variant]:
+    for algorithm in ALGORITHMS:
+        choices = EVERYTHING if algorithm.module is adam else REDUCED
+        for (flags, (structure, n_states)), (name, control, aligned) in product(algorithm.structures.items(), choices):
+            p, g, state = DTYPES[name]
+            states = [state] * n_states
+            if len({p, g, *states}) < len({*DTYPES[name]}):
+                # without states the same as another
+                continue
 
-        def call(size: LaunchSize, dtypes=dtypes, amsgrad=amsgrad, control=control, aligned=aligned) -> None:
-            adam.adam_(
-                _table(size, 4 if amsgrad else 3), _addresses(), _numbers(1, adam.HYPER_COLUMNS),
-                _numbers(3) if control else None, dtypes=dtypes, amsgrad=amsgrad, aligned=aligned,
+            def call(
+                size,
+                module=algorithm.module,
+                structure=structure,
+                control=control,
+                aligned=aligned,
+                dtypes=(p, g, *states),
+            ) -> None:
+                update.update_(
+                    module, _table(size, len(dtypes) - 1), _addresses(), _numbers(1, len(module.HYPER)),
+                    _numbers(3) if control else None, structure=structure, dtypes=dtypes, aligned=aligned,
+                )  # fmt: skip
+
+            yield Variant(
+                algorithm.name,
+                _name(name, flags, control=control, unaligned=not aligned),
+                call,
+                reads=[p, g, *states] if aligned else [],
+                writes=[p, *states] if aligned else [],
+                threads=_threads([p, g, *states], aligned, algorithm.threads),
+            )
+
+
+def _prepare_variants() -> Iterator[Variant]:
+    for algorithm, control in product(ALGORITHMS, (False, True)):
+
+        def call(size: LaunchSize, algorithm=algorithm, control=control) -> None:
+            n_raw, n_columns = len(algorithm.module.RAW), len(algorithm.module.HYPER)
+            update.prepare_(
+                algorithm.module, _numbers(2, n_raw), _addresses(2, n_raw), _addresses(2, algorithm.n_counts),
+                _numbers(2, n_columns), _numbers(3) if control else None,
             )  # fmt: skip
 
-        p, g, m, v = dtypes
-        states = [m, v, v] if amsgrad else [m, v]
+        yield Variant(f"{algorithm.name}_prepare", _name(control=control), call, threads=THREADS_FLOAT64)
+
+
+def _lamb_variants() -> Iterator[Variant]:
+    """The launches before the update."""
+    for name, control, aligned in REDUCED:
+        p, g, state = DTYPES[name]
+        dtypes = (p, g, state, state)
+
+        def call(size: LaunchSize, dtypes=dtypes, control=control, aligned=aligned) -> None:
+            lamb.lamb_(
+                lamb, _table(size, 3), _addresses(), _numbers(1, len(lamb.HYPER)), _numbers(3) if control else None,
+                dtypes=dtypes, aligned=aligned,
+            )  # fmt: skip
+
         yield Variant(
-            "adam",
-            _name(name, amsgrad=amsgrad, control=control, unaligned=not aligned),
+            "lamb_norms",
+            _name(name, control=control, unaligned=not aligned),
             call,
-            reads=[p, g, *states] if aligned else [],
-            writes=[p, *states] if aligned else [],
+            reads=dtypes if aligned else [],
             threads=_threads(dtypes, aligned),
+            shared=SHARED_REDUCTION,
         )
-
-
-def _adam_prepare_variants() -> Iterator[Variant]:
-    for control in (False, True):
-
-        def call(size: LaunchSize, control=control) -> None:
-            adam.prepare_(
-                _numbers(2, adam.RAW_COLUMNS), _addresses(2, adam.RAW_COLUMNS), _addresses(2),
-                _numbers(2, adam.HYPER_COLUMNS), _numbers(3) if control else None,
-            )  # fmt: skip
-
-        yield Variant("adam_prepare", _name(control=control), call, threads=THREADS_FLOAT64)
+        if name == "float32" and aligned:
+            yield Variant(
+                "lamb_ratio",
+                _name(control=control),
+                call,
+                threads=THREADS_FLOAT64,
+                shared=SHARED_REDUCTION,
+                position=1,
+            )
 
 
 def _norm_variants() -> Iterator[Variant]:
@@ -143,19 +265,26 @@ def _norm_variants() -> Iterator[Variant]:
 
 
 def _finish_variants() -> Iterator[Variant]:
-    flags = product(grad_norm.NORM_TYPES, (False, True), (False, True), ("", "found_inf", "check_finite"))
+    clips = {"": (None, True), "clip": (1.0, True), "normalize": (1.0, False)}
+    flags = product(grad_norm.NORM_TYPES, clips, (False, True), ("", "found_inf", "check_finite"))
     for norm_type, clip, scaled, skip in flags:
+        if clip == "normalize" and norm_type != 2:
+            # normalizing is by the 2-norm
+            continue
+        max_norm, clamp = clips[clip]
 
-        def call(size: LaunchSize, norm_type=norm_type, clip=clip, scaled=scaled, skip=skip) -> None:
+        def call(
+            size: LaunchSize, norm_type=norm_type, max_norm=max_norm, clamp=clamp, scaled=scaled, skip=skip
+        ) -> None:
             grad_norm.finish_(
-                _numbers(2, 1), torch.empty(()), _numbers(3), norm_type=norm_type, max_norm=1.0 if clip else None,
+                _numbers(2, 1), torch.empty(()), _numbers(3), norm_type=norm_type, max_norm=max_norm, clamp=clamp,
                 grad_scale=torch.empty(()) if scaled else None, found_inf=torch.empty(()) if skip else None,
                 check_finite=skip == "check_finite",
             )  # fmt: skip
 
         yield Variant(
             "finish",
-            _name(f"{norm_type:g}", skip, clip=clip, scaled=scaled),
+            _name(f"{norm_type:g}", skip, clip, scaled=scaled),
             call,
             threads=THREADS_FLOAT64,
             shared=SHARED_REDUCTION,
@@ -176,12 +305,14 @@ def _scale_variants() -> Iterator[Variant]:
 @cache
 def variants() -> tuple[Variant, ...]:
     """Every variant of every kernel."""
-    families = (_adam_variants, _adam_prepare_variants, _norm_variants, _finish_variants, _scale_variants)
+    families = (
+        _update_variants, _lamb_variants, _prepare_variants, _norm_variants, _finish_variants, _scale_variants,
+    )  # fmt: skip
     return tuple(variant for family in families for variant in family())
 
 
 def cases() -> dict[str, tuple[Variant, str]]:
-    """Every variant on every architecture, by an id such as "adam-sm_90-float32-amsgrad"."""
+    """Every variant on every architecture, by an id such as "rmsprop-sm_90-float32-momentum-centered"."""
     return {
         f"{variant.kernel}-{architecture}-{variant.options}": (variant, architecture)
         for variant in variants()

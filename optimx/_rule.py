@@ -1,0 +1,133 @@
+"""What an algorithm tells the engine: an :class:`UpdateRule`."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ._native import NativeBucket
+
+if TYPE_CHECKING:
+    from .triton_kernels.tensor_table import TensorTable
+
+Row = tuple[float, ...]
+Operator = Callable[..., None]
+
+
+class UpdateRule:
+    """What the engine has to know of an algorithm.
+
+    The same step exists twice: as kernels in a module of ``triton_kernels`` (see ``triton_kernels/update.py``), and
+    here for a CPU, as :meth:`operator` or :meth:`formula`. :meth:`prepare` is for both.
+
+    Attributes:
+        module: Name of the module in ``triton_kernels``.
+        counts: Scalar states, the step count first; may be empty.
+        counts_on_device: They are where the parameter is, also without ``capturable``.
+        native_bucket: The class of buckets on a CPU.
+    """
+
+    module: ClassVar[str]
+    counts: ClassVar[tuple[str, ...]] = ("step",)
+    counts_on_device: ClassVar[bool] = False
+    native_bucket: ClassVar[type[NativeBucket]] = NativeBucket
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        """The kernel variant of a group."""
+        return ()
+
+    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What a group says about who updates it and where counts live."""
+        return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """The hyperparameters, ``RAW`` in the kernel's module: numbers, or tensors of one element if given as such."""
+        raise NotImplementedError
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        """State tensors of the parameter's shape, in the order the kernel has them."""
+        raise NotImplementedError
+
+    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
+        """A state tensor before the first step."""
+        return torch.zeros_like(param, memory_format=torch.preserve_format)
+
+    def new_count(self, name: str, group: dict[str, Any]) -> float:
+        """A scalar state before the first step."""
+        return 0.0
+
+    def is_first(self, state: dict[str, Any], values: tuple[Any, ...]) -> bool:
+        """Whether the coming step differs from those after it; then :meth:`first_values` replace the values."""
+        return False
+
+    def first_values(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The values of a first step that differs."""
+        return values
+
+    def prepare(self, values: tuple[float, ...], counts: tuple[float, ...]) -> tuple[Row, tuple[float, ...]]:
+        """One step of the scalars.
+
+        Returns:
+            The row ``HYPER`` of the kernel's module, hyperparameters in the form that kernel and :meth:`formula` use;
+            the first is the factor of the gradient, 1 or -1. And the counts after the step.
+        """
+        raise NotImplementedError
+
+    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        """Torch's own fused CPU operator for this variant, where there is one and it is right in this dtype.
+
+        It is called with ``(values, params, grads, states, steps)``: lists of tensors of one dtype, the states by name,
+        and step counts that count the present step already.
+        """
+        return None
+
+    def formula(
+        self,
+        structure: tuple[bool, ...],
+        row: Row,
+        p: Tensor,
+        g: Tensor,
+        states: Sequence[Tensor],
+        scratch: tuple[Tensor, ...],
+    ) -> None:
+        """Update one piece in place, where there is no operator.
+
+        All tensors are one-dimensional, float32 or float64, and fit the cache together. ``g`` is multiplied by the
+        row's factor already and must not be written; the two tensors of ``scratch`` may.
+        """
+        raise NotImplementedError
+
+    @functools.cached_property
+    def kernels(self) -> Any:
+        """The module of ``triton_kernels``; imports triton."""
+        return importlib.import_module(f"{__package__}.triton_kernels.{self.module}")
+
+    def launch(
+        self,
+        table: TensorTable,
+        grads: Tensor,
+        hyper: Tensor,
+        control: Tensor | None,
+        *,
+        structure: tuple[bool, ...],
+        dtypes: Sequence[torch.dtype],
+        aligned: bool,
+        warmup: bool,
+    ) -> None:
+        """Launch the update (arguments as ``triton_kernels.update.update_`` has them)."""
+        from .triton_kernels.update import update_
+
+        update_(
+            self.kernels, table, grads, hyper, control,
+            structure=structure, dtypes=dtypes, aligned=aligned, warmup=warmup,
+        )  # fmt: skip
+
+
+def l2_gradient(g: Tensor, p: Tensor, l2: float, out: Tensor) -> Tensor:
+    """The gradient with the L2 penalty's, in ``out``; the gradient itself where there is none."""
+    return torch.add(g, p, alpha=l2, out=out) if l2 else g

@@ -1,0 +1,81 @@
+"""Adadelta (https://arxiv.org/abs/1212.5701)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["Adadelta"]
+
+
+class AdadeltaRule(UpdateRule):
+    """One step of Adadelta."""
+
+    module = "adadelta"
+    _read = itemgetter("lr", "rho", "eps", "weight_decay", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        *numbers, maximize = self._read(group)
+        return (*numbers, float(maximize))
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "square_avg", "acc_delta"
+
+    def prepare(self, values, counts):
+        lr, rho, eps, weight_decay, maximize = values
+        return (-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (counts[0] + 1,)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, l2, rho, rho_c, eps, lr = row
+        square_avg, acc_delta = states
+        g = l2_gradient(g, p, l2, scratch[0])
+        square_avg.mul_(rho).addcmul_(g, g, value=rho_c)
+        # rsqrt would save a pass and a digit
+        delta = torch.add(acc_delta, eps, out=scratch[1]).sqrt_().mul_(g)
+        delta.div_(torch.add(square_avg, eps, out=scratch[0]).sqrt_())
+        acc_delta.mul_(rho).addcmul_(delta, delta, value=rho_c)
+        p.add_(delta, alpha=-lr)
+
+
+class Adadelta(MultiTensorStep, torch.optim.Adadelta):
+    """Adadelta, a drop-in for :class:`torch.optim.Adadelta`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = AdadeltaRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        rho: float = 0.9,
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        capturable: bool = False,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,
+            differentiable=differentiable,
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

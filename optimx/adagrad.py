@@ -1,0 +1,90 @@
+"""Adagrad (http://jmlr.org/papers/v12/duchi11a.html)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._rule import Operator, UpdateRule
+from ._step import MultiTensorStep
+
+__all__ = ["Adagrad"]
+
+
+class AdagradRule(UpdateRule):
+    """One step of Adagrad."""
+
+    module = "adagrad"
+    _read = itemgetter("lr", "lr_decay", "weight_decay", "eps", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        *numbers, maximize = self._read(group)
+        return (*numbers, float(maximize))
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return ("sum",)
+
+    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
+        value = defaults["initial_accumulator_value"]
+        return torch.full_like(param, value, memory_format=torch.preserve_format)
+
+    def prepare(self, values, counts):
+        lr, lr_decay, weight_decay, eps, maximize = values
+        return (-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + counts[0] * lr_decay), eps), (counts[0] + 1,)
+
+    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        return fused_adagrad
+
+
+def fused_adagrad(values, params, grads, states, steps):
+    """Torch's operator, with the values of :class:`AdagradRule`."""
+    lr, lr_decay, weight_decay, eps, maximize = values
+    _compat.fused_adagrad_(
+        params, grads, states[0], steps, lr=lr, lr_decay=lr_decay, weight_decay=weight_decay, eps=eps,
+        maximize=bool(maximize),
+    )  # fmt: skip
+
+
+class Adagrad(MultiTensorStep, torch.optim.Adagrad):
+    """Adagrad, a drop-in for :class:`torch.optim.Adagrad`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
+
+    ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: ``fused=True`` where it cannot hold, as in torch.
+    """
+
+    rule = AdagradRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._init_step(max_grad_norm, capturable=capturable)

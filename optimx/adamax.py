@@ -1,0 +1,80 @@
+"""Adamax (https://arxiv.org/abs/1412.6980, section 7.1)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["Adamax"]
+
+
+class AdamaxRule(UpdateRule):
+    """One step of Adamax."""
+
+    module = "adamax"
+    _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, (beta1, beta2), eps, weight_decay, maximize = self._read(group)
+        return lr, beta1, beta2, eps, weight_decay, float(maximize)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "exp_avg", "exp_inf"
+
+    def prepare(self, values, counts):
+        lr, beta1, beta2, eps, weight_decay, maximize = values
+        step = counts[0] + 1
+        row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - beta1, beta2, eps, lr / (1.0 - beta1**step))
+        return row, (step,)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, l2, beta1_c, beta2, eps, step_size = row
+        exp_avg, exp_inf = states
+        g = l2_gradient(g, p, l2, scratch[0])
+        exp_avg.lerp_(g, beta1_c)
+        torch.maximum(exp_inf.mul_(beta2), torch.abs(g, out=scratch[1]).add_(eps), out=exp_inf)
+        p.addcdiv_(exp_avg, exp_inf, value=-step_size)
+
+
+class Adamax(MultiTensorStep, torch.optim.Adamax):
+    """Adamax, a drop-in for :class:`torch.optim.Adamax`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = AdamaxRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, foreach, maximize=maximize, differentiable=differentiable,
+            capturable=capturable,
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

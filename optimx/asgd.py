@@ -1,0 +1,90 @@
+"""ASGD: averaged SGD (https://dl.acm.org/doi/10.1137/0330046)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["ASGD"]
+
+
+class ASGDRule(UpdateRule):
+    """One step of ASGD. A step uses the ``eta`` and ``mu`` that the last one left."""
+
+    module = "asgd"
+    counts = ("step", "eta", "mu")
+    counts_on_device = True
+    _read = itemgetter("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        *numbers, maximize = self._read(group)
+        return (*numbers, float(maximize))
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return ("ax",)
+
+    def new_count(self, name: str, group: dict[str, Any]) -> float:
+        return {"step": 0.0, "eta": float(group["lr"]), "mu": 1.0}[name]
+
+    def prepare(self, values, counts):
+        lr, lambd, alpha, t0, weight_decay, maximize = values
+        step, eta, mu = counts
+        step += 1
+        row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - lambd * eta, eta, mu)
+        return row, (step, lr / (1.0 + lambd * lr * step) ** alpha, 1.0 / max(1.0, step - t0))
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, l2, decay, eta, mu = row
+        (ax,) = states
+        g = l2_gradient(g, p, l2, scratch[0])
+        if decay != 1.0:
+            p.mul_(decay)
+        p.add_(g, alpha=-eta)
+        if mu == 1.0:
+            ax.copy_(p)
+        else:
+            ax.lerp_(p, mu)
+
+
+class ASGD(MultiTensorStep, torch.optim.ASGD):
+    """ASGD, a drop-in for :class:`torch.optim.ASGD`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = ASGDRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

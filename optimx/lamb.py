@@ -1,0 +1,224 @@
+"""LAMB (https://arxiv.org/abs/1904.00962)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
+from ._native import NativeBucket, Piece
+from ._rule import Row, UpdateRule
+from ._step import MultiTensorStep
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["LAMB"]
+
+
+class LAMBBucket(NativeBucket):
+    """A step in two walks: the length of a tensor's step is known only when all of it has been seen."""
+
+    def _update_tensors(self, setting: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
+        squares = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
+        whole = False
+        for piece in pieces():
+            p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
+            whole = len(p) == piece.numel
+            step, *copies = self.temporaries(p, 3)
+            if not whole:
+                m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
+            _adam_step(setting, p, g, m, v, out=step)
+            squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
+            if whole:
+                _apply(setting, p, step, _trust_ratio(setting, squares), piece.sizes)
+        if whole:
+            return
+        ratio = _trust_ratio(setting, squares)
+        for piece in pieces():
+            p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
+            step = _adam_step(setting, p, g, m, v, out=self.temporaries(p, 1)[0])
+            _apply(setting, p, step, ratio, piece.sizes)
+
+
+def _adam_step(row: Row, p: Tensor, g: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """A step before it gets its length; updates the averages."""
+    _, beta1_c, beta2, beta2_c, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
+    m.lerp_(g, beta1_c)
+    v.mul_(beta2).addcmul_(g, g, value=beta2_c)
+    torch.sqrt(v, out=out).div_(bias2_sqrt).add_(eps)
+    torch.div(m, out, out=out).div_(bias1)
+    return out.add_(p, alpha=weight_decay) if weight_decay else out
+
+
+def _squares(elements: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The squared norm of each tensor, in float64."""
+    if len(sizes) == 1:
+        return torch.linalg.vector_norm(elements).double().square().view(1)
+    sums = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+    return sums.index_add_(0, _tensor_of_element(sizes), elements.double().square())
+
+
+def _tensor_of_element(sizes: Sequence[int]) -> Tensor:
+    return torch.repeat_interleave(torch.tensor(sizes, device="cpu"))
+
+
+def _trust_ratio(row: Row, squares: Tensor) -> Tensor:
+    """Of each tensor, from the squared norms of parameters and steps; 1 where one of them is 0."""
+    largest = row[-1]
+    p_norm, step_norm = squares.sqrt()
+    ratio = torch.where((p_norm == 0) | (step_norm == 0), 1.0, p_norm / step_norm)
+    return ratio.clamp(max=largest) if largest else torch.ones_like(ratio)
+
+
+def _apply(row: Row, p: Tensor, step: Tensor, ratio: Tensor, sizes: Sequence[int]) -> None:
+    lr = row[-2]
+    if len(sizes) == 1:
+        p.add_(step, alpha=-lr * ratio.item())
+    else:
+        p.addcmul_(step, ratio.to(p.dtype)[_tensor_of_element(sizes)], value=-lr)
+
+
+class LAMBRule(UpdateRule):
+    """One step of LAMB. Both norms of a tensor come from all of it, so it has launches and buckets of its own."""
+
+    module = "lamb"
+    # the kernels need a row for each tensor, and rows are that where they are made on the device
+    counts_on_device = True
+    native_bucket = LAMBBucket
+    _read = itemgetter(
+        "lr", "betas", "eps", "weight_decay", "bias_correction", "max_trust_ratio", "always_adapt", "maximize"
+    )
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, (beta1, beta2), eps, weight_decay, corrected, largest, always_adapt, maximize = self._read(group)
+        largest = math.inf if largest is None else largest
+        return lr, beta1, beta2, eps, weight_decay, float(corrected), largest, float(always_adapt), float(maximize)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def prepare(self, values, counts):
+        lr, beta1, beta2, eps, weight_decay, corrected, largest, always_adapt, maximize = values
+        step = counts[0] + 1
+        row = (
+            -1.0 if maximize else 1.0,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            1.0 - beta1**step if corrected else 1.0,
+            math.sqrt(1.0 - beta2**step) if corrected else 1.0,
+            eps,
+            weight_decay,
+            lr,
+            largest if weight_decay or always_adapt else 0.0,
+        )
+        return row, (step,)
+
+    def launch(self, table, grads, hyper, control, *, structure, dtypes, aligned, warmup):
+        self.kernels.lamb_(self.kernels, table, grads, hyper, control, dtypes=dtypes, aligned=aligned, warmup=warmup)
+
+
+class LAMBLoop(Optimizer):
+    """LAMB, one parameter after the other: any device, complex numbers; what :class:`LAMB` falls back to."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, param, grad, state in each_parameter(self):
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=_compat.count_dtype(False), device=param.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name not in state:
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            p, g, exp_avg, exp_avg_sq = as_real(param, grad, state["exp_avg"], state["exp_avg_sq"])
+            beta1, beta2 = group["betas"]
+            state["step"] += 1
+            # in float64: bias corrections of the first steps lose four digits in float32
+            step = state["step"].double() if param.device.type != "mps" else state["step"]
+            exp_avg.lerp_(g, 1 - beta1)
+            exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
+            direction = exp_avg / bias1 / ((exp_avg_sq / bias2).sqrt() + group["eps"])
+            if group["weight_decay"] != 0:
+                direction.add_(p, alpha=group["weight_decay"])
+            if group["weight_decay"] != 0 or group["always_adapt"]:
+                p_norm, norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
+                ratio = torch.where((p_norm == 0) | (norm == 0), 1.0, p_norm / norm)
+                direction.mul_(ratio.clamp(max=group["max_trust_ratio"]) if group["max_trust_ratio"] else ratio)
+            p.sub_(direction.mul_(group["lr"]))
+        return loss
+
+
+class LAMB(MultiTensorStep, LAMBLoop):
+    """LAMB: Adam whose step in each tensor is as long as the tensor, times lr. Torch has no class of this name.
+
+    For large batches, where one learning rate fits no two layers. Tensors whose group has ``weight_decay=0`` (biases
+    and norms, mostly) take Adam's step as it is, unless ``always_adapt``.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate, a number or a tensor of one element (default: 1e-3).
+        betas: Of the averages of gradient and squared gradient (default: (0.9, 0.999)).
+        eps: Added to the denominator (default: 1e-6).
+        weight_decay: Added to the step before its length is measured (default: 0.01).
+        bias_correction: Correct the averages for their zero start (default: True).
+        max_trust_ratio: Largest factor that a tensor's step is scaled by; 1 only shortens (default: None, no limit).
+        always_adapt: Scale also the steps of tensors without weight decay (default: False).
+        normalize_grads: Divide the gradients of *all* groups by their common 2-norm inside the step, as NVLAMB does
+            (default: False). ``max_grad_norm=1.0`` divides only where the norm is larger, as apex's FusedLAMB does.
+            A setting of the whole optimizer.
+        maximize: Ascend (default: False).
+        capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    State: ``step``, and ``exp_avg`` and ``exp_avg_sq`` of the parameter's shape.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, or both ``max_grad_norm`` and ``normalize_grads`` are given.
+        RuntimeError: A gradient is sparse.
+    """
+
+    rule = LAMBRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.01,
+        *,
+        bias_correction: bool = True,
+        max_trust_ratio: float | None = None,
+        always_adapt: bool = False,
+        normalize_grads: bool = False,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
+        check_betas(betas)
+        if max_trust_ratio is not None and not max_trust_ratio > 0:
+            raise ValueError(f"max_trust_ratio should be > 0 but is: {max_trust_ratio}")
+        if normalize_grads and max_grad_norm is not None:
+            raise ValueError(f"max_grad_norm should be None with normalize_grads=True but is: {max_grad_norm}")
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
+            "max_trust_ratio": max_trust_ratio, "always_adapt": always_adapt, "maximize": maximize,
+        }  # fmt: skip
+        super().__init__(params, defaults)
+        self._init_step(max_grad_norm, capturable=capturable)
+        self.normalize_grads = normalize_grads

@@ -1,0 +1,109 @@
+"""Lion (https://arxiv.org/abs/2302.06675)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
+from ._rule import UpdateRule
+from ._step import MultiTensorStep
+
+__all__ = ["Lion"]
+
+
+class LionRule(UpdateRule):
+    """One step of Lion."""
+
+    module = "lion"
+    counts = ()
+    _read = itemgetter("lr", "betas", "weight_decay", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, (beta1, beta2), weight_decay, maximize = self._read(group)
+        return lr, beta1, beta2, weight_decay, float(maximize)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return ("exp_avg",)
+
+    def prepare(self, values, counts):
+        lr, beta1, beta2, weight_decay, maximize = values
+        return (-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, decay, beta1_c, beta2_c, lr = row
+        (exp_avg,) = states
+        step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()
+        if decay != 1.0:
+            p.mul_(decay)
+        p.add_(step, alpha=-lr)
+        exp_avg.lerp_(g, beta2_c)
+
+
+class LionLoop(Optimizer):
+    """Lion, one parameter after the other: any device, complex numbers; what :class:`Lion` falls back to."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, param, grad, state in each_parameter(self):
+            if "exp_avg" not in state:
+                state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            p, g, exp_avg = as_real(param, grad, state["exp_avg"])
+            beta1, beta2 = group["betas"]
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.sub_(exp_avg.lerp(g, 1 - beta1).sign_().mul_(group["lr"]))
+            exp_avg.lerp_(g, 1 - beta2)
+        return loss
+
+
+class Lion(MultiTensorStep, LionLoop):
+    """Lion: the sign of an interpolated momentum, with decoupled weight decay. Torch has no class of this name.
+
+    Every element moves by lr, so lr should be 3-10x smaller than AdamW's, and ``weight_decay`` 3-10x larger, as only
+    their product matters.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate, a number or a tensor of one element (default: 1e-4).
+        betas: Of the interpolation whose sign is taken, and of the average that is kept (default: (0.9, 0.99)).
+        weight_decay: Decoupled weight decay (default: 0).
+        maximize: Ascend (default: False).
+        capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    State: ``exp_avg``, of the parameter's shape.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: A gradient is sparse.
+    """
+
+    rule = LionRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        check_at_least_zero(lr=lr, weight_decay=weight_decay)
+        check_betas(betas)
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults)
+        self._init_step(max_grad_norm, capturable=capturable)

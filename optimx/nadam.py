@@ -1,0 +1,104 @@
+"""NAdam (https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ), and with decoupled weight decay."""
+
+from __future__ import annotations
+
+import math
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["NAdam"]
+
+
+class NAdamRule(UpdateRule):
+    """One step of NAdam: with the weight decay in the gradient, or decoupled from it."""
+
+    module = "nadam"
+    counts = ("step", "mu_product")
+    _read = itemgetter("lr", "betas", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled_weight_decay")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, (beta1, beta2), eps, weight_decay, momentum_decay, maximize, decoupled = self._read(group)
+        return lr, beta1, beta2, eps, weight_decay, momentum_decay, float(maximize), float(decoupled)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def new_count(self, name: str, group: dict[str, Any]) -> float:
+        return 1.0 if name == "mu_product" else 0.0
+
+    def prepare(self, values, counts):
+        lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled = values
+        step = counts[0] + 1
+        mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
+        mu_product = counts[1] * mu
+        row = (
+            -1.0 if maximize else 1.0,
+            1.0 - lr * weight_decay if decoupled else 1.0,
+            0.0 if decoupled else weight_decay,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            1.0 - beta2**step,
+            lr * (1.0 - mu) / (1.0 - mu_product),
+            lr * mu_next / (1.0 - mu_product * mu_next),
+            eps,
+        )
+        return row, (step, mu_product)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = row
+        exp_avg, exp_avg_sq = states
+        g = l2_gradient(g, p, l2, scratch[0])
+        exp_avg.lerp_(g, beta1_c)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
+        denominator = torch.sqrt(exp_avg_sq, out=scratch[1]).div_(math.sqrt(bias2)).add_(eps)
+        step = torch.mul(g, grad_size, out=scratch[0]).add_(exp_avg, alpha=avg_size)
+        if decay != 1.0:
+            p.mul_(decay)
+        p.addcdiv_(step, denominator, value=-1)
+
+
+class NAdam(MultiTensorStep, torch.optim.NAdam):
+    """NAdam, a drop-in for :class:`torch.optim.NAdam`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = NAdamRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum_decay: float = 4e-3,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, foreach=foreach,
+            maximize=maximize, capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

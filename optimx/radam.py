@@ -1,0 +1,108 @@
+"""RAdam (https://arxiv.org/abs/1908.03265), and with decoupled weight decay."""
+
+from __future__ import annotations
+
+import math
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["RAdam"]
+
+
+class RAdamRule(UpdateRule):
+    """One step of RAdam: with the weight decay in the gradient, or decoupled from it."""
+
+    module = "radam"
+    _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
+        return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
+
+    def prepare(self, values, counts):
+        lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
+        step = counts[0] + 1
+        bias2 = 1.0 - beta2**step
+        longest = 2.0 / (1.0 - beta2) - 1.0
+        length = longest - 2.0 * step * beta2**step / bias2
+        rectification = 0.0
+        if length > 5.0:
+            square = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
+            rectification = math.sqrt(square * bias2)
+        row = (
+            -1.0 if maximize else 1.0,
+            1.0 - lr * weight_decay if decoupled else 1.0,
+            0.0 if decoupled else weight_decay,
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            lr / (1.0 - beta1**step),
+            rectification,
+            eps,
+        )
+        return row, (step,)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, decay, l2, beta1_c, beta2, beta2_c, step_size, rectification, eps = row
+        exp_avg, exp_avg_sq = states
+        if decay != 1.0:
+            p.mul_(decay)
+        if rectification:
+            _compat.uncorrected_adam_(
+                p, g, exp_avg, exp_avg_sq, lr=step_size * rectification, beta1=1.0 - beta1_c, beta2=beta2,
+                weight_decay=l2, eps=eps,
+            )  # fmt: skip
+            return
+        g = l2_gradient(g, p, l2, scratch[0])
+        exp_avg.lerp_(g, beta1_c)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
+        p.add_(exp_avg, alpha=-step_size)
+
+
+class RAdam(MultiTensorStep, torch.optim.RAdam):
+    """RAdam, a drop-in for :class:`torch.optim.RAdam`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = RAdamRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach=foreach, maximize=maximize,
+            capturable=capturable, differentiable=differentiable,
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

@@ -1,0 +1,103 @@
+"""RMSprop (https://www.cs.toronto.edu/~tijmen/csc321/slides/lecture_slides_lec6.pdf).
+
+The centered variant is of https://arxiv.org/abs/1308.0850.
+"""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._rule import UpdateRule, l2_gradient
+from ._step import MultiTensorStep
+
+__all__ = ["RMSprop"]
+
+
+class RMSpropRule(UpdateRule):
+    """One step of RMSprop."""
+
+    module = "rmsprop"
+    _read = itemgetter("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return group["momentum"] > 0, bool(group["centered"])
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        *numbers, maximize = self._read(group)
+        return (*numbers, float(maximize))
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        momentum, centered = structure
+        return ("square_avg", *["momentum_buffer"] * momentum, *["grad_avg"] * centered)
+
+    def prepare(self, values, counts):
+        lr, alpha, eps, weight_decay, momentum, maximize = values
+        return (-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (counts[0] + 1,)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        momentum, centered = structure
+        _, l2, alpha, alpha_c, eps, mu, lr = row
+        square_avg = states[0]
+        if not momentum and not centered and alpha < 1.0:
+            # one pass: Adam whose average is the gradient
+            exp_avg = scratch[0].zero_()
+            _compat.uncorrected_adam_(
+                p, g, exp_avg, square_avg, lr=lr, beta1=0.0, beta2=alpha, weight_decay=l2, eps=eps
+            )
+            return
+        g = l2_gradient(g, p, l2, scratch[0])
+        square_avg.mul_(alpha).addcmul_(g, g, value=alpha_c)
+        if centered:
+            grad_avg = states[-1].lerp_(g, alpha_c)
+            denominator = torch.addcmul(square_avg, grad_avg, grad_avg, value=-1, out=scratch[1]).sqrt_()
+        else:
+            denominator = torch.sqrt(square_avg, out=scratch[1])
+        denominator.add_(eps)
+        if momentum:
+            p.add_(states[1].mul_(mu).addcdiv_(g, denominator), alpha=-lr)
+        else:
+            p.addcdiv_(g, denominator, value=-lr)
+
+
+class RMSprop(MultiTensorStep, torch.optim.RMSprop):
+    """RMSprop, a drop-in for :class:`torch.optim.RMSprop`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = RMSpropRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

@@ -1,0 +1,86 @@
+"""Rprop (http://citeseerx.ist.psu.edu/viewdoc/summary?doi=10.1.1.21.1417)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._rule import UpdateRule
+from ._step import MultiTensorStep
+
+__all__ = ["Rprop"]
+
+
+class RpropRule(UpdateRule):
+    """One step of Rprop. ``lr`` is where step sizes begin, and nothing later."""
+
+    module = "rprop"
+    _read = itemgetter("etas", "step_sizes", "maximize")
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        (eta_minus, eta_plus), (smallest, largest), maximize = self._read(group)
+        return eta_minus, eta_plus, smallest, largest, float(maximize)
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        return "prev", "step_size"
+
+    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
+        value = float(group["lr"]) if name == "step_size" else 0.0
+        return torch.full_like(param, value, memory_format=torch.preserve_format)
+
+    def prepare(self, values, counts):
+        eta_minus, eta_plus, smallest, largest, maximize = values
+        return (-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (counts[0] + 1,)
+
+    def formula(self, structure, row, p, g, states, scratch):
+        _, eta_minus, eta_plus, smallest, largest = row
+        prev, step_size = states
+        factor = torch.mul(g, prev, out=scratch[0]).sign_()
+        mask = scratch[1].view(torch.bool)[: len(g)]
+        prev.copy_(g).masked_fill_(torch.lt(factor, 0, out=mask), 0.0)
+        # what is positive already is not asked again
+        factor.masked_fill_(torch.gt(factor, 0, out=mask), eta_plus)
+        factor.masked_fill_(torch.lt(factor, 0, out=mask), eta_minus)
+        factor.masked_fill_(torch.eq(factor, 0, out=mask), 1.0)
+        step_size.mul_(factor).clamp_(smallest, largest)
+        p.addcmul_(torch.sign(prev, out=scratch[0]), step_size, value=-1)
+
+
+class Rprop(MultiTensorStep, torch.optim.Rprop):
+    """Rprop, a drop-in for :class:`torch.optim.Rprop`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: A gradient is sparse, as in torch.
+    """
+
+    rule = RpropRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        etas: tuple[float, float] = (0.5, 1.2),
+        step_sizes: tuple[float, float] = (1e-6, 50),
+        *,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__(
+            params, lr, etas, step_sizes, capturable=capturable, foreach=foreach, maximize=maximize,
+            differentiable=differentiable,
+        )  # fmt: skip
+        self._init_step(max_grad_norm)

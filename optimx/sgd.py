@@ -1,0 +1,109 @@
+"""SGD with momentum and Nesterov momentum (http://www.cs.toronto.edu/%7Ehinton/absps/momentum.pdf)."""
+
+from __future__ import annotations
+
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._rule import Operator, UpdateRule
+from ._step import MultiTensorStep
+
+__all__ = ["SGD"]
+
+
+class SGDRule(UpdateRule):
+    """One step of SGD. Torch keeps no step count; that a step is a parameter's first shows in the missing buffer."""
+
+    module = "sgd"
+    counts = ()
+    _read = itemgetter("lr", "momentum", "dampening", "weight_decay", "maximize")
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        momentum = group["momentum"] != 0
+        return momentum, momentum and bool(group["nesterov"])
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, momentum, dampening, weight_decay, maximize = self._read(group)
+        return lr, momentum, dampening, weight_decay, float(maximize), 0.0
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        momentum, _ = structure
+        return ("momentum_buffer",) if momentum else ()
+
+    def is_first(self, state: dict[str, Any], values: tuple[Any, ...]) -> bool:
+        # without dampening, a buffer of zeros leads to the same
+        _, momentum, dampening, *_ = values
+        return momentum != 0 and dampening != 0 and state.get("momentum_buffer") is None
+
+    def first_values(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (*values[:-1], 1.0)
+
+    def prepare(self, values, counts):
+        lr, momentum, dampening, weight_decay, maximize, first = values
+        keep, take = (0.0, 1.0) if first else (momentum, 1.0 - dampening)
+        return (-1.0 if maximize else 1.0, weight_decay, keep, take, momentum, lr), ()
+
+    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        _, nesterov = structure
+        if dtype.itemsize == 2:
+            # torch 2.13 writes no parameter past the vector width, and garbage into the buffer
+            return None
+        return fused_nesterov if nesterov else fused_sgd
+
+
+def fused_sgd(values, params, grads, states, steps, nesterov=False):
+    """Torch's operator, with the values of :class:`SGDRule`."""
+    lr, momentum, dampening, weight_decay, maximize, first = values
+    _compat.fused_sgd_(
+        params, grads, states[0] if states else [], weight_decay=weight_decay, momentum=momentum, lr=lr,
+        dampening=dampening, nesterov=nesterov, maximize=bool(maximize), is_first_step=bool(first),
+    )  # fmt: skip
+
+
+fused_nesterov = partial(fused_sgd, nesterov=True)
+
+
+class SGD(MultiTensorStep, torch.optim.SGD):
+    """SGD, a drop-in for :class:`torch.optim.SGD`: same arguments, state and numbers.
+
+    Args beyond torch's:
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
+
+    ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), or ``max_grad_norm`` is not > 0.
+        RuntimeError: ``fused=True`` where it cannot hold, as in torch.
+    """
+
+    rule = SGDRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+    ) -> None:
+        super().__init__(
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+            differentiable=differentiable, fused=fused,
+        )  # fmt: skip
+        self._init_step(max_grad_norm, capturable=capturable)

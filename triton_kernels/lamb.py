@@ -1,0 +1,218 @@
+"""LAMB: Adam whose step in each tensor is as long as the tensor, times lr.
+
+Three launches: the norms of parameters and of unscaled steps, a partial result a chunk; the trust ratio of each tensor;
+the update that all algorithms share. Nothing waits for the host, and norms meet in a fixed order: bitwise repeatable.
+
+Bytes a parameter, float32: param, grad, exp_avg and exp_avg_sq 4 each = 16 for the norms, then param 4+4, grad 4,
+exp_avg 4+4, exp_avg_sq 4+4 = 28: 44 in all. Averages stored by the first pass would make it 40; but a step worked out
+from averages rounded to 16 bits is another one (exp_avg_sq may have become 0), so both passes read the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    TRITON_DTYPE,
+    bias_correction,
+    chunk,
+    chunk_pointer,
+    compute_dtype,
+    divide,
+    for_each_block,
+    gradient_factor,
+    launch,
+    lerp,
+    load,
+    load_all,
+    load_row,
+    role_pointers,
+    save,
+    sqrt,
+)
+from .tensor_table import TensorTable
+from .update import update_
+
+RAW = (
+    "lr", "beta1", "beta2", "eps", "weight_decay", "bias_correction", "max_trust_ratio", "always_adapt", "maximize",
+)  # fmt: skip
+#: ``size`` is lr, and becomes lr times the trust ratio; the largest such ratio is 0 where a tensor is not adapted.
+HYPER = (
+    "factor", "1 - beta1", "beta2", "1 - beta2", "bias1", "bias2_sqrt", "eps", "weight_decay", "size", "largest",
+)  # fmt: skip
+
+_N_COLUMNS = tl.constexpr(len(HYPER))
+_SIZE = tl.constexpr(HYPER.index("size"))
+_LARGEST = tl.constexpr(HYPER.index("largest"))
+
+
+@triton.jit
+def prepare(raw, counts):
+    lr, beta1, beta2, eps, weight_decay, corrected, largest, always_adapt, maximize = raw
+    step = counts[0] + 1.0
+    row = (
+        gradient_factor(maximize),
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        bias_correction(tl.where(corrected != 0, beta1, 0.0), step),
+        tl.sqrt(bias_correction(tl.where(corrected != 0, beta2, 0.0), step)),
+        eps,
+        weight_decay,
+        lr,
+        tl.where((weight_decay != 0) | (always_adapt != 0), largest, 0.0),
+    )
+    return row, (step,)
+
+
+@triton.jit
+def _averages(g, states, hyper):
+    beta1_c, beta2, beta2_c = hyper[:3]
+    return lerp(states[0], g, beta1_c), beta2 * states[1] + beta2_c * g * g
+
+
+@triton.jit
+def _adam_step(p, m, v, hyper):
+    """A step before it gets its length."""
+    bias1, bias2_sqrt, eps, weight_decay = hyper[3:7]
+    step = divide(m, bias1 * (divide(sqrt(v), bias2_sqrt) + eps))
+    return tl.where(weight_decay != 0, step + weight_decay * p, step)
+
+
+@triton.jit
+def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+    """States: exp_avg, exp_avg_sq."""
+    m, v = _averages(g, states, hyper)
+    save(out, 0, m)
+    save(out, 1, v)
+    return p - hyper[7] * _adam_step(p, m, v, hyper)
+
+
+@triton.jit
+def _norms_block(sums, args, offsets, mask, CONSTANTS: tl.constexpr):
+    of_params, of_steps = sums
+    p_ptr, g_ptr, state_ptrs, scale, hyper = args
+    p = load(p_ptr + offsets, mask, scale.dtype)
+    g = load(g_ptr + offsets, mask, scale.dtype) * scale
+    m, v = _averages(g, load_all(state_ptrs, offsets, mask, scale.dtype), hyper)
+    step = _adam_step(p, m, v, hyper)
+    if mask is not None:
+        # without eps, 0 / 0 past the end
+        step = tl.where(mask, step, 0.0)
+    return of_params + p * p, of_steps + step * step
+
+
+@triton.jit
+def _lamb_norms_kernel(
+    fixed_ptr,  # int64 [n_tensors, 3]: params, exp_avgs, exp_avg_sqs
+    grads_ptr,  # int64 [n_tensors]
+    numels_ptr,  # int64 [n_tensors]
+    rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, 10]
+    chunk_tensor_ptr,  # int32 [n_chunks]
+    chunk_start_ptr,  # int64 [n_chunks]
+    control_ptr,  # float64 [3]: norm, scale, skip
+    partials_ptr,  # float64 [n_chunks, 2], written: squares of parameters, and of steps
+    DTYPES: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    p_ptr, state_ptrs = role_pointers(fixed_ptr, tensor, start, DTYPES, ALIGNMENT)
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, DTYPES[1], ALIGNMENT)
+    scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), _N_COLUMNS, COMPUTE)
+    if HAS_CONTROL:
+        scale *= tl.load(control_ptr + 1).to(COMPUTE)
+    nothing = tl.zeros((BLOCK_SIZE,), COMPUTE)
+    args = p_ptr, g_ptr, state_ptrs, scale, hyper
+    of_params, of_steps = for_each_block(
+        _norms_block, None, (nothing, nothing), args, remaining, CHUNK_SIZE, BLOCK_SIZE
+    )
+    partial_ptr = partials_ptr + 2 * tl.program_id(0)
+    tl.store(partial_ptr, tl.sum(of_params, axis=0).to(tl.float64))
+    tl.store(partial_ptr + 1, tl.sum(of_steps, axis=0).to(tl.float64))
+
+
+@triton.jit
+def _lamb_ratio_kernel(
+    partials_ptr,  # float64 [n_chunks, 2]
+    first_chunk_ptr,  # int32 [n_tensors + 1]
+    hyper_ptr,  # float64 [n_tensors, 10], whose column ``size`` is multiplied by the trust ratio
+    control_ptr,  # float64 [3]: norm, scale, skip
+    HAS_CONTROL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    tensor = tl.program_id(0)
+    first = tl.load(first_chunk_ptr + tensor)
+    last = tl.load(first_chunk_ptr + tensor + 1)
+    of_params = tl.zeros((BLOCK_SIZE,), tl.float64)
+    of_steps = tl.zeros((BLOCK_SIZE,), tl.float64)
+    for i in range(first, last, BLOCK_SIZE):
+        chunks = i + tl.arange(0, BLOCK_SIZE)
+        mask = chunks < last
+        of_params += tl.load(partials_ptr + 2 * chunks, mask=mask, other=0.0)
+        of_steps += tl.load(partials_ptr + 2 * chunks + 1, mask=mask, other=0.0)
+    param_norm = tl.sqrt(tl.sum(of_params, axis=0))
+    step_norm = tl.sqrt(tl.sum(of_steps, axis=0))
+    row = hyper_ptr + tensor * _N_COLUMNS
+    largest = tl.load(row + _LARGEST)
+    # a norm of 0 tells nothing; comparisons keep NaN, so that it reaches the parameters, as everywhere
+    ratio = tl.where((param_norm == 0) | (step_norm == 0), 1.0, param_norm / step_norm)
+    ratio = tl.where(ratio > largest, largest, ratio)
+    tl.store(row + _SIZE, tl.load(row + _SIZE) * tl.where(largest == 0, 1.0, ratio))
+
+
+def lamb_(
+    algorithm: Any,
+    table: TensorTable,
+    grads: Tensor,
+    hyper: Tensor,
+    control: Tensor | None,
+    *,
+    dtypes: Sequence[torch.dtype],
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Update every tensor of ``table`` in place.
+
+    Args:
+        algorithm: This module.
+        table: Roles: params, exp_avgs, exp_avg_sqs. Each tensor has a row of its own, in order.
+        grads: int64 ``[n_tensors]``, addresses.
+        hyper: float64 ``[n_tensors, len(HYPER)]``, as :func:`~.update.prepare_` left it; ``size`` is changed.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
+        dtypes: Of params, grads, exp_avgs and exp_avg_sqs.
+        aligned: All addresses are multiples of 16 bytes.
+        warmup: Compile, launch nothing.
+    """
+    if table.n_chunks == 0:
+        return
+    size = table.size
+    partials = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device)
+    has_control = control is not None
+    some_control = hyper if control is None else control
+    launch(_lamb_norms_kernel, table.n_chunks, warmup)(
+        table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor, table.chunk_start, some_control,
+        partials, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
+        HAS_CONTROL=has_control, ALIGNMENT=16 if aligned else 1, CHUNK_SIZE=size.chunk_size,
+        BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
+    )  # fmt: skip
+    launch(_lamb_ratio_kernel, table.n_tensors, warmup)(
+        partials, table.first_chunk, hyper, some_control, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2
+    )
+    update_(algorithm, table, grads, hyper, control, structure=(), dtypes=dtypes, aligned=aligned, warmup=warmup)

@@ -1,0 +1,28 @@
+"""Lion.
+
+Bytes a parameter, float32: param 4+4, grad 4, exp_avg 4+4 = 20.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import gradient_factor, lerp, save, sign
+
+RAW = ("lr", "beta1", "beta2", "weight_decay", "maximize")
+HYPER = ("factor", "decay", "1 - beta1", "1 - beta2", "lr")
+
+
+@triton.jit
+def prepare(raw, counts):
+    lr, beta1, beta2, weight_decay, maximize = raw
+    return (gradient_factor(maximize), 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), counts
+
+
+@triton.jit
+def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+    """States: exp_avg."""
+    decay, beta1_c, beta2_c, lr = hyper
+    save(out, 0, lerp(states[0], g, beta2_c))
+    return p * decay - lr * sign(lerp(states[0], g, beta1_c))

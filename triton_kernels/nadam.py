@@ -1,0 +1,56 @@
+"""NAdam, with weight decay in the gradient or decoupled from it.
+
+Bytes a parameter, float32: param 4+4, grad 4, exp_avg 4+4, exp_avg_sq 4+4 = 28.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import bias_correction, divide, gradient_factor, lerp, save, sqrt, with_l2
+
+RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled")
+HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "bias2", "grad_size", "avg_size", "eps")
+
+LOG_096 = tl.constexpr(-0.040821994520255166)
+
+
+@triton.jit
+def _momentum(beta1, exponent):
+    return beta1 * (1.0 - 0.5 * tl.exp(exponent * LOG_096))
+
+
+@triton.jit
+def prepare(raw, counts):
+    """Counts: step, mu_product."""
+    lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled = raw
+    step = counts[0] + 1.0
+    mu = _momentum(beta1, step * momentum_decay)
+    mu_next = _momentum(beta1, (step + 1.0) * momentum_decay)
+    mu_product = counts[1] * mu
+    row = (
+        gradient_factor(maximize),
+        tl.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),
+        tl.where(decoupled != 0, 0.0, weight_decay),
+        1.0 - beta1,
+        beta2,
+        1.0 - beta2,
+        bias_correction(beta2, step),
+        lr * (1.0 - mu) / (1.0 - mu_product),
+        lr * mu_next / (1.0 - mu_product * mu_next),
+        eps,
+    )
+    return row, (step, mu_product)
+
+
+@triton.jit
+def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+    """States: exp_avg, exp_avg_sq."""
+    decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = hyper
+    g = with_l2(g, p, l2)
+    m = lerp(states[0], g, beta1_c)
+    v = beta2 * states[1] + beta2_c * g * g
+    save(out, 0, m)
+    save(out, 1, v)
+    return p * decay - divide(grad_size * g + avg_size * m, sqrt(divide(v, bias2)) + eps)

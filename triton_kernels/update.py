@@ -1,0 +1,207 @@
+"""The walk that every elementwise update shares: one launch for all tensors of a bucket, whatever their groups.
+
+An algorithm is two ``@triton.jit`` functions on values, in a module of its own (``adam.py``, ``sgd.py``, ...):
+
+``update(p, g, states, hyper, STRUCTURE, out) -> p``: one step of a block of elements. ``p``, ``g`` and the tuple
+``states`` are in the dtype to compute in; ``g`` is unscaled, clipped and negated to maximize already. ``hyper`` is the
+tensor's hyperparameter row without its first column, ``STRUCTURE`` the variant, a tuple of bools. Each byte is read
+once, before, and written once: new states with ``save(out, i, value)``, as soon as they are known, because the compiler
+leaves stores where they are written, and a state that waits for its store holds registers (Adam in 16 bits: 66 for 52).
+
+``prepare(raw, counts) -> (row, counts)``: the whole row of a tensor from its raw hyperparameters and its scalar state
+(the step count, mostly), and the scalar state after the step; in float64, vectorized over tensors. Rules of ``optimx``
+have the same function for the host.
+
+The module names its columns: ``HYPER`` (what ``prepare`` makes and ``update`` reads; the first is always the factor of
+the gradient, 1 or -1) and ``RAW``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import (
+    TRITON_DTYPE,
+    chunk,
+    chunk_pointer,
+    compute_dtype,
+    for_each_block,
+    launch,
+    load,
+    load_all,
+    load_row,
+    role_pointers,
+    store,
+)
+from .tensor_table import TensorTable
+
+
+def _named_after(function: str) -> Any:
+    """Profilers show ``_adam_kernel``, not one name for all."""
+
+    def name(specialization: Any) -> str:
+        algorithm = specialization.constants[function].fn.__module__.rpartition(".")[2]
+        return f"_{algorithm}_{'' if function == 'UPDATE' else 'prepare_'}kernel"
+
+    return name
+
+
+@triton.jit
+def _update_block(carry, args, offsets, mask, CONSTANTS: tl.constexpr):
+    p_ptr, g_ptr, state_ptrs, scale, hyper = args
+    UPDATE: tl.constexpr = CONSTANTS[0]
+    p = load(p_ptr + offsets, mask, scale.dtype)
+    g = load(g_ptr + offsets, mask, scale.dtype) * scale
+    # all loads come first, because nothing tells the compiler that the stores write elsewhere
+    states = load_all(state_ptrs, offsets, mask, scale.dtype)
+    p = UPDATE(p, g, states, hyper, CONSTANTS[1], (state_ptrs, offsets, mask))
+    store(p_ptr + offsets, p, mask)
+    return carry
+
+
+@triton.jit(repr=_named_after("UPDATE"))
+def _update_kernel(
+    fixed_ptr,  # int64 [n_tensors, 1 + n_states]: params, then each state
+    grads_ptr,  # int64 [n_tensors]
+    numels_ptr,  # int64 [n_tensors]
+    rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, N_COLUMNS]
+    chunk_tensor_ptr,  # int32 [n_chunks]
+    chunk_start_ptr,  # int64 [n_chunks]
+    control_ptr,  # float64 [3]: norm, scale, skip
+    UPDATE: tl.constexpr,  # the algorithm
+    STRUCTURE: tl.constexpr,  # its variant: a tuple of bools
+    DTYPES: tl.constexpr,  # of params, grads and each state
+    COMPUTE: tl.constexpr,
+    N_COLUMNS: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        # a bad gradient under GradScaler: nothing may change
+        if tl.load(control_ptr + 2) != 0:
+            return
+    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    p_ptr, state_ptrs = role_pointers(fixed_ptr, tensor, start, DTYPES, ALIGNMENT)
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, DTYPES[1], ALIGNMENT)
+    scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
+    if HAS_CONTROL:
+        scale *= tl.load(control_ptr + 1).to(COMPUTE)
+    args = p_ptr, g_ptr, state_ptrs, scale, hyper
+    for_each_block(_update_block, (UPDATE, STRUCTURE), (), args, remaining, CHUNK_SIZE, BLOCK_SIZE)
+
+
+@triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
+def _prepare_kernel(
+    raw_ptr,  # float64 [n_tensors, N_RAW]
+    scalars_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0
+    counts_ptr,  # int64 [n_tensors, N_COUNTS]: addresses of the float32 scalar states, which are written
+    hyper_ptr,  # float64 [n_tensors, N_COLUMNS], written
+    control_ptr,  # float64 [3]: norm, scale, skip
+    n_tensors,
+    PREPARE: tl.constexpr,  # the algorithm
+    N_RAW: tl.constexpr,
+    N_COUNTS: tl.constexpr,
+    N_COLUMNS: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    tensors = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = tensors < n_tensors
+    raw = ()
+    for i in tl.static_range(N_RAW):
+        offsets = tensors * N_RAW + i
+        # past the end some number that no formula stumbles over
+        value = tl.load(raw_ptr + offsets, mask=mask, other=0.5)
+        address = tl.load(scalars_ptr + offsets, mask=mask, other=0)
+        scalar = tl.load(address.to(tl.pointer_type(tl.float32)), mask=mask & (address != 0), other=0.0)
+        raw = raw + (tl.where(address != 0, scalar.to(tl.float64), value),)
+    counts = ()
+    count_ptrs = ()
+    for i in tl.static_range(N_COUNTS):
+        address = tl.load(counts_ptr + tensors * N_COUNTS + i, mask=mask, other=0)
+        count_ptrs = count_ptrs + (address.to(tl.pointer_type(tl.float32)),)
+        counts = counts + (tl.load(count_ptrs[i], mask=mask, other=0.5).to(tl.float64),)
+    row, counts = PREPARE(raw, counts)
+    for i in tl.static_range(N_COLUMNS):
+        tl.store(hyper_ptr + tensors * N_COLUMNS + i, row[i], mask=mask)
+    for i in tl.static_range(N_COUNTS):
+        tl.store(count_ptrs[i], counts[i].to(tl.float32), mask=mask)
+
+
+def prepare_(
+    algorithm: Any,
+    raw: Tensor,
+    scalars: Tensor,
+    counts: Tensor,
+    hyper: Tensor,
+    control: Tensor | None,
+    *,
+    warmup: bool = False,
+) -> None:
+    """Turn raw hyperparameters into the rows of :func:`update_`, and count the step, all on the device.
+
+    Args:
+        algorithm: A module as described above.
+        raw: float64 ``[n_tensors, len(RAW)]``.
+        scalars: int64 like ``raw``, addresses of float32 scalars that replace raw values, or 0.
+        counts: int64 ``[n_tensors, n_counts]``, addresses of the scalar states.
+        hyper: float64 ``[n_tensors, len(HYPER)]``, written.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
+        warmup: Compile, launch nothing.
+    """
+    n_tensors, block_size = len(hyper), 64
+    launch(_prepare_kernel, triton.cdiv(n_tensors, block_size), warmup)(
+        raw, scalars, counts, hyper, hyper if control is None else control, n_tensors,
+        PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_COUNTS=counts.shape[1], N_COLUMNS=len(algorithm.HYPER),
+        HAS_CONTROL=control is not None, BLOCK_SIZE=block_size, num_warps=2,
+    )  # fmt: skip
+
+
+def update_(
+    algorithm: Any,
+    table: TensorTable,
+    grads: Tensor,
+    hyper: Tensor,
+    control: Tensor | None,
+    *,
+    structure: tuple[bool, ...],
+    dtypes: Sequence[torch.dtype],
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Update every tensor of ``table`` in place.
+
+    Args:
+        algorithm: A module as described above.
+        table: Roles: params, then each state of the variant.
+        grads: int64 ``[n_tensors]``, addresses.
+        hyper: float64 ``[n_rows, len(HYPER)]``; ``table.rows`` says which is whose.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
+        structure: The variant of the algorithm, the last arguments of its ``update``.
+        dtypes: Of params, grads and each state.
+        aligned: All addresses are multiples of 16 bytes.
+        warmup: Compile, launch nothing.
+    """
+    if table.n_chunks == 0:
+        return
+    size = table.size
+    launch(_update_kernel, table.n_chunks, warmup)(
+        table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor, table.chunk_start,
+        hyper if control is None else control,
+        UPDATE=algorithm.update, STRUCTURE=structure, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes),
+        COMPUTE=compute_dtype(dtypes[0]), N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=control is not None,
+        ALIGNMENT=16 if aligned else 1, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes),
+        num_warps=size.num_warps,
+    )  # fmt: skip
