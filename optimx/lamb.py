@@ -29,14 +29,17 @@ class LAMBBucket(NativeBucket):
 
     def _update_tensors(self, setting: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
         squares = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
+        # the second walk would take averages rounded to 16 bits for other ones: there it works them out anew
+        rounded = any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
         whole = False
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
             whole = len(p) == piece.numel
             step, *copies = self.temporaries(p, 3)
-            if not whole:
+            if rounded and not whole:
                 m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
-            _adam_step(setting, p, g, m, v, out=step)
+            _update_averages(setting, g, m, v)
+            _adam_step(setting, p, m, v, out=step)
             squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
             if whole:
                 _apply(setting, p, step, _trust_ratio(setting, squares), piece.sizes)
@@ -45,17 +48,22 @@ class LAMBBucket(NativeBucket):
         ratio = _trust_ratio(setting, squares)
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
-            step = _adam_step(setting, p, g, m, v, out=self.temporaries(p, 1)[0])
-            _apply(setting, p, step, ratio, piece.sizes)
+            if rounded:
+                _update_averages(setting, g, m, v)
+            _apply(setting, p, _adam_step(setting, p, m, v, out=self.temporaries(p, 1)[0]), ratio, piece.sizes)
 
 
-def _adam_step(row: Row, p: Tensor, g: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """A step before it gets its length; updates the averages."""
-    _, beta1_c, beta2, beta2_c, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
+def _update_averages(row: Row, g: Tensor, m: Tensor, v: Tensor) -> None:
+    _, beta1_c, beta2, beta2_c, *_ = row
     m.lerp_(g, beta1_c)
     v.mul_(beta2).addcmul_(g, g, value=beta2_c)
-    torch.sqrt(v, out=out).div_(bias2_sqrt).add_(eps)
-    torch.div(m, out, out=out).div_(bias1)
+
+
+def _adam_step(row: Row, p: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """A step before it gets its length."""
+    _, _, _, _, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
+    torch.sqrt(v, out=out).mul_(bias1 / bias2_sqrt).add_(eps * bias1)
+    torch.div(m, out, out=out)
     return out.add_(p, alpha=weight_decay) if weight_decay else out
 
 

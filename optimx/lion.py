@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from . import _compat
 from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
 from ._rule import UpdateRule
 from ._step import MultiTensorStep
@@ -40,9 +41,14 @@ class LionRule(UpdateRule):
         _, decay, beta1_c, beta2_c, lr = row
         (exp_avg,) = states
         step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()
-        if decay != 1.0:
-            p.mul_(decay)
-        p.add_(step, alpha=-lr)
+        if decay != 1.0 and lr:
+            # decay and step in one pass: SGD whose gradient is the sign
+            _compat.fused_sgd_(
+                [p], [step], [], weight_decay=(1.0 - decay) / lr, momentum=0.0, lr=lr, dampening=0.0, nesterov=False,
+                maximize=False, is_first_step=False,
+            )  # fmt: skip
+        else:
+            p.add_(step, alpha=-lr)
         exp_avg.lerp_(g, beta2_c)
 
 

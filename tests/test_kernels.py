@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import optimx
-import optimx._backend
-from tests.cases import CASES, CLOSE, SHAPES, Case, make_params, set_grads
+from tests.cases import CASES, CLOSE, SHAPES, Case, loop, make_params, set_grads
 
 pytestmark = pytest.mark.interpreted
 pytest.importorskip("triton")
@@ -27,6 +26,8 @@ from optimx.triton_kernels.tensor_table import (  # noqa: E402
 
 SIZE = LaunchSize(chunk_size=64, block_size=32)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+#: States that may be negative.
+SIGNED = ("ax", "exp_avg", "grad_avg", "momentum_buffer", "prev")
 
 
 def _algorithms() -> list:
@@ -86,23 +87,34 @@ def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
 class Launch:
     """Everything that one launch of an algorithm's update takes, on poisoned memory."""
 
-    def __init__(self, case: Case, kwargs: dict, device: torch.device, dtype: torch.dtype, shift: int = 0) -> None:
-        self.rule = case.cls.rule
+    def __init__(
+        self,
+        case: Case,
+        kwargs: dict,
+        device: torch.device,
+        dtype: torch.dtype,
+        shift: int = 0,
+        shapes: Sequence[Sequence[int]] = SHAPES,
+        size: LaunchSize = SIZE,
+    ) -> None:
+        self.case, self.kwargs, self.rule = case, kwargs, case.cls.rule
         self.group, self.structure = _group(case, kwargs)
         self.dtype, self.aligned = dtype, shift == 0
         names = self.rule.state_names(self.structure)
-        made = [in_poison(SHAPES, device, dtype, seed, shift) for seed in range(2 + len(names))]
+        made = [in_poison(shapes, device, dtype, seed, shift) for seed in range(2 + len(names))]
         self.params, self.grads, *self.states = (m[0] for m in made)
         self.poison = [p for m in made for p in m[1]]
+        # what is a square stays positive; the rest takes both signs
+        for tensor in (*self.grads, *(t for n, s in zip(names, self.states, strict=True) if n in SIGNED for t in s)):
+            tensor.sub_(0.5)
         if "grad_avg" in names:
             # a variance is not negative
             for square_avg in self.states[0]:
                 square_avg.add_(1)
-        self.before = [[t.double().clone() for t in role] for role in (self.params, self.grads, *self.states)]
         numels = [p.numel() for p in self.params]
-        self.table = TensorTable(numels, [self.params, *self.states], range(len(numels)), device, SIZE)
-        self.row = self.rule.prepare(self.rule.values(self.group), counts_of(self.rule, self.group))[0]
-        self.hyper = rows(*[self.row] * len(numels), device=device)
+        self.table = TensorTable(numels, [self.params, *self.states], range(len(numels)), device, size)
+        row, _ = self.rule.prepare(self.rule.values(self.group), counts_of(self.rule, self.group))
+        self.hyper = rows(*[row] * len(numels), device=device)
 
     def __call__(self, control: Tensor | None = None) -> None:
         where = addresses(self.grads, self.params[0].device)
@@ -116,12 +128,10 @@ class Launch:
         return [t for role in (self.params, self.grads, *self.states) for t in role]
 
     def expected(self) -> list[list[Tensor]]:
-        """By the CPU's path, in float64."""
-        params, grads, *states = ([t.cpu().clone() for t in role] for role in self.before)
-        optimizer_class = next(case.cls for case in CASES if case.cls.rule is self.rule)
-        twins = [torch.nn.Parameter(p) for p in params]
-        group = {k: v for k, v in self.group.items() if k != "params"}
-        optimizer = optimizer_class([{"params": twins, **group}])
+        """Of params, grads and states: torch's for-loop, in float64."""
+        params, grads, *states = ([t.double().cpu() for t in role] for role in (self.params, self.grads, *self.states))
+        twins = [torch.nn.Parameter(p) for p in params]  # of the same memory
+        optimizer = loop(self.case, twins, **self.kwargs)
         counts = counts_of(self.rule, self.group)
         for i, twin in enumerate(twins):
             twin.grad = grads[i]
@@ -129,10 +139,24 @@ class Launch:
             scalars = {n: torch.tensor(c, dtype=torch.float64) for n, c in zip(self.rule.counts, counts, strict=True)}
             if named or scalars:
                 optimizer.state[twin] = {**scalars, **named}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimx._backend, "choose", lambda device: (optimx._backend.NATIVE, ""))
-            optimizer.step()
-        return [[t.detach() for t in role] for role in (twins, grads, *states)]
+        optimizer.step()
+        # Rprop's loop leaves prev in another tensor
+        names = self.rule.state_names(self.structure)
+        return [params, grads, *([optimizer.state[t][name] for t in twins] for name in names)]
+
+    def check(self, expected: list[list[Tensor]]) -> None:
+        """All tensors, and the memory around them."""
+        names = ("param", "grad", *self.rule.state_names(self.structure))
+        for name, role, values in zip(names, (self.params, self.grads, *self.states), expected, strict=True):
+            for i, (tensor, value) in enumerate(zip(role, values, strict=True)):
+                close = dict(CLOSE[self.dtype])
+                if tensor.numel():
+                    # an ulp of the tensor's largest number, where numbers cancelled
+                    close["atol"] = max(close["atol"], torch.finfo(self.dtype).eps * float(value.abs().max()))
+                torch.testing.assert_close(
+                    tensor.double().cpu(), value, **close, msg=lambda m, n=name, i=i: f"{n} {i}: {m}"
+                )
+        assert all(p.isnan().all() for p in self.poison)
 
 
 @pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
@@ -142,17 +166,10 @@ def test_writes_its_tensors_and_nothing_else(
     triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype, shift: int
 ) -> None:
     launch = Launch(case, kwargs, triton_backend, dtype, shift)
-    expected = launch.expected()
+    expected, grads = launch.expected(), [g.clone() for g in launch.grads]
     launch()
-    for r, role in enumerate((launch.params, launch.grads, *launch.states)):
-        for i, tensor in enumerate(role):
-            close = dict(CLOSE[dtype])
-            if tensor.numel():
-                # an ulp of the tensor's largest number, where numbers cancelled
-                close["atol"] = max(close["atol"], torch.finfo(dtype).eps * float(expected[r][i].abs().max()))
-            torch.testing.assert_close(tensor.double().cpu(), expected[r][i], **close)
-    assert all(map(torch.equal, (g.double() for g in launch.grads), launch.before[1]))
-    assert all(p.isnan().all() for p in launch.poison)
+    launch.check(expected)
+    assert all(map(torch.equal, launch.grads, grads))
 
 
 @pytest.mark.parametrize(("case", "kwargs"), _algorithms())
@@ -170,62 +187,87 @@ def test_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device, c
 @pytest.mark.parametrize(("case", "kwargs"), _algorithms())
 def test_skips(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     launch = Launch(case, kwargs, triton_backend, torch.float32)
-    before = [t.clone() for t in launch.everything()]
+    before = [t.clone() for t in (*launch.everything(), launch.hyper)]
     launch(torch.tensor([float("inf"), 1.0, 1.0], dtype=torch.float64, device=triton_backend))
-    assert all(map(torch.equal, before, launch.everything()))
+    assert all(map(torch.equal, before, (*launch.everything(), launch.hyper)))
+
+
+@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+def test_control_scales_gradients(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
+    results = []
+    for factor in (1.0, 0.25):
+        launch = Launch(case, kwargs, triton_backend, torch.float32)
+        for grad in launch.grads:
+            grad.mul_(0.25 / factor)
+        launch(torch.tensor([9.0, factor, 0.0], dtype=torch.float64, device=triton_backend))
+        results.append(torch.cat([t.flatten() for role in (launch.params, *launch.states) for t in role]))
+    # a quarter is exact
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["counts", "skips"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_prepare_is_the_hosts_row(triton_backend: torch.device, case: Case, skip: bool) -> None:
+    """All variants at many step counts, more than a program takes; every other tensor has a value on the device."""
     device, rule = triton_backend, case.cls.rule
-    groups = [_group(case, kwargs)[0] for name, kwargs in case.variants.items() if not name.startswith("tensor_")]
-    values = [[float(v) for v in rule.values(group)] for group in groups]
-    counts = [[float(torch.tensor(c)) for c in counts_of(rule, group)] for group in groups]
-    for i, steps in enumerate((0.0, 9.0, 99999.0)[: len(rule.counts) and 3]):
-        counts[i][0] = steps
-    n, k = len(values), len(rule.counts)
-    scalar = torch.tensor(0.25, device=device)
-    addresses_of_values = torch.zeros(n, len(values[0]), dtype=torch.int64)
-    addresses_of_values[1, 0] = scalar.data_ptr()
-    raw = rows(*values, device=device)
-    values[1][0] = 0.25
-    stored = torch.tensor(counts, dtype=torch.float32, device=device).view(n, k)
-    where = addresses(list(stored.flatten().unbind()), device).view(n, k)
     module = rule.kernels
+    groups = [_group(case, kwargs)[0] for kwargs in case.variants.values()]
+    # RAdam changes its formula at the sixth step
+    steps = [*map(float, range(12)), 98.0, 99.0, 999.0, 9999.0, 99999.0]
+    values = [[float(v) for v in rule.values(group)] for group in groups for _ in steps]
+    if case.name == "sgd":
+        values = [[*value[:-1], float(i % 2)] for i, value in enumerate(values)]
+    counts = [(step, *counts_of(rule, group)[1:])[: len(rule.counts)] for group in groups for step in steps]
+    n, n_raw, n_counts = len(values), len(module.RAW), len(rule.counts)
+    assert n > 64
+    scalars = torch.zeros(n, n_raw, dtype=torch.int64)
+    given = torch.tensor(values, dtype=torch.float32, device=device)
+    raw = rows(*values, device=device)
+    for i in range(0, n, 2):
+        column = i // 2 % n_raw
+        scalars[i, column] = given[i, column].data_ptr()
+        values[i][column] = float(given[i, column])
+        raw[i, column] = float("nan")
+    stored = torch.tensor(counts, dtype=torch.float32, device=device).view(n, n_counts)
+    before = stored.clone()
+    counts = stored.tolist()
+    where = addresses(list(stored.flatten().unbind()), device).view(n, n_counts)
     hyper = torch.full((n, len(module.HYPER)), float("nan"), dtype=torch.float64, device=device)
     control = torch.tensor([0.0, 1.0, float(skip)], dtype=torch.float64, device=device)
-    update.prepare_(module, raw, addresses_of_values.to(device), where, hyper, control)
+    update.prepare_(module, raw, scalars.to(device), where, hyper, control)
     if skip:
         assert hyper.isnan().all()
-        assert torch.equal(stored.cpu(), torch.tensor(counts, dtype=torch.float32).view(n, k))
+        assert torch.equal(stored, before)
         return
-    steps = [rule.prepare(tuple(v), tuple(c)) for v, c in zip(values, counts, strict=True)]
-    # float64 throughout; 1 - beta**t at t=1 loses three digits of sixteen
-    torch.testing.assert_close(hyper, rows(*(row for row, _ in steps), device=device), rtol=1e-12, atol=1e-300)
-    new = torch.tensor([new for _, new in steps], dtype=torch.float32).view(n, k)
+    prepared = [rule.prepare(tuple(v), tuple(c)) for v, c in zip(values, counts, strict=True)]
+    # float64 throughout. 1 - beta**t at t=1 loses three digits of sixteen; RAdam's rho loses three more
+    rtol = 1e-9 if case.name == "radam" else 1e-12
+    torch.testing.assert_close(hyper, rows(*(row for row, _ in prepared), device=device), rtol=rtol, atol=1e-300)
+    new = torch.tensor([new for _, new in prepared], dtype=torch.float32).view(n, n_counts)
+    # a float32 rounding may fall the other way
     torch.testing.assert_close(stored.cpu(), new, rtol=2e-7, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "more"),
-    [({}, []), ({"max_grad_norm": 1.0}, ["_norm_kernel", "_finish_kernel"])],
-    ids=["step", "clip"],
-)
+@pytest.mark.parametrize("rows_on_device", [False, True], ids=["host_rows", "device_rows"])
+@pytest.mark.parametrize("clip", [False, True], ids=["step", "clip"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_launches_do_not_grow_with_groups(
-    triton_backend: torch.device, case: Case, kwargs: dict, more: list[str], monkeypatch: pytest.MonkeyPatch
+    triton_backend: torch.device, case: Case, clip: bool, rows_on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = record_launches(monkeypatch)
     params = make_params([(9,)] * 26, triton_backend)
-    groups = [{"params": [p], "lr": 0.1 * 0.75**i} for i, p in enumerate(params)]
-    optimizer = case.cls(groups, **kwargs)
-    algorithm = case.cls.rule.module
-    expected = [*more, f"_{algorithm}_kernel"]
-    if case.name == "lamb":
-        expected = [*more, "_lamb_prepare_kernel", "_lamb_norms_kernel", "_lamb_ratio_kernel", "_lamb_kernel"]
-    if case.name == "asgd":
-        expected = [*more, "_asgd_prepare_kernel", "_asgd_kernel"]
+    optimizer: Any = case.cls(
+        [{"params": [p], "lr": 0.1 * 0.75**i} for i, p in enumerate(params)], max_grad_norm=1.0 if clip else None
+    )
+    # as after a step under GradScaler
+    optimizer._device_counts = rows_on_device
+    name = case.cls.rule.module
+    expected = ["_norm_kernel", "_finish_kernel"] if clip else []
+    if rows_on_device or name in ("asgd", "lamb"):
+        expected.append(f"_{name}_prepare_kernel")
+    if name == "lamb":
+        expected += ["_lamb_norms_kernel", "_lamb_ratio_kernel"]
+    expected.append(f"_{name}_kernel")
     for step in range(2):
         set_grads(params, step)
         launched.clear()
@@ -233,15 +275,15 @@ def test_launches_do_not_grow_with_groups(
         assert launched == expected
 
 
-def test_counts_on_the_device_are_one_launch_more(
-    triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", [c for c in CASES if c.has("fused")], ids=lambda c: c.name)
+def test_fused_counts_on_the_device(triton_backend: torch.device, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     launched = record_launches(monkeypatch)
-    params = make_params([(9,)] * 26, triton_backend)
-    optimizer = optimx.AdamW([{"params": [p]} for p in params], fused=True)
+    params = make_params([(9,)] * 3, triton_backend)
+    optimizer = case.cls([{"params": [p]} for p in params], fused=True)
     set_grads(params, 0)
     optimizer.step()
-    assert launched == ["_adam_prepare_kernel", "_adam_kernel"]
+    name = case.cls.rule.module
+    assert launched == [*[f"_{name}_prepare_kernel"] * bool(case.cls.rule.counts), f"_{name}_kernel"]
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -281,6 +323,22 @@ def test_lambs_trust_ratio_is_of_the_whole_tensor(triton_backend: torch.device, 
         # all elements of the step are 1
         ratio = float(before.norm()) / before.numel() ** 0.5 if adapted and before.any() else 1.0
         torch.testing.assert_close(after.cpu(), before - 0.1 * min(ratio, 50.0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shift", "largest"), [(0, None), (1, 0.5)], ids=["aligned-unlimited", "misaligned-clamped"])
+def test_lambs_norms_of_many_chunks(triton_backend: torch.device, shift: int, largest: float | None) -> None:
+    """More of them than the kernel of the ratio reads at once; and a tensor of zeros with gradients of zeros."""
+    case = next(case for case in CASES if case.name == "lamb")
+    kwargs = {"lr": 0.1, "weight_decay": 0.1, "max_trust_ratio": largest}
+    shapes, size = [(5,), (16 * 270 + 3,), (40,), ()], LaunchSize(chunk_size=16, block_size=32)
+    launch = Launch(case, kwargs, triton_backend, torch.float32, shift, shapes, size)
+    for role in (launch.params, launch.grads, *launch.states):
+        role[2].zero_()
+    expected = launch.expected()
+    launch()
+    launch.check(expected)
+    ratios = launch.hyper[:, lamb.HYPER.index("size")] / 0.1
+    assert ratios[2] == (largest or 1.0)
 
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])

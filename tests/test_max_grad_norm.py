@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -89,24 +88,6 @@ def normalize_(params: list[Tensor], limit: float | None) -> Tensor:
 def single(case: Case, dtype: torch.dtype) -> dict[str, float] | None:
     """Stock keeps NAdam's mu_product in float32, also for float64 parameters."""
     return CLOSE[torch.float32] if case.name == "nadam" and dtype is torch.float64 else None
-
-
-#: Known defects, by the tests that show them; strict, so that whoever mends one has to take it out here.
-DEFECTS = {
-    r"(_survives|_groups_nor_checkpoints)\[\w+-(lion|lamb)|_normalizing_survives": (
-        "a group lacks the key 'differentiable', which torch's __setstate__ adds to the defaults"
-    ),
-    (r"_nonfinite_gradients\[\w+-(lion|rprop)-" if INTERPRETED else r"_nonfinite_gradients\[cuda-(lion|rprop)-"): (
-        "torch's sign of NaN is 0, the kernels' is NaN"
-    ),
-}
-
-
-@pytest.fixture(autouse=True)
-def known_defects(request: pytest.FixtureRequest) -> None:
-    for test, reason in DEFECTS.items():
-        if re.search(test, request.node.name):
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 def turn(params: list[Tensor]) -> None:
@@ -383,13 +364,18 @@ def test_survives(duplicate: Callable, case: Case, device: torch.device) -> None
     assert not torch.equal(params_of(twin)[1], params_of(ours)[1])
 
 
+SIGN_OF_NAN = pytest.mark.xfail(INTERPRETED, strict=True, reason="torch's sign of NaN is 0, the kernels' is NaN")
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("index", "value"),
     [(0, INF), (1, -INF), (1, NAN), (3, NAN)],
     ids=["scalar-inf", "large--inf", "large-nan", "torchs_own_step-nan"],
 )
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=c.name, marks=[SIGN_OF_NAN] if c.name in ("lion", "rprop") else []) for c in CASES]
+)
 def test_nonfinite_gradients(case: Case, value: float, index: int, device: torch.device) -> None:
     """Nobody looks for them: an infinite norm makes the factor 0 (and 0 * inf NaN), NaN makes all NaN."""
     params = make_params([(), (130,), (5, 7)], device)

@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import re
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -83,21 +82,6 @@ def complete(optimizer: Optimizer) -> Optimizer:
             if not optimizer.state[param]:
                 optimizer.state[param].update(step=torch.zeros(()), sum=torch.zeros_like(param))
     return optimizer
-
-
-#: Known defects, by the tests that show them; strict, so that whoever mends one has to take it out here.
-DEFECTS = {
-    r"-(lion|lamb)-(load_|deepcopied|pickled|saved)|(_in_a_row|_share_nothing)\[\w+-(lion|lamb)\]": (
-        "a group lacks the key 'differentiable', which torch's __setstate__ adds to the defaults"
-    ),
-}
-
-
-@pytest.fixture(autouse=True)
-def known_defects(request: pytest.FixtureRequest) -> None:
-    for test, reason in DEFECTS.items():
-        if re.search(test, request.node.name):
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
 
 
 def other_strides(tensor: Tensor) -> Tensor:
