@@ -54,18 +54,32 @@ def _group(case: Case, kwargs: dict) -> tuple[dict[str, Any], tuple[bool, ...]]:
     return group, case.cls.rule.structure_of(group)
 
 
-def in_poison(shapes: Sequence[Sequence[int]], device: torch.device, dtype: torch.dtype, seed: int, shift: int):
-    """Tensors between NaNs; ``shift`` elements past an aligned address."""
+def in_poison(
+    shapes: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+    seed: int,
+    shift: int,
+    poison=float("nan"),
+):
+    """Tensors ``shift`` elements past an aligned address, and what is around them: NaN tells of reads past an end.
+
+    Another number tells of writes; NaN read, updated and written is NaN again.
+    """
     generator = torch.Generator().manual_seed(seed)
-    tensors, poison = [], []
+    tensors, around = [], []
     for shape in shapes:
         numel = torch.Size(shape).numel()
-        buffer = torch.full((numel + 64,), float("nan"), device=device, dtype=dtype)
+        buffer = torch.full((numel + 64,), poison, device=device, dtype=dtype)
         inside = buffer[16 + shift : 16 + shift + numel]
         inside.copy_(torch.rand(numel, generator=generator).to(device, dtype))
         tensors.append(inside.view(shape))
-        poison += [buffer[: 16 + shift], buffer[16 + shift + numel :]]
-    return tensors, poison
+        around += [buffer[: 16 + shift], buffer[16 + shift + numel :]]
+    return tensors, around
+
+
+def is_untouched(around: Sequence[Tensor], poison: float) -> bool:
+    return all(torch.equal(a.nan_to_num(9.0), torch.full_like(a, poison).nan_to_num(9.0)) for a in around)
 
 
 def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -94,6 +108,7 @@ class Launch:
         device: torch.device,
         dtype: torch.dtype,
         shift: int = 0,
+        poison: float = float("nan"),
         shapes: Sequence[Sequence[int]] = SHAPES,
         size: LaunchSize = SIZE,
     ) -> None:
@@ -101,9 +116,9 @@ class Launch:
         self.group, self.structure = _group(case, kwargs)
         self.dtype, self.aligned = dtype, shift == 0
         names = self.rule.state_names(self.structure)
-        made = [in_poison(shapes, device, dtype, seed, shift) for seed in range(2 + len(names))]
+        made = [in_poison(shapes, device, dtype, seed, shift, poison) for seed in range(2 + len(names))]
         self.params, self.grads, *self.states = (m[0] for m in made)
-        self.poison = [p for m in made for p in m[1]]
+        self.around, self.poison = [a for m in made for a in m[1]], poison
         # what is a square stays positive; the rest takes both signs
         for tensor in (*self.grads, *(t for n, s in zip(names, self.states, strict=True) if n in SIGNED for t in s)):
             tensor.sub_(0.5)
@@ -156,16 +171,16 @@ class Launch:
                 torch.testing.assert_close(
                     tensor.double().cpu(), value, **close, msg=lambda m, n=name, i=i: f"{n} {i}: {m}"
                 )
-        assert all(p.isnan().all() for p in self.poison)
+        assert is_untouched(self.around, self.poison)
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize(("shift", "poison"), [(0, float("nan")), (1, 7.0)], ids=["aligned-nan", "misaligned-seven"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize(("case", "kwargs"), _algorithms())
 def test_writes_its_tensors_and_nothing_else(
-    triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype, shift: int
+    triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype, shift: int, poison: float
 ) -> None:
-    launch = Launch(case, kwargs, triton_backend, dtype, shift)
+    launch = Launch(case, kwargs, triton_backend, dtype, shift, poison)
     expected, grads = launch.expected(), [g.clone() for g in launch.grads]
     launch()
     launch.check(expected)
@@ -331,7 +346,7 @@ def test_lambs_norms_of_many_chunks(triton_backend: torch.device, shift: int, la
     case = next(case for case in CASES if case.name == "lamb")
     kwargs = {"lr": 0.1, "weight_decay": 0.1, "max_trust_ratio": largest}
     shapes, size = [(5,), (16 * 270 + 3,), (40,), ()], LaunchSize(chunk_size=16, block_size=32)
-    launch = Launch(case, kwargs, triton_backend, torch.float32, shift, shapes, size)
+    launch = Launch(case, kwargs, triton_backend, torch.float32, shift, shapes=shapes, size=size)
     for role in (launch.params, launch.grads, *launch.states):
         role[2].zero_()
     expected = launch.expected()
@@ -402,14 +417,14 @@ def test_large_finite_gradients_are_not_bad(triton_backend: torch.device) -> Non
 @pytest.mark.parametrize("scale", [1.0, 0.25])
 def test_scale(triton_backend: torch.device, dtype: torch.dtype, scale: float) -> None:
     device = triton_backend
-    grads, poison = in_poison(SHAPES, device, dtype, 0, 1)
+    grads, around = in_poison(SHAPES, device, dtype, 0, 1, 7.0)
     expected = [g * scale for g in grads]
     table = TensorTable([g.numel() for g in grads], [], [], device, SIZE)
     factor = torch.tensor(scale, dtype=torch.float64, device=device)
     grad_norm.scale_(table, addresses(grads, device), factor, dtype=dtype, aligned=False)
     # a quarter is exact in every dtype
     assert all(map(torch.equal, grads, expected))
-    assert all(p.isnan().all() for p in poison)
+    assert is_untouched(around, 7.0)
 
 
 def test_chunks_of_a_tensor_past_2_to_the_31() -> None:
