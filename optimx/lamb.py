@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
 from ._native import NativeBucket, Piece
 from ._rule import Row, UpdateRule
 from ._step import MultiTensorStep
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["LAMB"]
 
@@ -38,8 +35,7 @@ class LAMBBucket(NativeBucket):
             step, *copies = self.temporaries(p, 3)
             if rounded and not whole:
                 m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
-            _update_averages(setting, g, m, v)
-            _adam_step(setting, p, m, v, out=step)
+            _advance(setting, p, g, m, v, out=step)
             squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
             if whole:
                 _apply(setting, p, step, _trust_ratio(setting, squares), piece.sizes)
@@ -48,19 +44,26 @@ class LAMBBucket(NativeBucket):
         ratio = _trust_ratio(setting, squares)
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
+            (step,) = self.temporaries(p, 1)
             if rounded:
-                _update_averages(setting, g, m, v)
-            _apply(setting, p, _adam_step(setting, p, m, v, out=self.temporaries(p, 1)[0]), ratio, piece.sizes)
+                _advance(setting, p, g, m, v, out=step)
+            else:
+                _step_of(setting, p, m, v, out=step)
+            _apply(setting, p, step, ratio, piece.sizes)
 
 
-def _update_averages(row: Row, g: Tensor, m: Tensor, v: Tensor) -> None:
-    _, beta1_c, beta2, beta2_c, *_ = row
-    m.lerp_(g, beta1_c)
-    v.mul_(beta2).addcmul_(g, g, value=beta2_c)
+def _advance(row: Row, p: Tensor, g: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """Update the averages, and work out the step before it gets its length: what Adam makes of zeros."""
+    _, beta1_c, beta2, _, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
+    _compat.uncorrected_adam_(
+        out.zero_(), g, m, v, lr=-bias2_sqrt / bias1, beta1=1.0 - beta1_c, beta2=beta2, weight_decay=0.0,
+        eps=eps * bias2_sqrt,
+    )  # fmt: skip
+    return out.add_(p, alpha=weight_decay) if weight_decay else out
 
 
-def _adam_step(row: Row, p: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """A step before it gets its length."""
+def _step_of(row: Row, p: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
+    """The same step, from averages that are updated already."""
     _, _, _, _, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
     torch.sqrt(v, out=out).mul_(bias1 / bias2_sqrt).add_(eps * bias1)
     torch.div(m, out, out=out)
