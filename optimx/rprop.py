@@ -40,13 +40,16 @@ class RpropRule(UpdateRule):
         _, eta_minus, eta_plus, smallest, largest = row
         prev, step_size = states
         factor = torch.mul(g, prev, out=scratch[0]).sign_()
-        # masks by arithmetic on whole vectors: masked_fill_ and where branch at every element, which takes 50 times as
-        # long where signs are random. The sign bit, as an integer of ones, takes out what turned round, also if infinite
+        # masks by arithmetic on whole vectors: masked_fill_ and where branch at every element, 50 times slower where
+        # signs are random. The sign bit, stretched to an integer of ones, takes out what turned round, infinite or not
         bits, shift = (torch.int64, 63) if g.dtype is torch.float64 else (torch.int32, 31)
         kept = torch.bitwise_right_shift(factor.view(bits), shift, out=scratch[1].view(bits)).bitwise_not_()
         torch.bitwise_and(g.view(bits), kept, out=prev.view(bits))
-        # -1, 0, 1 are sent below eta_minus, to 1, and above eta_plus
-        factor.mul_(1.0 + eta_plus).add_(1.0).clamp_(eta_minus, eta_plus)
+        if eta_minus <= 1.0 <= eta_plus:
+            # -1, 0, 1 are sent below eta_minus, to 1, and above eta_plus
+            factor.mul_(1.0 + eta_plus).add_(1.0).clamp_(eta_minus, eta_plus)
+        else:  # a group edited to what the constructor refuses
+            factor.copy_(torch.where(factor > 0, eta_plus, torch.where(factor < 0, eta_minus, 1.0)))
         step_size.mul_(factor).clamp_(smallest, largest)
         p.addcmul_(torch.sign(prev, out=scratch[0]), step_size, value=-1)
 
