@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -166,22 +166,22 @@ def _measure_triton(
     dtype: torch.dtype,
     clamp: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .triton_kernels.grad_norm import finish_, norm_
+    from .triton_kernels.grad_norm import finish_
 
     home = buckets[0].key.device
     needed = max_norm is not None or amp.check
     here = [bucket for bucket in buckets if needed and bucket.key.device == home]
     away = [bucket for bucket in buckets if needed and bucket.key.device != home]
     # every bucket begins at 16 bytes, so that no launch is specialized anew
-    columns = sum(_even(bucket.table.n_chunks) for bucket in here) + (len(away) + len(norms) if needed else 0)
+    columns = sum(_even(bucket.n_partials) for bucket in here) + (len(away) + len(norms) if needed else 0)
     partials = torch.zeros(2, columns, dtype=torch.float64, device=home)
     offset = 0
     for bucket in here:
-        _norm(bucket, norm_, partials, offset, amp.grad_scale)
-        offset += _even(bucket.table.n_chunks)
+        bucket.measure(partials, offset, _on(amp.grad_scale, home))
+        offset += _even(bucket.n_partials)
     for bucket in away:
-        there = torch.zeros(2, _even(bucket.table.n_chunks), dtype=torch.float64, device=bucket.key.device)
-        _norm(bucket, norm_, there, 0, amp.grad_scale)
+        there = torch.zeros(2, _even(bucket.n_partials), dtype=torch.float64, device=bucket.key.device)
+        bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
         partials[:, offset] = there.sum(1).to(home, non_blocking=True)
         offset += 1
     if needed:
@@ -202,13 +202,6 @@ def _measure_triton(
     if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:
         amp.found_inf.copy_(found_inf, non_blocking=True)
     return norm, control
-
-
-def _norm(bucket: TritonBucket, norm_: Any, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
-    norm_(
-        bucket.table, bucket.grads, _on(grad_scale, bucket.key.device), partials, offset,
-        dtype=bucket.key.dtypes[1], norm_type=2.0, aligned=bucket.aligned,
-    )  # fmt: skip
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

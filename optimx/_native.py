@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _compat
 from ._buckets import Bucket
+from ._layout import flat
 
 if TYPE_CHECKING:
     from ._counts import Counts
@@ -26,11 +27,6 @@ PIECE = 1 << 19
 BATCH = 1 << 16
 #: Contiguous tensors up to this many elements are copied together rather than one by one.
 SMALL = 1 << 12
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in the order of its memory."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
 def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
@@ -98,7 +94,7 @@ class _Batch:
         return self._views
 
 
-class _Call:
+class Call:
     """Members with equal settings, which are updated together.
 
     Attributes:
@@ -140,7 +136,7 @@ class NativeBucket(Bucket):
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
-        self._calls: list[_Call] = []
+        self._calls: list[Call] = []
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         self._grads = grads
@@ -170,10 +166,14 @@ class NativeBucket(Bucket):
             members: dict[int, list[int]] = {}
             for i, setting in enumerate(setting_of_member):
                 members.setdefault(pattern[setting], []).append(i)
-            self._calls = [_Call(self, None if len(members) == 1 else indices) for indices in members.values()]
+            self._calls = [self.new_call(None if len(members) == 1 else indices) for indices in members.values()]
             self._call_settings = [setting_of_member[indices[0]] for indices in members.values()]
         for call, i in zip(self._calls, self._call_settings, strict=True):
             call.setting = settings[i]
+
+    def new_call(self, members: list[int] | None) -> Call:
+        """Members with equal settings; None stands for all."""
+        return Call(self, members)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
@@ -204,7 +204,7 @@ class NativeBucket(Bucket):
         self._grads = []
         self._forget()
 
-    def _update_in_pieces(self, call: _Call, grads: Sequence[Tensor], scale: float) -> None:
+    def _update_in_pieces(self, call: Call, grads: Sequence[Tensor], scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.setting[0]
@@ -217,7 +217,7 @@ class NativeBucket(Bucket):
         """Update one large tensor, or a batch.
 
         Args:
-            setting: See :class:`_Call`.
+            setting: See :class:`Call`.
             pieces: Begins a walk over them. What a piece holds is written back when the next one is asked for, so a
                 walk must come to its end.
         """
@@ -239,7 +239,7 @@ class NativeBucket(Bucket):
             self._scratch.append(torch.empty(PIECE, dtype=self.compute_dtype, device="cpu"))
         return self._scratch[i]
 
-    def _batch(self, call: _Call, batch: _Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
+    def _batch(self, call: Call, batch: _Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
         """A batch as one piece: copied together for a formula, else where its members are."""
         numel = sum(batch.sizes)
         memory = [*map(self._memory, range(1 + len(batch.roles)))]
@@ -265,7 +265,7 @@ class NativeBucket(Bucket):
             if is_staged:
                 _compat.foreach_copy_(role, copies)
 
-    def _pieces(self, call: _Call, i: int, grad: Tensor, factor: float) -> Iterator[Piece]:
+    def _pieces(self, call: Call, i: int, grad: Tensor, factor: float) -> Iterator[Piece]:
         """A large tensor, piece by piece; what is not in the dtype to compute in passes through scratch memory."""
         steps = [call.steps[i]] if call.steps else []
         split = [flat(tensor).split(PIECE) for tensor in (grad, *(role[i] for role in call.roles))]

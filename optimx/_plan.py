@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import _backend, _compat
 from ._buckets import Bucket
+from ._layout import is_dense, same_layout
 
 if TYPE_CHECKING:
     from ._step import MultiTensorStep
@@ -59,26 +60,6 @@ class Leftover:
     param: Tensor
     position: int
     reason: str
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory exactly once, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
-
-
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether equal offsets mean equal elements; the stride of a dimension of size 1 means nothing."""
-    if a.shape != b.shape:
-        return False
-    return all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
 def asks_for_torch(group: dict[str, Any]) -> bool:
@@ -127,15 +108,20 @@ def classify(
     if reason or backend == _backend.TORCH:
         return None, reason or why
     rule = optimizer.rule
-    structure = rule.structure_of(group)
+    reason = rule.unsuitable(param)
+    if reason:
+        return None, reason
+    structure = rule.variant_of(rule.structure_of(group), param)
     state = optimizer.state.get(param, {})
-    states = [param if state.get(name) is None else state[name] for name in rule.state_names(structure)]
-    for tensor in states:
+    names = rule.state_names(structure)
+    states = {name: state[name] for name in names if state.get(name) is not None}
+    for name, tensor in states.items():
         if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
             return None, "a state is not a plain floating-point tensor"
-        if tensor.device != param.device or not same_layout(tensor, param):
+        if tensor.device != param.device or not rule.suits(name, tensor, param):
             return None, "a state differs from the parameter in device, shape or layout"
-    dtypes = (param.dtype, grad.dtype, *(tensor.dtype for tensor in states))
+    fresh = rule.state_dtype(param, group)
+    dtypes = (param.dtype, grad.dtype, *(states[name].dtype if name in states else fresh for name in names))
     if param.dtype is not torch.float64 and torch.float64 in dtypes:
         return None, "float64 gradient or state of a smaller parameter"
     triton = backend == _backend.TRITON
@@ -156,7 +142,7 @@ def classify(
     for value in values:
         if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != param.device:
             return None, "a tensor hyperparameter is on another device"
-    aligned = triton and not any(tensor.data_ptr() % 16 for tensor in (param, grad, *states))
+    aligned = triton and not any(tensor.data_ptr() % 16 for tensor in (param, grad, *states.values()))
     first = rule.is_first(state, values)
     return BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned), ""
 
@@ -248,9 +234,7 @@ class StepPlan:
     def _new_bucket(key: BucketKey, optimizer: MultiTensorStep) -> Bucket:
         if key.backend == _backend.NATIVE:
             return optimizer.rule.native_bucket(key, optimizer.rule)
-        from ._triton import TritonBucket
-
-        return TritonBucket(key, optimizer.rule)
+        return optimizer.rule.triton_bucket()(key, optimizer.rule)
 
     def _guarded(self, tensors: Sequence[Any]) -> Sequence[Tensor]:
         """The entries of members; the empty list stands for all of them."""

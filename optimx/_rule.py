@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ._layout import same_layout
 from ._native import NativeBucket
 
 if TYPE_CHECKING:
+    from ._triton import TritonBucket
     from .triton_kernels.tensor_table import TensorTable
 
 Row = tuple[float, ...]
@@ -49,9 +51,25 @@ class UpdateRule:
         """The hyperparameters, ``RAW`` in the kernel's module: numbers, or tensors of one element if given as such."""
         raise NotImplementedError
 
+    def unsuitable(self, param: Tensor) -> str | None:
+        """Why the kernels cannot update a parameter that most could; None if they can."""
+        return None
+
+    def variant_of(self, structure: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
+        """The kernel variant of one parameter of a group whose structure is ``structure``."""
+        return structure
+
     def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
-        """State tensors of the parameter's shape, in the order the kernel has them."""
+        """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""
         raise NotImplementedError
+
+    def suits(self, name: str, state: Tensor, param: Tensor) -> bool:
+        """Whether a state has the shape and the order in memory that the kernel expects."""
+        return same_layout(state, param)
+
+    def state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        """Of new state tensors."""
+        return param.dtype
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""
@@ -101,6 +119,12 @@ class UpdateRule:
         row's factor already and must not be written; the two tensors of ``scratch`` may.
         """
         raise NotImplementedError
+
+    def triton_bucket(self) -> type[TritonBucket]:
+        """The class of buckets on the Triton backend; imports triton."""
+        from ._triton import TritonBucket
+
+        return TritonBucket
 
     @functools.cached_property
     def kernels(self) -> Any:

@@ -83,6 +83,20 @@ class TritonBucket(Bucket):
         else:
             (self.grads,) = self._send(addresses)
 
+    @property
+    def n_partials(self) -> int:
+        """How many results :meth:`measure` writes."""
+        return self.table.n_chunks
+
+    def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
+        """Write squared norms, of gradients divided by ``grad_scale``, and marks of bad ones; see ``norm_``."""
+        from .triton_kernels.grad_norm import norm_
+
+        norm_(
+            self.table, self.grads, grad_scale, partials, offset,
+            dtype=self.key.dtypes[1], norm_type=2.0, aligned=self.aligned,
+        )  # fmt: skip
+
     def compile(self, control: Tensor | None) -> None:
         """Compile what :meth:`update` will launch. Raises what the compiler raises."""
         variant = (self.aligned, control is not None)

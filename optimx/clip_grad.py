@@ -18,7 +18,8 @@ from torch.nn import utils as _torch
 
 from . import _backend, _compat
 from ._grad_norm import meet, result_dtype, tensor_norms, widest
-from ._plan import FLOATS, is_dense
+from ._layout import is_dense
+from ._plan import FLOATS
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
