@@ -9,6 +9,7 @@ from torch.optim import *  # noqa: F403
 
 from . import lr_scheduler, swa_utils  # type: ignore[no-redef]
 from .adadelta import Adadelta
+from .adafactor import Adafactor
 from .adagrad import Adagrad
 from .adam import Adam
 from .adamax import Adamax

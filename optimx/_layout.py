@@ -25,6 +25,18 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(x == y or n == 1 for x, y, n in zip(a.stride(), b.stride(), a.shape, strict=True))
 
 
+def memory_order(tensor: Tensor) -> str | None:
+    """How the matrices of a tensor lie in memory: ``"rows"`` after each other, or ``"columns"``; else None.
+
+    A scalar or a vector is one row.
+    """
+    if tensor.is_contiguous():
+        return "rows"
+    if tensor.dim() > 1 and tensor.mT.is_contiguous():
+        return "columns"
+    return None
+
+
 def flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order of its memory."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))

@@ -71,6 +71,10 @@ class UpdateRule:
         """Of new state tensors."""
         return param.dtype
 
+    def unrounded(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """States that loading a checkpoint must not round to the parameter's dtype, beside the scalar ones."""
+        return ()
+
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -93,8 +93,8 @@ class MultiTensorStep(Optimizer):
             hook.remove()
         state_dict = loaded[0]
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        params = chain.from_iterable(group["params"] for group in self.param_groups)
-        for param, saved_id in zip(params, saved_ids, strict=False):
+        params = ((param, group) for group in self.param_groups for param in group["params"])
+        for (param, group), saved_id in zip(params, saved_ids, strict=False):
             state: Any = self.state.get(param, {})
             saved = state_dict["state"].get(saved_id, {})
             for name in self.rule.counts:
@@ -104,6 +104,10 @@ class MultiTensorStep(Optimizer):
                     exact = state[name] if name == "step" else saved.get(name)
                     source = exact if isinstance(exact, Tensor) else state[name]
                     state[name] = source.detach().to(state[name].device, copy=True)
+            for name in self.rule.unrounded(group):
+                if isinstance(saved.get(name), Tensor):
+                    dtype = self.rule.state_dtype(param, group)
+                    state[name] = saved[name].detach().to(param.device, dtype, copy=True)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""

@@ -1,0 +1,285 @@
+"""Buckets of matrices on a CPU, whose second moment is kept as row and column averages.
+
+A step of a tensor is three passes: sums of squares of rows and columns, from which the averages follow; the length of
+the update; the update. Each walks the tensor in pieces that stay in the cache, and makes the update anew, so nothing of
+the tensor's size is ever allocated. Small tensors of one shape are copied together, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _compat
+from ._native import PIECE, SMALL, Call, NativeBucket
+
+if TYPE_CHECKING:
+    from ._counts import Counts
+
+Slices = tuple[slice, ...]
+_ALL = slice(None)
+
+#: Elements of small tensors that are updated together; three roles of them fit the cache.
+TOGETHER = 1 << 18
+
+#: What is in scratch memory.
+WORK, GRADS, PARAMS, MOMENTS = range(4)
+
+
+class Stack:
+    """Parameters of one shape, updated together: a large one alone and where it is, small ones in scratch memory.
+
+    Roles are seen as ``[n_tensors, n_matrices, n_rows, n_columns]``, in the order of memory.
+
+    Args:
+        bucket: Theirs.
+        roles: For each role (parameter, then states) all tensors of the call.
+        indices: Which of them.
+    """
+
+    def __init__(self, bucket: FactoredBucket, roles: Sequence[Sequence[Tensor]], indices: list[int]) -> None:
+        self.bucket = bucket
+        self.indices = indices
+        self.params, *states = ([role[i] for i in indices] for role in roles)
+        self.factored, self.transposed, self.has_moment = bucket.key.structure
+        self.moments = states.pop() if self.has_moment else []
+        self.averages = states
+        first = self.params[0]
+        n, (n_rows, n_columns) = len(indices), (1, first.numel())
+        if self.factored:
+            n_rows, n_columns = first.mT.shape[-2:] if self.transposed else first.shape[-2:]
+        self.numel = first.numel()
+        self.shape = n, self.numel // (n_rows * n_columns), n_rows, n_columns
+        self.alone = n == 1
+        #: What :meth:`measure` gave, from the norm to the update of a step.
+        self.sums: tuple[Tensor, Tensor] | None = None
+        self.pieces = [*self._pieces()]
+        self._views: dict[int, list[Tensor]] = {}
+        self.homes = [None if self.alone else _home(role, bucket.compute_dtype) for role in self.averages]
+
+    def oriented(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors with rows that are contiguous."""
+        return [tensor.mT for tensor in tensors] if self.transposed else tensors
+
+    def where_it_is(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().as_strided(self.shape, (self.numel, self.shape[2] * self.shape[3], self.shape[3], 1))
+
+    def _pieces(self) -> Iterator[Slices]:
+        """Indices of matrices, rows and columns; one piece, where all fit."""
+        n, n_matrices, n_rows, n_columns = self.shape
+        if n * self.numel <= PIECE:
+            yield _ALL, _ALL, _ALL, _ALL
+        elif not self.factored:
+            for i in range(0, n_columns, PIECE):
+                yield _ALL, _ALL, _ALL, slice(i, i + PIECE)
+        elif n_rows * n_columns <= PIECE:
+            step = PIECE // (n_rows * n_columns)
+            for i in range(0, n_matrices, step):
+                yield _ALL, slice(i, i + step), _ALL, _ALL
+        else:
+            step = max(1, PIECE // n_columns)
+            for matrix in range(n_matrices):
+                for i in range(0, n_rows, step):
+                    yield _ALL, slice(matrix, matrix + 1), slice(i, i + step), _ALL
+
+    def gather(self, i: int, tensors: Sequence[Tensor]) -> Tensor:
+        """A role's elements, where they are if alone, else copied to scratch memory ``i``, for :meth:`scatter`."""
+        if self.alone:
+            return self.where_it_is(tensors[0])
+        memory = self.bucket.scratch(i, len(tensors) * self.numel)
+        if i not in self._views:
+            shape = self.oriented(self.params[:1])[0].shape
+            self._views[i] = [part.view(shape) for part in memory.split(self.numel)]
+        _compat.foreach_copy_(self._views[i], self.oriented(tensors))
+        return memory.view(self.shape)
+
+    def scatter(self, i: int, tensors: Sequence[Tensor]) -> None:
+        if not self.alone:
+            _compat.foreach_copy_(self.oriented(tensors), self._views[i])
+
+    def measure(self, g_all: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squared gradients, ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
+        compute = self.bucket.compute_dtype
+        n, n_matrices, n_rows, n_columns = self.shape
+        of_rows = torch.zeros(n, n_matrices, n_rows, dtype=compute, device="cpu")
+        of_columns = torch.zeros(n, n_matrices, n_columns, dtype=compute, device="cpu")
+        for piece in self.pieces:
+            g = g_all[piece].to(compute)
+            square = torch.mul(g, g, out=self.bucket.scratch(WORK, g.numel()).view(g.shape))
+            _, matrices, rows, columns = piece
+            of_rows[:, matrices, rows] += square.sum(-1)
+            of_columns[:, matrices, columns] += square.sum(-2)
+        return of_rows, of_columns
+
+    def _squares(self, tensors: Tensor) -> Tensor:
+        """Of each tensor the squared norm, in float64."""
+        return torch.linalg.vector_norm(tensors, dim=(1, 2, 3)).double().square()
+
+    def update(self, grads: Sequence[Tensor], row: Sequence[float], scale: float) -> None:
+        """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``."""
+        sign, omega, eps_stat, eps_mean, eps_var, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
+        compute, factor = self.bucket.compute_dtype, sign * scale
+        g_all = self.gather(GRADS, grads)
+        of_rows, of_columns = self.sums or self.measure(g_all)
+        _, _, n_rows, n_columns = self.shape
+        if self.factored:
+            of_rows.mul_(factor * factor / n_columns).add_(eps_stat)
+            of_columns.mul_(factor * factor / n_rows).add_(eps_stat)
+            r, c = (self._average(i, means, omega) for i, means in enumerate((of_rows, of_columns)))
+            # torch's mean is of the logical rows, and so are its roundings
+            r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps_mean)
+        else:
+            c = self._average(0, of_columns.mul_(factor * factor).add_(eps_stat), omega)
+            r = torch.ones((), dtype=compute, device="cpu").expand_as(of_rows)
+        # where nothing is clamped, the root of the outer product is the outer product of the roots
+        separable = bool(r.amin() * c.amin() >= eps_var)
+        if separable:
+            r, c = r.rsqrt().mul_(factor), c.rsqrt()
+        r, c = r.unsqueeze(-1), c.unsqueeze(-2)
+
+        p_all = self.gather(PARAMS, self.params)
+        moments = self.gather(MOMENTS, self.moments) if self.has_moment else None
+        alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
+        if scaled:
+            squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
+            alpha *= (squares / self.numel).sqrt_().clamp_(min=eps2)
+
+        def direction(piece: Slices) -> Tensor:
+            of_tensor, matrices, rows, columns = piece
+            g = g_all[piece].to(compute)
+            out = self.bucket.scratch(WORK, g.numel()).view(g.shape)
+            r_piece, c_piece = r[of_tensor, matrices, rows], c[of_tensor, matrices, :, columns]
+            if separable:
+                return torch.mul(g, c_piece, out=out).mul_(r_piece)
+            torch.mul(r_piece, c_piece, out=out)
+            return out.clamp_(min=eps_var).rsqrt_().mul_(g).mul_(factor)
+
+        squares = torch.zeros_like(alpha)
+        for piece in self.pieces:
+            u = direction(piece)
+            squares += self._squares(u)
+        size = alpha / ((squares / self.numel).sqrt_() / d).clamp_(min=1.0)
+        decay = 1.0 - decay_lr - decay_alpha * alpha
+        sizes, decays = (x.to(compute).view(-1, 1, 1, 1) for x in (size, decay))
+        for piece in self.pieces:
+            if len(self.pieces) > 1:
+                u = direction(piece)
+            p = p_all[piece].to(compute)
+            if decay_lr or decay_alpha:
+                p.mul_(decays)
+            if moments is not None:
+                moment = moments[piece].to(compute)
+                p.sub_(moment.lerp_(u.mul_(sizes), beta1_c))
+                moments[piece] = moment
+            elif self.alone:
+                p.add_(u, alpha=-float(size))
+            else:
+                p.sub_(u.mul_(sizes))
+            if p.dtype is not p_all.dtype:
+                p_all[piece] = p
+        self.scatter(PARAMS, self.params)
+        if self.has_moment:
+            self.scatter(MOMENTS, self.moments)
+
+    def _average(self, i: int, means: Tensor, omega: float) -> Tensor:
+        """Move averages towards this step's means; returns them as they are stored, rounded or not."""
+        states, home = self.averages[i], self.homes[i]
+        if home is not None:
+            return home.view(means.shape).lerp_(means, omega)
+        stored = torch.stack([*states]).view(means.shape)
+        average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
+        _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
+        return average.to(means.dtype)
+
+
+def _home(states: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
+    """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
+
+    They stay the tensors they are. Those that share memory already belong to a plan for other gradients.
+    """
+    if any(s.dtype is not dtype or s.untyped_storage().nbytes() != s.nbytes for s in states):
+        return None
+    home = torch.stack([*states])
+    for state, place in zip(states, home, strict=True):
+        state.set_(place)  # type: ignore[call-overload]
+    return home
+
+
+class FactoredCall(Call):
+    """Members with equal settings."""
+
+    def __init__(self, bucket: FactoredBucket, members: list[int] | None) -> None:
+        super().__init__(bucket, members)
+        together: dict[tuple[int, ...], list[int]] = {}
+        groups: list[list[int]] = []
+        for i, param in enumerate(self.params):
+            numel = param.numel()
+            if 0 < numel <= SMALL:
+                same = together.setdefault(tuple(param.shape), [])
+                if not same:
+                    groups.append(same)
+                same.append(i)
+                if len(same) * numel >= TOGETHER:
+                    del together[tuple(param.shape)]
+            elif numel:
+                groups.append([i])
+        self.stacks = [Stack(bucket, self.roles, indices) for indices in groups]
+
+
+class FactoredBucket(NativeBucket):
+    """Members on a CPU."""
+
+    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
+        super().finish(counts, all_states)
+        self._housed: list[Tensor] | None = None
+
+    def matches(self) -> bool:
+        """A state whose memory is replaced, by hand or by a plan for other gradients, has left its home."""
+        if self._housed is None:
+            stacks = [stack for call in self._calls for stack in call.stacks]  # type: ignore[attr-defined]
+            homed = [role for s in stacks for role, home in zip(s.averages, s.homes, strict=True) if home is not None]
+            self._housed = [*chain.from_iterable(homed)]
+            self._homes = [*map(Tensor.data_ptr, self._housed)]
+        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._homes
+
+    def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+        return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]
+
+    def new_call(self, members: list[int] | None) -> FactoredCall:
+        return FactoredCall(self, members)
+
+    def scratch(self, i: int, numel: int) -> Tensor:
+        """Memory that stays: one row of a matrix may be longer than a piece."""
+        while len(self._scratch) <= i:
+            self._scratch.append(torch.empty(0, dtype=self.compute_dtype, device="cpu"))
+        if len(self._scratch[i]) < numel:
+            self._scratch[i] = torch.empty(
+                max(numel, min(PIECE, TOGETHER + SMALL)), dtype=self.compute_dtype, device="cpu"
+            )
+        return self._scratch[i][:numel]
+
+    def norms(self, wide: bool = False) -> list[Tensor]:
+        if wide:
+            return super().norms(wide)
+        norms = []
+        for call in self._calls:
+            grads = call.pick(self._grads)
+            for stack in call.stacks:  # type: ignore[attr-defined]
+                stack.sums = stack.measure(stack.gather(GRADS, [grads[i] for i in stack.indices]))
+                of_rows, _ = stack.sums
+                norms.append(of_rows.sum(dtype=torch.float64).sqrt_())
+        return norms
+
+    def _forget(self) -> None:
+        super()._forget()
+        for call in self._calls:
+            for stack in call.stacks:  # type: ignore[attr-defined]
+                stack.sums = None
+
+    def _update_in_pieces(self, call: Any, grads: Sequence[Tensor], scale: float) -> None:
+        for stack in call.stacks:
+            stack.update([grads[i] for i in stack.indices], call.setting, scale)

@@ -1,0 +1,379 @@
+"""Adafactor (https://arxiv.org/abs/1804.04235), as torch defines it and as transformers does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from difflib import get_close_matches
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from . import _compat
+from ._factored import FactoredBucket
+from ._layout import memory_order, same_layout
+from ._loop import check_at_least_zero, each_parameter
+from ._rule import UpdateRule
+from ._step import MultiTensorStep
+
+if TYPE_CHECKING:
+    from ._factored_triton import FactoredTritonBucket
+
+__all__ = ["Adafactor"]
+
+#: Settings that torch has not, and their values if a group does not have them: torch's definition.
+EXTRAS: dict[str, Any] = {
+    "variant": "torch",
+    "beta1": None,
+    "scale_parameter": True,
+    "relative_step": True,
+    "warmup_init": False,
+    "state_dtype": None,
+}
+#: Where a relative step size begins, in transformers a constant.
+RELATIVE_LR = 1e-2
+
+
+class AdafactorRule(UpdateRule):
+    """One step of Adafactor. Averages of squared gradients are kept of rows and columns; of a vector, of all of it.
+
+    A structure says whether a tensor has rows and columns, whether they lie in memory the other way round, and whether
+    there is a first moment.
+    """
+
+    module = "adafactor"
+    native_bucket = FactoredBucket
+    _read = itemgetter("lr", "beta2_decay", "eps", "d", "weight_decay", "maximize")
+
+    def triton_bucket(self) -> type[FactoredTritonBucket]:
+        from ._factored_triton import FactoredTritonBucket
+
+        return FactoredTritonBucket
+
+    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return False, False, group.get("beta1") is not None
+
+    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        return *super().flags_of(group), group.get("variant"), group.get("state_dtype")
+
+    def unsuitable(self, param: Tensor) -> str | None:
+        return "neither rows nor columns are contiguous" if memory_order(param) is None else None
+
+    def variant_of(self, structure: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
+        return param.dim() > 1, memory_order(param) == "columns", structure[2]
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        lr, beta2_decay, (eps1, eps2), d, weight_decay, maximize = self._read(group)
+        extras = {name: group.get(name, default) for name, default in EXTRAS.items()}
+        hf = extras["variant"] == "hf"
+        if hf and eps1 is None:
+            eps1 = 1e-30
+        return (
+            lr, beta2_decay, eps1, eps2, d, weight_decay, float(maximize), float(hf), extras["beta1"] or 0.0,
+            float(extras["scale_parameter"]), float(extras["relative_step"]), float(extras["warmup_init"]),
+        )  # fmt: skip
+
+    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+        factored, transposed, moment = structure
+        # of the rows and of the columns that lie in memory
+        second: tuple[str, ...] = ("variance",)
+        if factored:
+            second = ("col_var", "row_var") if transposed else ("row_var", "col_var")
+        return (*second, "exp_avg") if moment else second
+
+    def _shape(self, name: str, param: Tensor) -> torch.Size:
+        if name == "row_var":
+            return torch.Size((*param.shape[:-1], 1))
+        if name == "col_var":
+            return torch.Size((*param.shape[:-2], 1, param.shape[-1]))
+        return param.shape
+
+    def suits(self, name: str, state: Tensor, param: Tensor) -> bool:
+        if name in ("row_var", "col_var"):
+            return state.shape == self._shape(name, param) and state.is_contiguous()
+        return same_layout(state, param)
+
+    def state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+        dtype = group.get("state_dtype")
+        if dtype is None and group.get("variant") == "hf":
+            dtype = torch.float32
+        return param.dtype if dtype is None else torch.promote_types(dtype, param.dtype)
+
+    def unrounded(self, group: dict[str, Any]) -> tuple[str, ...]:
+        own_dtype = group.get("state_dtype") is not None or group.get("variant") == "hf"
+        return ("row_var", "col_var", "variance", "exp_avg") if own_dtype else ()
+
+    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
+        dtype, shape = self.state_dtype(param, group), self._shape(name, param)
+        if shape == param.shape and name not in ("row_var", "col_var"):
+            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        return param.new_zeros(shape, dtype=dtype)
+
+    def with_eps(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """The values with torch's default of eps, which depends on the parameter's dtype."""
+        return values if values[2] is not None else (*values[:2], torch.finfo(dtype).eps, *values[3:])
+
+    def prepare(self, values, counts):
+        lr, beta2_decay, eps1, eps2, d, weight_decay, maximize, hf, beta1, scaled, relative, warmup_init = values
+        step = counts[0] + 1
+        rho = lr
+        if relative:
+            rho = min(min(lr, 1e-6 * step) if warmup_init else lr, step**-0.5)
+        row = (
+            -1.0 if maximize else 1.0,
+            step**beta2_decay,
+            eps1 if hf else 0.0,
+            0.0 if hf else eps1,
+            0.0 if hf else eps1 * eps1,
+            rho,
+            eps2,
+            scaled,
+            d,
+            0.0 if hf else lr * weight_decay,
+            weight_decay if hf else 0.0,
+            1.0 - beta1,
+        )
+        return row, (step,)
+
+
+RULE = AdafactorRule()
+
+
+class AdafactorLoop(torch.optim.Adafactor):
+    """Adafactor, one parameter after the other: what :class:`Adafactor` falls back to.
+
+    Torch's own step for torch's definition; a plain one of either definition where a group has settings of ours.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
+            return _compat.stock_step(self, AdafactorLoop, closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, param, grad, state in each_parameter(self):
+            if param.is_complex():
+                raise RuntimeError("Adafactor does not support complex parameters")
+            names = RULE.state_names(RULE.variant_of(RULE.structure_of(group), param))
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=_compat.count_dtype(False), device="cpu")
+            for name in names:
+                if name not in state:
+                    state[name] = RULE.new_state(name, param, group, self.defaults)
+            values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
+            (_, omega, eps_stat, eps_mean, eps_var, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = (
+                RULE.prepare(values, (float(state["step"]),))
+            )
+            state["step"] += 1
+            compute = torch.float64 if param.dtype is torch.float64 else torch.float32
+            g, p = grad.to(compute), param.to(compute)
+            alpha = torch.full((), rho, dtype=compute, device=param.device)
+            if scaled:
+                alpha = alpha * _rms(p).clamp(min=eps2)
+            square = g * g + eps_stat
+            if param.dim() > 1:
+                row, col = state["row_var"], state["col_var"]
+                row.copy_(torch.lerp(row.to(compute), square.mean(-1, keepdim=True), omega))
+                col.copy_(torch.lerp(col.to(compute), square.mean(-2, keepdim=True), omega))
+                mean = row.to(compute).mean(-2, keepdim=True).clamp_(min=eps_mean)
+                variance = (row.to(compute) / mean) * col.to(compute)
+            else:
+                state["variance"].copy_(torch.lerp(state["variance"].to(compute), square, omega))
+                variance = state["variance"].to(compute)
+            update = variance.clamp(min=eps_var).rsqrt_().mul_(g)
+            update.mul_(alpha / (_rms(update) / d).clamp(min=1.0))
+            if "exp_avg" in names:
+                moment = torch.lerp(state["exp_avg"].to(compute), update, beta1_c)
+                state["exp_avg"].copy_(moment)
+                update = moment
+            param.copy_(p * (1.0 - decay_lr - decay_alpha * alpha) - update)
+        return loss
+
+
+def _rms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x) / math.sqrt(x.numel())
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, Tensor) else value
+
+
+class Adafactor(MultiTensorStep, AdafactorLoop):
+    """Adafactor, a drop-in for :class:`torch.optim.Adafactor`, and for transformers' with ``variant="hf"``.
+
+    Memory of a matrix's second moment is that of a row and a column. Nothing waits for the host, where torch asks
+    for two numbers a parameter and step, and nothing of a parameter's size is allocated. A step of torch's definition
+    with the default lr is ``min(lr, 1 / sqrt(step))`` times each tensor's root mean square.
+
+    Args beyond torch's:
+        variant: Whose definition holds. ``"torch"`` (default), or ``"hf"``: eps is added to the squared gradients and
+            nowhere else (``eps[0]=None`` is 1e-30 then), weight decay is times the tensor's own step size, and 16-bit
+            parameters have float32 state.
+        beta1: Keep an average of the updates, and take it as the step (default: None, none is kept).
+        scale_parameter: Multiply the step by the tensor's root mean square, ``eps[1]`` at least (default: True).
+        relative_step: The step size falls as ``1 / sqrt(step)``, and lr bounds it (default: None, which is True for
+            torch's definition, and for transformers' if ``lr=None``).
+        warmup_init: ``1e-6 * step`` bounds it, too (default: False).
+        clip_threshold: Another name of ``d``.
+        decay_rate: Another name of ``beta2_decay``.
+        state_dtype: Of row and column averages and first moment (default: None, the parameter's; float32 is better
+            for 16-bit parameters).
+        capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting or even
+            reading them once more (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+
+    What transformers' arguments are here:
+
+    ======================== ==========================================================
+    transformers             optimx
+    ======================== ==========================================================
+    ``lr=None``              ``lr=None``: a relative step size, at most 1e-2
+    ``eps=(1e-30, 1e-3)``    the default with ``variant="hf"``
+    ``clip_threshold=1.0``   ``clip_threshold`` or ``d``
+    ``decay_rate=-0.8``      ``decay_rate`` or ``beta2_decay``
+    ``beta1=None``           ``beta1``
+    ``weight_decay=0.0``     ``weight_decay``
+    ``scale_parameter=True`` ``scale_parameter``
+    ``relative_step=True``   ``relative_step``, the default with ``lr=None``
+    ``warmup_init=False``    ``warmup_init``
+    ======================== ==========================================================
+
+    State: ``step``, ``row_var`` and ``col_var`` (of shapes ``[..., rows, 1]`` and ``[..., 1, columns]``) or, for
+    vectors and scalars, ``variance``; ``exp_avg`` with ``beta1``. With ``variant="hf"``, :meth:`load_state_dict` takes
+    transformers' checkpoints, too.
+
+    ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
+
+    Raises:
+        ValueError: A hyperparameter is out of range (torch's messages), two names of one disagree, or ``lr`` and
+            ``relative_step`` contradict each other.
+        RuntimeError: A gradient is sparse or a parameter complex, as in torch.
+    """
+
+    rule = RULE
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor | None = 1e-2,
+        beta2_decay: float = -0.8,
+        eps: tuple[float | None, float] = (None, 1e-3),
+        d: float = 1.0,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        variant: str = "torch",
+        beta1: float | None = None,
+        scale_parameter: bool = True,
+        relative_step: bool | None = None,
+        warmup_init: bool = False,
+        clip_threshold: float | None = None,
+        decay_rate: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+    ) -> None:
+        if variant not in ("torch", "hf"):
+            nearest = (*get_close_matches(str(variant), ("torch", "hf", "huggingface"), 1), "torch")[0]
+            raise ValueError(f"variant should be 'torch' or 'hf' but is: {variant!r} (nearest: '{nearest[:5]}')")
+        d = _one_name("clip_threshold", clip_threshold, "d", d, 1.0)
+        beta2_decay = _one_name("decay_rate", decay_rate, "beta2_decay", beta2_decay, -0.8)
+        if relative_step is None:
+            relative_step = variant == "torch" or lr is None
+        if lr is None:
+            if not relative_step:
+                raise ValueError("lr should be a number with relative_step=False but is: None")
+            lr = RELATIVE_LR
+        elif variant == "hf" and relative_step:
+            raise ValueError(f"lr should be None with variant='hf' and relative_step=True but is: {lr}")
+        if warmup_init and not relative_step:
+            raise ValueError("warmup_init should be False with relative_step=False but is: True")
+        if beta1 is not None and not 0.0 <= beta1 < 1.0:
+            raise ValueError(f"beta1 should be in [0, 1) but is: {beta1}")
+        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
+            raise ValueError(f"state_dtype should be a floating-point torch.dtype but is: {state_dtype}")
+        check_at_least_zero(lr=lr)
+        super().__init__(params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
+        chosen = (variant, beta1, scale_parameter, relative_step, warmup_init, state_dtype)
+        # groups have torch's keys alone as long as the definition is torch's: checkpoints go both ways
+        extras = {name: value for name, value in zip(EXTRAS, chosen, strict=True) if value != EXTRAS[name]}
+        self.defaults.update(extras)
+        self._fill_groups()
+        self._init_step(max_grad_norm, capturable=capturable)
+
+    def _fill_groups(self) -> None:
+        for group in self.param_groups:
+            for name in EXTRAS.keys() & self.defaults.keys():
+                group.setdefault(name, self.defaults[name])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # a checkpoint of torch's has none of ours
+        self._fill_groups()
+        self._reset_step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what torch's or our :meth:`state_dict` gave, or, with ``variant="hf"``, that of transformers' Adafactor.
+
+        Raises:
+            ValueError: The checkpoint is of transformers' Adafactor, and ``variant`` is "torch".
+        """
+        if any("decay_rate" in group for group in state_dict["param_groups"]):
+            if self.defaults.get("variant") != "hf":
+                raise ValueError("variant should be 'hf' to load transformers' checkpoints but is: 'torch'")
+            state_dict = from_transformers(state_dict, self.defaults)
+        super().load_state_dict(state_dict)
+
+    def step_sizes(self) -> list[float]:
+        """The step size that each group's first parameter has: relative step times root mean square. Waits."""
+        sizes = []
+        for group in self.param_groups:
+            if not group["params"]:
+                sizes.append(0.0)
+                continue
+            param = group["params"][0]
+            done = self.state.get(param, {}).get("step", 1.0)
+            values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
+            row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
+            rho, eps2, scaled = row[5:8]
+            sizes.append(rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho)
+        return sizes
+
+
+def _one_name(alias: str, given: float | None, name: str, value: float, default: float) -> float:
+    """The value of a setting with two names."""
+    if given is None:
+        return value
+    if value not in (default, given):
+        raise ValueError(f"{alias} should be {name} ({value}), its other name, but is: {given}")
+    return given
+
+
+def from_transformers(state_dict: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A state dict of transformers' Adafactor in our terms."""
+    states = {}
+    for index, saved in state_dict["state"].items():
+        state = {"step": torch.tensor(float(saved["step"]), dtype=_compat.count_dtype(False), device="cpu")}
+        if "exp_avg_sq_row" in saved:
+            state["row_var"] = saved["exp_avg_sq_row"].unsqueeze(-1)
+            state["col_var"] = saved["exp_avg_sq_col"].unsqueeze(-2)
+        else:
+            state["variance"] = saved["exp_avg_sq"]
+        if "exp_avg" in saved:
+            state["exp_avg"] = saved["exp_avg"]
+        states[index] = state
+    groups = []
+    for saved in state_dict["param_groups"]:
+        group = {**defaults, **saved, "d": saved["clip_threshold"], "beta2_decay": saved["decay_rate"], "variant": "hf"}
+        # schedules that report step sizes leave them there, where nobody reads them
+        if saved["relative_step"]:
+            group["lr"] = RELATIVE_LR
+        del group["clip_threshold"], group["decay_rate"]
+        groups.append(group)
+    return {**state_dict, "state": states, "param_groups": groups}
