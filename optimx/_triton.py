@@ -115,6 +115,10 @@ class TritonBucket(Bucket):
 
             raw, scalars = self._raw_tables
             prepare_(self.rule.kernels, raw, scalars, self._count_table, self._rows, control, warmup=warmup)
+        self._launch_update(control, warmup)
+
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+        """What follows when hyperparameter rows are there."""
         self.rule.launch(
             self.table, self.grads, self._rows, control,
             structure=self.key.structure, dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,

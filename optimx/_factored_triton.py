@@ -1,0 +1,85 @@
+"""Buckets of matrices on the Triton backend: sums first, which also tell the gradients' norm, then the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ._triton import TritonBucket
+from .triton_kernels import adafactor
+from .triton_kernels.matrix_table import tables
+
+if TYPE_CHECKING:
+    from ._counts import Counts
+
+
+class FactoredTritonBucket(TritonBucket):
+    """Members that one round of launches updates; kernels of convolutions have a round of their own."""
+
+    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
+        super().finish(counts, all_states)
+        factored, transposed, _ = self.key.structure
+        size = self.table.size
+        shapes = [_matrices(param, factored, transposed) for param in self.params]
+        self._matrices = tables(shapes, factored, self.key.device, size, size.block(self.key.dtypes))
+        divisor = adafactor.row_divisor(self.key.dtypes)
+        self._rows_aligned = all(n_columns % divisor == 0 for _, _, n_columns in shapes)
+        self._measured = False
+        self._grad_scale: Tensor | None = None
+        self._sums: list[adafactor.Sums] = []
+
+    @property
+    def n_partials(self) -> int:
+        return sum(table.n_programs for table in self._matrices)
+
+    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
+        super().send(grads, values)
+        self._measured, self._grad_scale = False, None
+
+    def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
+        return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]
+
+    def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
+        self._measured, self._grad_scale = True, grad_scale
+        self._sum(partials[:, offset:], grad_scale, None, warmup=False)
+
+    def _sum(self, partials: Tensor, grad_scale: Tensor | None, control: Tensor | None, warmup: bool) -> None:
+        dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
+        factored = self.key.structure[0]
+        self._sums = [adafactor.Sums.of(table, dtype, factored) for table in self._matrices]
+        first = 0
+        for table, sums in zip(self._matrices, self._sums, strict=True):
+            norms, bad = partials[:, first : first + table.n_programs]
+            adafactor.sums_(
+                self.table, table, self.grads, grad_scale, control, sums, norms, bad, factored=factored,
+                dtypes=self.key.dtypes, aligned=self._aligned, warmup=warmup,
+            )  # fmt: skip
+            first += table.n_programs
+
+    @property
+    def _aligned(self) -> bool:
+        return self.aligned and self._rows_aligned
+
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+        if not self._measured:
+            partials = torch.empty(2, max(1, self.n_partials), dtype=torch.float64, device=self.key.device)
+            self._sum(partials, None, control, warmup)
+        for table, sums in zip(self._matrices, self._sums, strict=True):
+            adafactor.adafactor_(
+                self.table, table, self.grads, self._rows, self._grad_scale, control, sums,
+                structure=self.key.structure, dtypes=self.key.dtypes, aligned=self._aligned, warmup=warmup,
+            )  # fmt: skip
+        if not warmup:
+            self._sums = []
+
+
+def _matrices(param: Tensor, factored: bool, transposed: bool) -> tuple[int, int, int]:
+    """How many matrices, of how many rows and columns, lie in a tensor's memory."""
+    if not factored:
+        return 1, 1, param.numel()
+    n_rows, n_columns = (param.mT if transposed else param).shape[-2:]
+    return math.prod(param.shape[:-2]), n_rows, n_columns

@@ -1,0 +1,527 @@
+"""Adafactor: averages of rows and columns in place of a second moment.
+
+Six launches for all matrices that are cut into the same tiles: sums of squares of rows and columns, a partial result a
+program; the averages of rows; those of columns; the mean of each matrix's rows; the length of each update; how long
+each step is; the update. Vectors are one row, and need neither averages of rows nor means. Nothing waits for the host,
+and sums meet in a fixed order: bitwise repeatable.
+
+Bytes a parameter, float32: grad and param 4 each for the sums, grad 4 for the length, grad 4 and param 4+4 for the
+update: 24. The averages and the partial sums of a matrix are a hundredth of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import TRITON_DTYPE, compute_dtype, divide, gradient_factor, launch, lerp, load, sqrt, store
+from .matrix_table import ENTRIES, MatrixTable
+from .tensor_table import TensorTable
+
+RAW = (
+    "lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay", "maximize", "hf", "beta1", "scale_parameter",
+    "relative_step", "warmup_init",
+)  # fmt: skip
+HYPER = (
+    "factor", "omega", "eps_stat", "eps_mean", "eps_var", "rho", "eps2", "scaled", "d", "decay_lr", "decay_alpha",
+    "1 - beta1",
+)  # fmt: skip
+
+_N_COLUMNS = tl.constexpr(len(HYPER))
+_OMEGA, _EPS_STAT, _EPS_MEAN, _EPS_VAR, _RHO, _EPS2, _SCALED, _D, _DECAY_LR, _DECAY_ALPHA, _BETA1_C = (
+    tl.constexpr(i) for i in range(1, len(HYPER))
+)
+_N_SHAPE = tl.constexpr(7)
+
+
+@triton.jit
+def prepare(raw, counts):
+    lr, beta2_decay, eps1, eps2, d, weight_decay, maximize, hf, beta1, scaled, relative, warmup_init = raw
+    step = counts[0] + 1.0
+    largest = tl.where((warmup_init != 0) & (1e-6 * step < lr), 1e-6 * step, lr)
+    decreasing = 1.0 / tl.sqrt(step)
+    relative_size = tl.where(largest < decreasing, largest, decreasing)
+    row = (
+        gradient_factor(maximize),
+        tl.exp(beta2_decay * tl.log(step)),
+        tl.where(hf != 0, eps1, 0.0),
+        tl.where(hf != 0, 0.0, eps1),
+        tl.where(hf != 0, 0.0, eps1 * eps1),
+        tl.where(relative != 0, relative_size, lr),
+        eps2,
+        scaled,
+        d,
+        tl.where(hf != 0, 0.0, lr * weight_decay),
+        tl.where(hf != 0, weight_decay, 0.0),
+        1.0 - beta1,
+    )
+    return row, (step,)
+
+
+@triton.jit
+def _share(program_tensor_ptr, shapes_ptr, TILE: tl.constexpr, N_DIVISOR: tl.constexpr):
+    """A program's part of a tensor: which one, its shape and layout, and the first matrix, row and column."""
+    pid = tl.program_id(0)
+    index = tl.load(program_tensor_ptr + pid)
+    shape_ptr = shapes_ptr + index * _N_SHAPE
+    n_matrices = tl.load(shape_ptr)
+    n_rows = tl.load(shape_ptr + 1)
+    n_columns = tl.multiple_of(tl.load(shape_ptr + 2), N_DIVISOR)
+    local = pid - tl.load(shape_ptr + 3)
+    blocks = tl.cdiv(n_columns, TILE[2])
+    strips = tl.cdiv(n_rows, TILE[3])
+    block = local % blocks
+    strip = local // blocks % strips
+    matrices = local // (blocks * strips) * TILE[0] + tl.arange(0, TILE[0]).to(tl.int64)
+    columns = block * TILE[2] + tl.arange(0, TILE[2])
+    return index, shape_ptr, (n_matrices, n_rows, n_columns), block, strip, matrices, columns
+
+
+@triton.jit
+def _places(shape, matrices, rows, columns):
+    """Offsets and mask of a block ``[matrices, rows, columns]``."""
+    n_matrices, n_rows, n_columns = shape
+    line = matrices[:, None] * n_rows + rows[None, :]
+    offsets = line[:, :, None] * n_columns + columns[None, None, :]
+    inside = (matrices[:, None] < n_matrices) & (rows[None, :] < n_rows)
+    return offsets, inside[:, :, None] & (columns[None, None, :] < n_columns)
+
+
+@triton.jit
+def _pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
+    return tl.multiple_of(tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE)), ALIGNMENT)
+
+
+@triton.jit
+def _adafactor_sums_kernel(
+    fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ...
+    grads_ptr,  # int64 [n]
+    tensor_ptr,  # int32 [n_tensors]: row of the two above
+    shapes_ptr,  # int64 [n_tensors, 7], see MatrixTable
+    program_tensor_ptr,  # int32 [n_programs]
+    grad_scale_ptr,  # float32 scalar
+    control_ptr,  # float64 [3]: norm, scale, skip
+    row_sums_ptr,  # written: for each block of columns, sums of squares of each row
+    column_sums_ptr,  # written: for each strip of rows, sums of squares of each column
+    squares_ptr,  # float64 [n_programs], written: of parameters
+    norms_ptr,  # float64 [n_programs], written: squares of gradients
+    bad_ptr,  # float64 [n_programs], written: 1 where a gradient is infinite or NaN
+    DTYPES: tl.constexpr,  # of params and grads
+    COMPUTE: tl.constexpr,
+    N_ROLES: tl.constexpr,
+    FACTORED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    N_DIVISOR: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    index, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
+    n_matrices, n_rows, n_columns = shape
+    tensor = tl.load(tensor_ptr + index)
+    p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
+    g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
+    row_sums_ptr += tl.load(shape_ptr + 4) + block * n_matrices * n_rows
+    column_sums_ptr += tl.load(shape_ptr + 5) + strip * n_matrices * n_columns
+    scale = tl.full((), 1.0, COMPUTE)
+    if HAS_SCALE:
+        scale = 1.0 / tl.load(grad_scale_ptr).to(COMPUTE)
+    of_columns = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
+    of_params = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
+    bad = tl.zeros((TILE[0], TILE[1], TILE[2]), tl.int32)
+    for i in range(0, TILE[3], TILE[1]):
+        rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
+        offsets, mask = _places(shape, matrices, rows, columns)
+        g = load(g_ptr + offsets, mask, COMPUTE) * scale
+        p = load(p_ptr + offsets, mask, COMPUTE)
+        square = g * g
+        of_columns += square
+        of_params += p * p
+        # neither NaN nor infinite equals itself times zero
+        bad |= (g * 0.0 != 0.0).to(tl.int32)
+        if FACTORED:
+            inside = (matrices[:, None] < n_matrices) & (rows[None, :] < n_rows)
+            places = matrices[:, None] * n_rows + rows[None, :]
+            tl.store(row_sums_ptr + places, tl.sum(square, axis=2), mask=inside)
+    inside = (matrices[:, None] < n_matrices) & (columns[None, :] < n_columns)
+    places = matrices[:, None] * n_columns + columns[None, :]
+    tl.store(column_sums_ptr + places, tl.sum(of_columns, axis=1), mask=inside)
+    pid = tl.program_id(0)
+    tl.store(squares_ptr + pid, tl.sum(tl.ravel(of_params), axis=0).to(tl.float64))
+    tl.store(norms_ptr + pid, tl.sum(tl.ravel(of_columns), axis=0).to(tl.float64))
+    tl.store(bad_ptr + pid, tl.max(tl.ravel(bad), axis=0).to(tl.float64))
+
+
+@triton.jit
+def _adafactor_average_kernel(
+    fixed_ptr,  # int64 [n, n_roles]
+    tensor_ptr,  # int32 [n_tensors]
+    entries_ptr,  # int64 [n_tensors, 4], see MatrixTable
+    chunk_tensor_ptr,  # int32 [n_programs]
+    chunk_start_ptr,  # int64 [n_programs]
+    rows_ptr,  # int32 [n]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, 12]
+    grad_scale_ptr,  # float32 scalar
+    control_ptr,  # float64 [3]: norm, scale, skip
+    sums_ptr,  # partial sums
+    DTYPE: tl.constexpr,  # of the averages
+    COMPUTE: tl.constexpr,
+    N_ROLES: tl.constexpr,
+    ROLE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    pid = tl.program_id(0)
+    index = tl.load(chunk_tensor_ptr + pid)
+    tensor = tl.load(tensor_ptr + index)
+    n_entries = tl.load(entries_ptr + index * 4)
+    n_sums = tl.load(entries_ptr + index * 4 + 1)
+    sums_ptr += tl.load(entries_ptr + index * 4 + 2)
+    n_elements = tl.load(entries_ptr + index * 4 + 3).to(COMPUTE)
+    places = tl.load(chunk_start_ptr + pid) + tl.arange(0, BLOCK_SIZE)
+    mask = places < n_entries
+    total = tl.zeros((BLOCK_SIZE,), COMPUTE)
+    for i in range(n_sums):
+        total += tl.load(sums_ptr + i * n_entries + places, mask=mask, other=0.0)
+    scale = tl.full((), 1.0, tl.float64)
+    if HAS_CONTROL:
+        scale = tl.load(control_ptr + 1)
+    if HAS_SCALE:
+        # the sums are of unscaled gradients
+        scale *= tl.load(grad_scale_ptr).to(tl.float64)
+    row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
+    omega = tl.load(row_ptr + _OMEGA).to(COMPUTE)
+    mean = divide(total, n_elements) * (scale * scale).to(COMPUTE) + tl.load(row_ptr + _EPS_STAT).to(COMPUTE)
+    average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + ROLE, DTYPE, 1) + places
+    store(average_ptr, lerp(load(average_ptr, mask, COMPUTE), mean, omega), mask)
+
+
+@triton.jit
+def _adafactor_mean_kernel(
+    fixed_ptr,  # int64 [n, n_roles]
+    tensor_ptr,  # int32 [n_tensors]
+    shapes_ptr,  # int64 [n_tensors, 7]
+    chunk_tensor_ptr,  # int32 [n_programs]
+    chunk_start_ptr,  # int64 [n_programs]: first matrix
+    rows_ptr,  # int32 [n]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, 12]
+    control_ptr,  # float64 [3]: norm, scale, skip
+    means_ptr,  # written: of the logical rows' averages, one a matrix
+    DTYPE: tl.constexpr,  # of the averages
+    COMPUTE: tl.constexpr,
+    N_ROLES: tl.constexpr,
+    ROLE: tl.constexpr,  # 1 where logical rows are rows in memory, else 2
+    HAS_CONTROL: tl.constexpr,
+    MATRICES: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    pid = tl.program_id(0)
+    index = tl.load(chunk_tensor_ptr + pid)
+    tensor = tl.load(tensor_ptr + index)
+    n_matrices = tl.load(shapes_ptr + index * _N_SHAPE)
+    length = tl.load(shapes_ptr + index * _N_SHAPE + ROLE)
+    average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + ROLE, DTYPE, 1)
+    matrices = tl.load(chunk_start_ptr + pid) + tl.arange(0, MATRICES)
+    total = tl.zeros((MATRICES, BLOCK_SIZE), COMPUTE)
+    for i in range(0, length, BLOCK_SIZE):
+        places = i + tl.arange(0, BLOCK_SIZE)
+        mask = (matrices[:, None] < n_matrices) & (places[None, :] < length)
+        total += load(average_ptr + matrices[:, None] * length + places[None, :], mask, COMPUTE)
+    mean = divide(tl.sum(total, axis=1), length.to(COMPUTE))
+    eps = tl.load(hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS + _EPS_MEAN).to(COMPUTE)
+    means_ptr += tl.load(shapes_ptr + index * _N_SHAPE + 6)
+    # as torch.clamp: NaN stays NaN
+    tl.store(means_ptr + matrices, tl.where(mean < eps, eps, mean), mask=matrices < n_matrices)
+
+
+@triton.jit
+def _row_factors(row_ptr, means_ptr, shape, matrices, rows, COMPUTE: tl.constexpr):
+    """Averages of rows over their mean, ``[matrices, rows]``."""
+    n_matrices, n_rows, _ = shape
+    mask = (matrices[:, None] < n_matrices) & (rows[None, :] < n_rows)
+    average = tl.load(row_ptr + matrices[:, None] * n_rows + rows[None, :], mask=mask, other=1.0).to(COMPUTE)
+    mean = tl.load(means_ptr + matrices, mask=matrices < n_matrices, other=1.0)
+    return divide(average, mean[:, None])
+
+
+@triton.jit
+def _direction(g, variance, eps_var):
+    """The gradient over the root of the second moment."""
+    # as torch.clamp: NaN stays NaN
+    variance = tl.where(variance < eps_var, eps_var, variance)
+    return divide(g, sqrt(variance))
+
+
+@triton.jit
+def _adafactor_length_kernel(
+    fixed_ptr,  # int64 [n, n_roles]
+    grads_ptr,  # int64 [n]
+    tensor_ptr,  # int32 [n_tensors]
+    shapes_ptr,  # int64 [n_tensors, 7]
+    program_tensor_ptr,  # int32 [n_programs]
+    rows_ptr,  # int32 [n]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, 12]
+    control_ptr,  # float64 [3]: norm, scale, skip
+    means_ptr,  # of the rows' averages, one a matrix
+    sizes_ptr,  # float64 [n_tensors, 2]: size of the step, factor of the parameter
+    squares_ptr,  # float64 [n_programs], written: of updates
+    DTYPES: tl.constexpr,  # of params, grads and states
+    COMPUTE: tl.constexpr,
+    N_ROLES: tl.constexpr,
+    FACTORED: tl.constexpr,
+    MOMENT: tl.constexpr,
+    UPDATE: tl.constexpr,  # True: take the step; False: write squares
+    HAS_CONTROL: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    N_DIVISOR: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    index, shape_ptr, shape, _, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
+    n_matrices, _, n_columns = shape
+    tensor = tl.load(tensor_ptr + index)
+    row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
+    scale = tl.load(row_ptr).to(COMPUTE)
+    eps_var = tl.load(row_ptr + _EPS_VAR).to(COMPUTE)
+    if HAS_CONTROL:
+        scale *= tl.load(control_ptr + 1).to(COMPUTE)
+    g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
+    p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
+    column_ptr = _pointer(fixed_ptr, tensor * N_ROLES + (2 if FACTORED else 1), DTYPES[2], 1)
+    inside = (matrices[:, None] < n_matrices) & (columns[None, :] < n_columns)
+    of_columns = tl.load(column_ptr + matrices[:, None] * n_columns + columns[None, :], mask=inside, other=1.0)
+    of_columns = of_columns.to(COMPUTE)
+    means_ptr += tl.load(shape_ptr + 6)
+    average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
+    if UPDATE:
+        size = tl.load(sizes_ptr + 2 * index).to(COMPUTE)
+        decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
+        beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
+        moment_ptr = _pointer(fixed_ptr, tensor * N_ROLES + N_ROLES - 1, DTYPES[len(DTYPES) - 1], ALIGNMENT)
+    squares = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
+    for i in range(0, TILE[3], TILE[1]):
+        rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
+        offsets, mask = _places(shape, matrices, rows, columns)
+        g = load(g_ptr + offsets, mask, COMPUTE) * scale
+        variance = of_columns[:, None, :]
+        if FACTORED:
+            variance = _row_factors(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * variance
+        u = _direction(g, variance, eps_var)
+        if UPDATE:
+            p = load(p_ptr + offsets, mask, COMPUTE)
+            u *= size
+            if MOMENT:
+                u = lerp(load(moment_ptr + offsets, mask, COMPUTE), u, beta1_c)
+                store(moment_ptr + offsets, u, mask)
+            store(p_ptr + offsets, p * decay - u, mask)
+        else:
+            squares += u * u
+    if not UPDATE:
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
+
+
+@triton.jit
+def _adafactor_size_kernel(
+    tensor_ptr,  # int32 [n_tensors]
+    shapes_ptr,  # int64 [n_tensors, 7]
+    rows_ptr,  # int32 [n]: row of hyper_ptr
+    hyper_ptr,  # float64 [n_rows, 12]
+    control_ptr,  # float64 [3]: norm, scale, skip
+    params_ptr,  # float64 [n_programs]: squares of parameters
+    updates_ptr,  # float64 [n_programs]: squares of updates
+    sizes_ptr,  # float64 [n_tensors, 2], written
+    n_tensors,
+    n_programs,
+    HAS_CONTROL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + 2) != 0:
+            return
+    index = tl.program_id(0)
+    shape_ptr = shapes_ptr + index * _N_SHAPE
+    first = tl.load(shape_ptr + 3)
+    last = n_programs.to(tl.int64)
+    if index + 1 < n_tensors:
+        last = tl.load(shape_ptr + _N_SHAPE + 3)
+    of_params = tl.zeros((BLOCK_SIZE,), tl.float64)
+    of_updates = tl.zeros((BLOCK_SIZE,), tl.float64)
+    for i in range(first, last, BLOCK_SIZE):
+        programs = i + tl.arange(0, BLOCK_SIZE)
+        mask = programs < last
+        of_params += tl.load(params_ptr + programs, mask=mask, other=0.0)
+        of_updates += tl.load(updates_ptr + programs, mask=mask, other=0.0)
+    numel = (tl.load(shape_ptr) * tl.load(shape_ptr + 1) * tl.load(shape_ptr + 2)).to(tl.float64)
+    row_ptr = hyper_ptr + tl.load(rows_ptr + tl.load(tensor_ptr + index)) * _N_COLUMNS
+    # comparisons as torch makes them: what is NaN scales nothing, and is in the elements anyway
+    eps2 = tl.load(row_ptr + _EPS2)
+    rms = tl.sqrt(tl.sum(of_params, axis=0) / numel)
+    rms = tl.where(tl.load(row_ptr + _SCALED) != 0, tl.where(rms > eps2, rms, eps2), 1.0)
+    alpha = tl.load(row_ptr + _RHO) * rms
+    length = tl.sqrt(tl.sum(of_updates, axis=0) / numel) / tl.load(row_ptr + _D)
+    tl.store(sizes_ptr + 2 * index, alpha / tl.where(length > 1.0, length, 1.0))
+    decay = 1.0 - tl.load(row_ptr + _DECAY_LR) - tl.load(row_ptr + _DECAY_ALPHA) * alpha
+    tl.store(sizes_ptr + 2 * index + 1, decay)
+
+
+@dataclass
+class Sums:
+    """Memory of one step: what a launch leaves for the next.
+
+    Attributes:
+        rows, columns: Partial sums of squared gradients.
+        params, updates: float64 ``[n_programs]``, partial sums of squares.
+        means: One a matrix.
+        sizes: float64 ``[n_tensors, 2]``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    params: Tensor
+    updates: Tensor
+    means: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, table: MatrixTable, dtype: torch.dtype, factored: bool) -> Sums:
+        """Memory for a table, to compute in ``dtype``."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=table.device)
+
+        return cls(
+            empty(table.n_row_sums if factored else 1, dtype=dtype), empty(table.n_column_sums, dtype=dtype),
+            empty(table.n_programs), empty(table.n_programs), empty(table.n_matrices, dtype=dtype),
+            empty(table.n_tensors, 2),
+        )  # fmt: skip
+
+
+def sums_(
+    tensors: TensorTable,
+    matrices: MatrixTable,
+    grads: Tensor,
+    grad_scale: Tensor | None,
+    control: Tensor | None,
+    sums: Sums,
+    norms: Tensor,
+    bad: Tensor,
+    *,
+    factored: bool,
+    dtypes: Sequence[torch.dtype],
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Sum squared gradients, divided by ``grad_scale``, and squared parameters.
+
+    Args:
+        tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments.
+        matrices: Which of them, and how they are cut.
+        grads: int64, addresses.
+        grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
+        sums: Written.
+        norms, bad: float64 ``[n_programs]``, written: squares of gradients, and marks of infinite and NaN ones.
+        factored: False for vectors.
+        dtypes: Of params, grads and each state.
+        aligned: Addresses are multiples of 16 bytes, and so are rows.
+        warmup: Compile, launch nothing.
+    """
+    tile = matrices.tile
+    launch(_adafactor_sums_kernel, matrices.n_programs, warmup)(
+        tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
+        norms if grad_scale is None else grad_scale, norms if control is None else control,
+        sums.rows, sums.columns, sums.params, norms, bad,
+        DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]), COMPUTE=compute_dtype(dtypes[0]),
+        N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=grad_scale is not None,
+        HAS_CONTROL=control is not None, **_widths(dtypes, aligned),
+        TILE=(tile.matrices, tile.rows, tile.columns, tile.strip), num_warps=tensors.size.num_warps,
+    )  # fmt: skip
+
+
+def adafactor_(
+    tensors: TensorTable,
+    matrices: MatrixTable,
+    grads: Tensor,
+    hyper: Tensor,
+    grad_scale: Tensor | None,
+    control: Tensor | None,
+    sums: Sums,
+    *,
+    structure: tuple[bool, ...],
+    dtypes: Sequence[torch.dtype],
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Update every tensor of ``matrices`` in place, from the sums that :func:`sums_` left.
+
+    Args:
+        tensors, matrices, grads, grad_scale, control, sums, dtypes, aligned, warmup: As for :func:`sums_`.
+        hyper: float64 ``[n_rows, len(HYPER)]``; ``tensors.rows`` says which is whose.
+        structure: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
+    """
+    factored, transposed, moment = structure
+    tile = matrices.tile
+    some_control = hyper if control is None else control
+    common = {
+        "COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": control is not None,
+    }  # fmt: skip
+    state = TRITON_DTYPE[dtypes[2]]
+    for role, partials in ((1, sums.rows), (2, sums.columns)) if factored else ((1, sums.columns),):
+        # the only average of a vector is that of its columns
+        which = role - 1 if factored else 1
+        chunk_tensor, chunk_start = matrices.entry_chunks[which]
+        launch(_adafactor_average_kernel, len(chunk_tensor), warmup)(
+            tensors.fixed, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows, hyper,
+            hyper if grad_scale is None else grad_scale, some_control, partials,
+            DTYPE=state, ROLE=role, HAS_SCALE=grad_scale is not None, BLOCK_SIZE=ENTRIES, num_warps=2, **common,
+        )  # fmt: skip
+    if factored:
+        chunk_tensor, chunk_start = matrices.mean_chunks
+        launch(_adafactor_mean_kernel, len(chunk_tensor), warmup)(
+            tensors.fixed, matrices.tensor, matrices.shapes, chunk_tensor, chunk_start, tensors.rows, hyper,
+            some_control, sums.means, DTYPE=state, ROLE=2 if transposed else 1,
+            MATRICES=matrices.matrices_per_mean, BLOCK_SIZE=1024 if matrices.matrices_per_mean == 1 else tile.rows,
+            num_warps=4, **common,
+        )  # fmt: skip
+
+    def walk(update: bool) -> None:
+        launch(_adafactor_length_kernel, matrices.n_programs, warmup)(
+            tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
+            some_control, sums.means, sums.sizes, sums.updates, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes),
+            FACTORED=factored, MOMENT=moment, UPDATE=update, **_widths(dtypes, aligned),
+            TILE=(tile.matrices, tile.rows, tile.columns, tile.strip), num_warps=tensors.size.num_warps, **common,
+        )  # fmt: skip
+
+    walk(update=False)
+    launch(_adafactor_size_kernel, matrices.n_tensors, warmup)(
+        matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control, sums.params, sums.updates, sums.sizes,
+        matrices.n_tensors, matrices.n_programs, HAS_CONTROL=control is not None, BLOCK_SIZE=256, num_warps=2,
+    )  # fmt: skip
+    walk(update=True)
+
+
+def _widths(dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, int]:
+    """What the compiler may take addresses and lengths of rows to be multiples of."""
+    return {"ALIGNMENT": 16 if aligned else 1, "N_DIVISOR": row_divisor(dtypes) if aligned else 1}
+
+
+def row_divisor(dtypes: Sequence[torch.dtype]) -> int:
+    """Rows whose length is a multiple of it begin at a multiple of 16 bytes, whatever the dtype."""
+    return 16 // min(dtype.itemsize for dtype in dtypes)
