@@ -48,19 +48,23 @@ class Bucket:
         for tensors, name in zip(self.states, self._state_names, strict=True):
             tensors.append(state[name])
 
-    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        """All members are there; ``all_states`` are the optimizer's."""
-        self.counts, self.count_indices, self.increments = None, [], None
+    def home(self, counts: Counts, all_states: Iterable[Any]) -> None:
+        """Bring the scalar states together. This may move those of another bucket; they are to be asked once more."""
+        self.counts, self.count_indices = None, []
+        if self.rule.counts:
+            device = self.key.device if self.key.on_device else torch.device("cpu")
+            self.counts, self.count_indices = counts.home(self.rule.counts, self._state_dicts, device, all_states)
+
+    def finish(self) -> None:
+        """All members are there, and scalar states at home."""
+        self.increments = None
         # looking at every state would take a sixth of a step on many small tensors; who swaps the memory beneath states
         # does it to all of them, so a few tell. Where addresses are kept, all of those are compared
         shapes = [(param.dim(), param.numel()) for param in self.params]
         self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
-        if self.rule.counts:
-            device = self.key.device if self.key.on_device else torch.device("cpu")
-            self.counts, self.count_indices = counts.home(self.rule.counts, self._state_dicts, device, all_states)
-            if len(self.count_indices) != len(self.counts.views):
-                self.increments = torch.zeros_like(self.counts.steps)
-                self.increments[self.count_indices] = 1
+        if self.counts is not None and len(self.count_indices) != len(self.counts.views):
+            self.increments = torch.zeros_like(self.counts.steps)
+            self.increments[self.count_indices] = 1
         self._count_tensors = [self._state_dicts[i][name] for i in self._watched for name in self.rule.counts]
         self._count_addresses = [*map(Tensor.data_ptr, self._count_tensors)]
         #: Group and count index of each distinct row

@@ -48,7 +48,7 @@ flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
 
-def stock_step(optimizer: Optimizer, mixin: type, closure: Callable[[], Any] | None = None) -> Any:
+def stock_step(optimizer: Optimizer, mixin: type) -> None:
     """The step that ``mixin`` overrides, mostly torch's own, without the step hooks.
 
     ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step`` carries
@@ -58,7 +58,7 @@ def stock_step(optimizer: Optimizer, mixin: type, closure: Callable[[], Any] | N
     step: Any = next(vars(cls)["step"] for cls in bases[bases.index(mixin) + 1 :] if "step" in vars(cls))
     if getattr(step, "hooked", False):
         step = step.__wrapped__
-    return step(optimizer, closure)
+    step(optimizer)
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:

@@ -7,18 +7,15 @@ the tensor's size is ever allocated. Small tensors of one shape are copied toget
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _compat
 from ._native import PIECE, SMALL, Call, NativeBucket
-
-if TYPE_CHECKING:
-    from ._counts import Counts
 
 Slices = tuple[slice, ...]
 _ALL = slice(None)
@@ -233,8 +230,8 @@ class FactoredCall(Call):
 class FactoredBucket(NativeBucket):
     """Members on a CPU."""
 
-    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        super().finish(counts, all_states)
+    def finish(self) -> None:
+        super().finish()
         self._housed: list[Tensor] | None = None
 
     def matches(self) -> bool:

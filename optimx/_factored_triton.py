@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,15 +13,12 @@ from ._triton import TritonBucket
 from .triton_kernels import adafactor
 from .triton_kernels.matrix_table import tables
 
-if TYPE_CHECKING:
-    from ._counts import Counts
-
 
 class FactoredTritonBucket(TritonBucket):
     """Members that one round of launches updates; kernels of convolutions have a round of their own."""
 
-    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        super().finish(counts, all_states)
+    def finish(self) -> None:
+        super().finish()
         factored, transposed, _ = self.key.structure
         size = self.table.size
         shapes = [_matrices(param, factored, transposed) for param in self.params]

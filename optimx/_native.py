@@ -6,9 +6,9 @@ memory sees each byte once; small ones are copied together, because an operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from torch import Tensor
 from . import _compat
 from ._buckets import Bucket
 from ._layout import flat
-
-if TYPE_CHECKING:
-    from ._counts import Counts
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
@@ -122,8 +119,8 @@ class Call:
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
-    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        super().finish(counts, all_states)
+    def finish(self) -> None:
+        super().finish()
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._direct = self.rule.operator(self.key.structure, self.key.dtypes[0])

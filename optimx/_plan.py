@@ -213,8 +213,11 @@ class StepPlan:
                 by_key[key] = self._new_bucket(key, optimizer)
             by_key[key].add(param, position, g, ensure_state(optimizer, param, groups[g], key))
         self.buckets = list(by_key.values())
+        for bucket in self.buckets * 2:
+            # what a later bucket brings together may have been an earlier one's
+            bucket.home(optimizer._counts, optimizer.state.values())
         for bucket in self.buckets:
-            bucket.finish(optimizer._counts, optimizer.state.values())
+            bucket.finish()
 
         # what is compared every step; read after the states were made
         self._grad_types = [*map(type, grads)]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._buckets import Bucket
 from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
-
-if TYPE_CHECKING:
-    from ._counts import Counts
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -34,8 +31,8 @@ class TritonBucket(Bucket):
     can fail lies before the last, so a failure leaves nothing half done.
     """
 
-    def finish(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        super().finish(counts, all_states)
+    def finish(self) -> None:
+        super().finish()
         device, n = self.key.device, len(self.params)
         kernels = self.rule.kernels
         self.table = TensorTable(

@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 from . import _compat
 from ._factored import FactoredBucket
 from ._layout import memory_order, same_layout
-from ._loop import check_at_least_zero, each_parameter
+from ._loop import each_parameter
 from ._rule import UpdateRule
 from ._step import MultiTensorStep
 
@@ -150,12 +150,13 @@ class AdafactorLoop(torch.optim.Adafactor):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
-            return _compat.stock_step(self, AdafactorLoop, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
+            _compat.stock_step(self, AdafactorLoop)
+            return loss
         for group, param, grad, state in each_parameter(self):
             if param.is_complex():
                 raise RuntimeError("Adafactor does not support complex parameters")
@@ -298,7 +299,6 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             raise ValueError(f"beta1 should be in [0, 1) but is: {beta1}")
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise ValueError(f"state_dtype should be a floating-point torch.dtype but is: {state_dtype}")
-        check_at_least_zero(lr=lr)
         super().__init__(params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
         chosen = (variant, beta1, scale_parameter, relative_step, warmup_init, state_dtype)
         # groups have torch's keys alone as long as the definition is torch's: checkpoints go both ways

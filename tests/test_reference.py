@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.adadelta import adadelta
+from tests.reference.adafactor import adafactor
 from tests.reference.adagrad import adagrad
 from tests.reference.adam import adam
 from tests.reference.adamax import adamax
@@ -95,6 +96,17 @@ ROWS = [
             "maximize": {"weight_decay": 0.1, "maximize": True},
             "lr": {"lr": 0.3},
             "rho_eps": {"rho": 0.5, "eps": 0.1},
+        },
+    ),
+    Row(
+        adafactor,
+        torch.optim.Adafactor,
+        {
+            "default": {},
+            "decay": {"lr": 0.3, "weight_decay": 0.1},
+            "maximize": {"weight_decay": 0.1, "maximize": True},
+            "eps": {"lr": 0.5, "eps": (0.3, 2.0)},
+            "beta2_decay_d": {"lr": 0.5, "beta2_decay": -0.3, "d": 1.2},
         },
     ),
     Row(

@@ -268,7 +268,7 @@ def _direction(g, variance, eps_var):
 
 
 @triton.jit
-def _adafactor_length_kernel(
+def _adafactor_update_kernel(
     fixed_ptr,  # int64 [n, n_roles]
     grads_ptr,  # int64 [n]
     tensor_ptr,  # int32 [n_tensors]
@@ -285,7 +285,7 @@ def _adafactor_length_kernel(
     N_ROLES: tl.constexpr,
     FACTORED: tl.constexpr,
     MOMENT: tl.constexpr,
-    UPDATE: tl.constexpr,  # True: take the step; False: write squares
+    MEASURE: tl.constexpr,  # write squares of updates; False: take the step
     HAS_CONTROL: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     N_DIVISOR: tl.constexpr,
@@ -310,7 +310,7 @@ def _adafactor_length_kernel(
     of_columns = of_columns.to(COMPUTE)
     means_ptr += tl.load(shape_ptr + 6)
     average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
-    if UPDATE:
+    if not MEASURE:
         size = tl.load(sizes_ptr + 2 * index).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
@@ -324,16 +324,16 @@ def _adafactor_length_kernel(
         if FACTORED:
             variance = _row_factors(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * variance
         u = _direction(g, variance, eps_var)
-        if UPDATE:
+        if MEASURE:
+            squares += u * u
+        else:
             p = load(p_ptr + offsets, mask, COMPUTE)
             u *= size
             if MOMENT:
                 u = lerp(load(moment_ptr + offsets, mask, COMPUTE), u, beta1_c)
                 store(moment_ptr + offsets, u, mask)
             store(p_ptr + offsets, p * decay - u, mask)
-        else:
-            squares += u * u
-    if not UPDATE:
+    if MEASURE:
         tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 
 
@@ -501,20 +501,20 @@ def adafactor_(
             num_warps=4, **common,
         )  # fmt: skip
 
-    def walk(update: bool) -> None:
-        launch(_adafactor_length_kernel, matrices.n_programs, warmup)(
+    def walk(measure: bool) -> None:
+        launch(_adafactor_update_kernel, matrices.n_programs, warmup)(
             tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
             some_control, sums.means, sums.sizes, sums.updates, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes),
-            FACTORED=factored, MOMENT=moment, UPDATE=update, **_widths(dtypes, aligned),
+            FACTORED=factored, MOMENT=moment, MEASURE=measure, **_widths(dtypes, aligned),
             TILE=(tile.matrices, tile.rows, tile.columns, tile.strip), num_warps=tensors.size.num_warps, **common,
         )  # fmt: skip
 
-    walk(update=False)
+    walk(measure=True)
     launch(_adafactor_size_kernel, matrices.n_tensors, warmup)(
         matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control, sums.params, sums.updates, sums.sizes,
         matrices.n_tensors, matrices.n_programs, HAS_CONTROL=control is not None, BLOCK_SIZE=256, num_warps=2,
     )  # fmt: skip
-    walk(update=True)
+    walk(measure=False)
 
 
 def _widths(dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, int]:

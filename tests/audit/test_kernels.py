@@ -58,7 +58,8 @@ def test_every_structure_is_listed(algorithm) -> None:
             assert len(rule.state_names(structure)) == n_states
         for kwargs in case.variants.values():
             (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
-            asked_for.add(rule.structure_of(group))
+            params = torch.zeros(1), torch.zeros(2, 3), torch.zeros(3, 2).mT
+            asked_for |= {rule.variant_of(rule.structure_of(group), param) for param in params}
     assert {structure for structure, _ in algorithm.structures.values()} == asked_for
 
 

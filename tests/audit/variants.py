@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,7 @@ from types import ModuleType
 import torch
 from optimx.triton_kernels import (
     adadelta,
+    adafactor,
     adagrad,
     adam,
     adamax,
@@ -26,6 +28,7 @@ from optimx.triton_kernels import (
     update,
 )
 from optimx.triton_kernels.device import TRITON_DTYPE
+from optimx.triton_kernels.matrix_table import tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize, TensorTable
 from triton.backends.compiler import GPUTarget
 
@@ -43,6 +46,8 @@ THREADS = 1024
 THREADS_UNALIGNED, THREADS_FLOAT64 = 768, 512
 #: Bytes of shared memory: one value a warp where they reduce. Elsewhere none: a layout would have been converted.
 SHARED_REDUCTION = 128
+#: Where a block's columns are summed, one value a column and warp; and where averages of columns meet a block of them.
+SHARED_COLUMNS = 16384
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,20 @@ ALGORITHMS = (
     Algorithm(asgd, {"": ((), 1)}, n_counts=3),
     Algorithm(lion, {"": ((), 1)}, n_counts=0),
     Algorithm(lamb, {"": ((), 2)}),
+    Algorithm(
+        adafactor,
+        {
+            "": ((True, False, False), 2),
+            "transposed": ((True, True, False), 2),
+            "moment": ((True, False, True), 3),
+            "transposed-moment": ((True, True, True), 3),
+            "vectors": ((False, False, False), 1),
+            "vectors-moment": ((False, False, True), 2),
+        },
+    ),
 )
+#: Those that the generic kernel updates.
+ELEMENTWISE = [algorithm for algorithm in ALGORITHMS if hasattr(algorithm.module, "update")]
 
 #: Of params, grads and all states.
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]] = {
@@ -100,6 +118,8 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]] = {
     "bfloat16-float32_states": (torch.bfloat16, torch.bfloat16, torch.float32),
     "float32-bfloat16_states": (torch.float32, torch.float32, torch.bfloat16),
 }
+
+TRITON_NAMES = {str(dtype)[6:] for dtype in TRITON_DTYPE}
 
 #: Dtypes, with control, aligned.
 EVERYTHING = [*product(DTYPES, (False, True), (True, False))]
@@ -140,7 +160,8 @@ class Variant:
         """What is launched on ``target``, and what its assembly must keep to."""
         launch = record(lambda: self.call(LaunchSize(num_warps=NUM_THREADS // target.warp_size)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
-        n_elements = launch.options["BLOCK_SIZE"] // n_threads
+        block = launch.options.get("BLOCK_SIZE") or math.prod(launch.options["TILE"][:3])
+        n_elements = block // n_threads
         reads, writes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
         return launch, Limits(reads, writes, REGISTER_FILE[target.backend] // self.threads, self.shared)
 
@@ -168,7 +189,7 @@ def _numbers(*shape: int) -> torch.Tensor:
 
 
 def _update_variants() -> Iterator[Variant]:
-    for algorithm in ALGORITHMS:
+    for algorithm in ELEMENTWISE:
         choices = EVERYTHING if algorithm.module is adam else REDUCED
         for (flags, (structure, n_states)), (name, control, aligned) in product(algorithm.structures.items(), choices):
             p, g, state = DTYPES[name]
@@ -244,6 +265,70 @@ def _lamb_variants() -> Iterator[Variant]:
             )
 
 
+def _adafactor_variants() -> Iterator[Variant]:
+    """Matrices, kernels of convolutions and vectors."""
+    shapes = {"": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
+    structures = dict(ALGORITHMS[-1].structures)
+    for (flags, (structure, n_states)), (name, control, aligned) in product(structures.items(), REDUCED):
+        factored, transposed, moment = structure
+        if name != "float32" and (transposed or moment):
+            continue
+        for kind in ("", "convolutions") if factored else ("vectors",):
+            # rows of three begin anywhere
+            wide = aligned and kind != "convolutions"
+            p, g, state = DTYPES[name]
+            dtypes = (p, g, *[state] * n_states)
+
+            def call(
+                size: LaunchSize, kind=kind, structure=structure, control=control, aligned=wide, dtypes=dtypes
+            ) -> None:
+                table, shape = _table(size, len(dtypes) - 1), shapes[kind]
+                (matrices,) = tables([shape], structure[0], torch.device("cpu"), size, size.block(dtypes))
+                sums = adafactor.Sums.of(matrices, torch.float32, structure[0])
+                partials = _numbers(2, matrices.n_programs)
+                grad_scale, controls = (torch.empty(()), _numbers(3)) if control else (None, None)
+                common = {"dtypes": dtypes, "aligned": aligned}
+                adafactor.sums_(
+                    table,
+                    matrices,
+                    _addresses(),
+                    grad_scale,
+                    controls,
+                    sums,
+                    *partials,
+                    factored=structure[0],
+                    **common,
+                )
+                adafactor.adafactor_(
+                    table, matrices, _addresses(), _numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
+                    structure=structure, **common,
+                )  # fmt: skip
+
+            options = _name(name, flags if kind != "convolutions" else "", kind if factored else "", control=control)
+            if not aligned:
+                options += "-unaligned"
+            moments = [state] * moment
+            reads, lengths, updates, writes = [p, g], [g], [p, g, *moments], [p, *moments]
+            if not wide:
+                reads = lengths = updates = writes = []
+            shared = {"threads": _threads(dtypes, wide), "shared": SHARED_COLUMNS}
+            last = 6 if factored else 4
+            if not (transposed or moment):
+                yield Variant("adafactor_sums", options, call, reads, **shared)
+            if name in TRITON_NAMES and not (transposed or moment) and aligned:
+                for role in (1, 2) if factored else (1,):
+                    which = ("rows", "columns")[role - 1]
+                    yield Variant("adafactor_average", f"{options}-{which}", call, threads=THREADS, position=role)
+            if factored and not moment and aligned:
+                yield Variant("adafactor_mean", options, call, threads=THREADS_FLOAT64, shared=2048, position=3)
+            if not (transposed or moment):
+                yield Variant("adafactor_update", f"{options}-measure", call, lengths, position=last - 2, **shared)
+            if name == "float32" and aligned and not (transposed or moment) and kind != "convolutions":
+                yield Variant("adafactor_size", options, call, threads=THREADS_FLOAT64, shared=512, position=last - 1)
+            if not transposed:
+                yield Variant("adafactor_update", options, call, updates, writes, position=last, **shared)
+
+
 def _norm_variants() -> Iterator[Variant]:
     flags = product(TRITON_DTYPE, grad_norm.NORM_TYPES, (False, True), (True, False))
     for dtype, norm_type, scaled, aligned in flags:
@@ -306,8 +391,14 @@ def _scale_variants() -> Iterator[Variant]:
 def variants() -> tuple[Variant, ...]:
     """Every variant of every kernel."""
     families = (
-        _update_variants, _lamb_variants, _prepare_variants, _norm_variants, _finish_variants, _scale_variants,
-    )  # fmt: skip
+        _update_variants,
+        _lamb_variants,
+        _adafactor_variants,
+        _prepare_variants,
+        _norm_variants,
+        _finish_variants,
+        _scale_variants,
+    )
     return tuple(variant for family in families for variant in family())
 
 
