@@ -56,9 +56,12 @@ def stock_step(optimizer: Optimizer, mixin: type) -> None:
     """
     bases = type(optimizer).__mro__
     step: Any = next(vars(cls)["step"] for cls in bases[bases.index(mixin) + 1 :] if "step" in vars(cls))
-    if getattr(step, "hooked", False):
-        step = step.__wrapped__
-    step(optimizer)
+    without_hooks(step)(optimizer)
+
+
+def without_hooks(step: Any) -> Any:
+    """A class's ``step`` as it was before the first instance wrapped it."""
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:

@@ -155,7 +155,7 @@ class AdafactorLoop(torch.optim.Adafactor):
             with torch.enable_grad():
                 loss = closure()
         if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
-            _compat.stock_step(self, AdafactorLoop)
+            _compat.without_hooks(torch.optim.Adafactor.step)(self)
             return loss
         for group, param, grad, state in each_parameter(self):
             if param.is_complex():

@@ -30,7 +30,6 @@ from tests.reference.rmsprop import rmsprop
 from tests.reference.rprop import rprop
 from tests.reference.sgd import sgd
 
-
 _adafactor_loop = torch.optim._adafactor._single_tensor_adafactor
 
 
@@ -58,6 +57,7 @@ class Case:
         variants: Arguments that lead to different arithmetic, by a readable id.
         other: Hyperparameters for a second group.
         stored: Hyperparameters that a state begins with, in the dtype of the parameter.
+        takes_complex: Whether it updates complex parameters.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -66,6 +66,7 @@ class Case:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     other: dict[str, Any] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
+    takes_complex: bool = True
 
     @property
     def name(self) -> str:
@@ -86,10 +87,12 @@ class Case:
         values = {name: float(kwargs.get(name, defaults[name].default)) for name in self.stored}
         return {**kwargs, **{name: float(torch.tensor(value).to(dtype)) for name, value in values.items()}}
 
-    def state_names(self, **kwargs: Any) -> tuple[str, ...]:
-        """State tensors of the parameter's shape, with these arguments."""
+    def state_names(self, param: Tensor | None = None, **kwargs: Any) -> tuple[str, ...]:
+        """State tensors that are not scalar, with these arguments; of a vector, if there is no ``param``."""
+        param = torch.zeros(1) if param is None else param
         optimizer: Any = self.cls([Parameter(torch.zeros(1))], **kwargs)
-        return optimizer.rule.state_names(optimizer.rule.structure_of(optimizer.param_groups[0]))
+        rule = optimizer.rule
+        return rule.state_names(rule.variant_of(rule.structure_of(optimizer.param_groups[0]), param))
 
 
 _DECAY: dict[str, dict[str, Any]] = {
@@ -172,6 +175,7 @@ CASES = [
             "eps": {"lr": 0.5, "eps": (0.3, 2.0), "beta2_decay": -0.5, "d": 1.3, "weight_decay": 0.1},
         },
         {"lr": 0.3, "weight_decay": 0.3, "beta2_decay": -0.5, "d": 1.5},
+        takes_complex=False,
     ),
     Case(optimx.Adamax, torch.optim.Adamax, adamax, _ADAM, _BETAS),
     Case(
@@ -251,6 +255,13 @@ def make_params(
     return [Parameter(torch.randn(tuple(s), generator=generator).to(device, dtype)) for s in shapes]
 
 
+def make_leftovers(case: Case, shapes: Iterable[Sequence[int]], device: torch.device) -> list[Parameter]:
+    """Parameters that torch's own step updates: complex ones; where there is no such thing, with gaps in memory."""
+    if case.takes_complex:
+        return make_params(shapes, device, torch.complex64)
+    return [Parameter(torch.stack([param.detach()] * 2, -1)[..., 0]) for param in make_params(shapes, device)]
+
+
 def set_grads(params: Iterable[Tensor], step: int, scale: float = 1.0, skip: Sequence[int] = ()) -> None:
     """Fresh gradients that depend on ``step`` only; none for the parameters at indices ``skip``."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -323,7 +334,7 @@ def train_rounded(ours: torch.optim.Optimizer, stock: torch.optim.Optimizer, ste
         stock.step()
         for copy in copies if dtype in HALF else ():
             # but scalar states, which stay float32
-            stored = [copy.data, *(v for v in stock.state[copy].values() if v.shape == copy.shape and v.dim())]
+            stored = [copy.data, *(v for v in stock.state[copy].values() if v.dim())]
             for tensor in stored:
                 tensor.copy_(tensor.to(dtype))
 

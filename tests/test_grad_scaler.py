@@ -15,7 +15,18 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optimx
 from optimx import _native
-from tests.cases import CASES, CLOSE, Case, assert_close, assert_same, loop, make_params, set_grads, twins
+from tests.cases import (
+    CASES,
+    CLOSE,
+    Case,
+    assert_close,
+    assert_same,
+    loop,
+    make_leftovers,
+    make_params,
+    set_grads,
+    twins,
+)
 from tests.conftest import INTERPRETED
 from tests.test_contract import DIFFERENT, interpreted, params_of, usual
 
@@ -380,7 +391,7 @@ def test_no_gradients_at_all(case: Case, kwargs: dict, scaler_cls: type, device:
 def test_gradients_are_left_alone(case: Case, kwargs: dict, max_grad_norm: float | None, device: torch.device) -> None:
     """Our scaler has them unscaled in registers. Torch's writes them, if only times 1."""
     params = make_params([(), (300,), (3, 5, 7)], device)
-    params += make_params([(5,)], device, torch.complex64)
+    params += make_leftovers(case, [(5,)], device)
     params += make_params([(70,)], device, torch.float16)
     optimizer = case.cls(params, **kwargs, max_grad_norm=max_grad_norm)
     scaler = new_scaler(optimx.GradScaler, device)
@@ -543,7 +554,7 @@ def test_with_parameters_on_torchs_step(
 @each_row_natively
 def test_complex_parameters(case: Case, kwargs: dict, max_grad_norm: float | None, device: torch.device) -> None:
     """Torch's scaler has no kernel for them. Equal to a loop without a scaler that leaves out the bad steps."""
-    params = make_params([(130,)], device) + make_params([(4,)], device, torch.complex64)
+    params = make_params([(130,)], device) + make_leftovers(case, [(4,)], device)
     ours, stock, _ = twins(case, params, kwargs, max_grad_norm=max_grad_norm)
     scaler = new_scaler(optimx.GradScaler, device)
     for step, bad in enumerate([(1, NAN), None, (0, INF), None, (1, NAN), None]):

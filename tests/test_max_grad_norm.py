@@ -15,7 +15,19 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optimx
 from optimx import _native
-from tests.cases import CASES, CLOSE, HALF, SHAPES, Case, assert_same, loop, make_params, set_grads, twins
+from tests.cases import (
+    CASES,
+    CLOSE,
+    HALF,
+    SHAPES,
+    Case,
+    assert_same,
+    loop,
+    make_leftovers,
+    make_params,
+    set_grads,
+    twins,
+)
 from tests.conftest import INTERPRETED
 from tests.test_contract import DIFFERENT, interpreted, params_of, usual
 
@@ -240,16 +252,16 @@ def test_many_small_tensors(case: Case, device: torch.device) -> None:
 @each_case_natively
 def test_gradients_are_left_alone(case: Case, dtype: torch.dtype, max_grad_norm: float, device: torch.device) -> None:
     params = make_params([*SHAPES, (20, 30)], device=device, dtype=dtype)
-    (complex_param,) = make_params([(5,)], device=device, dtype=torch.complex64)
-    optimizer = case.cls([*params, complex_param], **usual(case), max_grad_norm=max_grad_norm)
+    (leftover,) = make_leftovers(case, [(5,)], device)
+    optimizer = case.cls([*params, leftover], **usual(case), max_grad_norm=max_grad_norm)
     for step in range(2):
-        set_grads([*params, complex_param], step)
+        set_grads([*params, leftover], step)
         params[-1].grad = params[-1].grad.t().contiguous().t()
         params[1].grad = torch.ones((), device=device, dtype=dtype).expand(params[1].shape)
-        grads = [p.grad for p in [*params, complex_param]]
+        grads = [p.grad for p in [*params, leftover]]
         before = [(grad.clone(), grad.stride(), grad._version) for grad in grads]
         optimizer.step()
-        assert all(p.grad is grad for p, grad in zip([*params, complex_param], grads, strict=True))
+        assert all(p.grad is grad for p, grad in zip([*params, leftover], grads, strict=True))
         for grad, (values, strides, version) in zip(grads, before, strict=True):
             assert torch.equal(grad, values)
             assert (grad.stride(), grad._version) == (strides, version)
@@ -379,7 +391,7 @@ SIGN_OF_NAN = pytest.mark.xfail(INTERPRETED, strict=True, reason="torch's sign o
 def test_nonfinite_gradients(case: Case, value: float, index: int, device: torch.device) -> None:
     """Nobody looks for them: an infinite norm makes the factor 0 (and 0 * inf NaN), NaN makes all NaN."""
     params = make_params([(), (130,), (5, 7)], device)
-    params += make_params([(5,)], device, torch.complex64)
+    params += make_leftovers(case, [(5,)], device)
     ours, stock, _ = twins(case, params, usual(case, lr=0.01), max_grad_norm=0.5)
     clipped_step(ours, stock, 0)
 
@@ -418,7 +430,7 @@ def test_with_parameters_on_torchs_step(case: Case, mixture: str, max_grad_norm:
     if not takes(case, mixture):
         pytest.skip("there is no such argument")
     params = make_params([(3,), (130,), (5, 7)], device)
-    params += make_params([(4,), (2, 3)], device, torch.complex64)
+    params += make_leftovers(case, [(4,), (2, 3)], device)
     ours, stock, _ = twins(case, params, usual(case, lr=0.01), MIXTURES[mixture], max_grad_norm=max_grad_norm)
     for step in range(4):
         clipped_step(ours, stock, step, scale=1.0 + step, edit=turn)

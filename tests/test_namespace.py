@@ -126,6 +126,11 @@ def test_adamw_is_an_adam() -> None:
 #: Beyond torch's arguments; ``capturable`` where torch's class has none.
 EXTRA = {case.name: ["max_grad_norm"] for case in TORCHS}
 EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "capturable"]
+# what makes it transformers' has tests of its own
+EXTRA["adafactor"] = [
+    "variant", "beta1", "scale_parameter", "relative_step", "warmup_init", "clip_threshold", "decay_rate", "state_dtype",
+    "capturable", "max_grad_norm",
+]  # fmt: skip
 
 
 @each_of_torchs
@@ -136,7 +141,8 @@ def test_signature(case: Case) -> None:
     extra = ours[len(torchs) :]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
     assert {p.name: p.default for p in extra} == {
-        name: {"max_grad_norm": None, "capturable": False}[name] for name in EXTRA[case.name]
+        name: {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}.get(name)
+        for name in EXTRA[case.name]
     }
 
 

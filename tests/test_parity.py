@@ -147,8 +147,8 @@ def test_mixed_dtypes(case: Case, dtypes: tuple[torch.dtype, ...], device: torch
     params = make_params([(5, 7), (300,), (70, 90)], device=device, dtype=of_param)
     exact = [Parameter(param.detach().double()) for param in params]
     ours, stock = case.cls(params, **kwargs), loop(case, exact, **kwargs)
-    names = case.state_names(**kwargs)
     for param in params:
+        names = case.state_names(param, **kwargs)
         param.grad_dtype = of_grad
         group = ours.param_groups[0]
         new = {name: ours.rule.new_state(name, param, group, ours.defaults).to(of_state) for name in names}
@@ -162,9 +162,10 @@ def test_mixed_dtypes(case: Case, dtypes: tuple[torch.dtype, ...], device: torch
         stock.step()
         for twin in exact:
             twin.data.copy_(twin.data.to(of_param))
-            for name in names:
+            for name in case.state_names(twin, **kwargs):
                 stock.state[twin][name].copy_(stock.state[twin][name].to(of_state))
     for param, twin in zip(params, exact, strict=True):
+        names = case.state_names(param, **kwargs)
         close = CLOSE[max(dtypes, key=lambda d: torch.finfo(d).eps)]
         pairs = [(param, twin), *((ours.state[param][name], stock.state[twin][name]) for name in names)]
         for actual, expected in pairs:
