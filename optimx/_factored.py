@@ -98,19 +98,24 @@ class Stack:
         if not self.alone:
             _compat.foreach_copy_(self.oriented(tensors), self._views[i])
 
-    def measure(self, g_all: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums of squared gradients, ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
+    def measure(self, g_all: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Sums of squares of gradients times ``factor``: ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
         compute = self.bucket.compute_dtype
         n, n_matrices, n_rows, n_columns = self.shape
         of_rows = torch.zeros(n, n_matrices, n_rows, dtype=compute, device="cpu")
         of_columns = torch.zeros(n, n_matrices, n_columns, dtype=compute, device="cpu")
         for piece in self.pieces:
             g = g_all[piece].to(compute)
-            square = torch.mul(g, g, out=self.bucket.scratch(WORK, g.numel()).view(g.shape))
+            square = torch.mul(g, g if factor == 1.0 else factor, out=self._work(g))
+            if factor != 1.0:
+                square.square_()
             _, matrices, rows, columns = piece
             of_rows[:, matrices, rows] += square.sum(-1)
             of_columns[:, matrices, columns] += square.sum(-2)
         return of_rows, of_columns
+
+    def _work(self, like: Tensor) -> Tensor:
+        return self.bucket.scratch(WORK, like.numel()).view(like.shape)
 
     def _squares(self, tensors: Tensor) -> Tensor:
         """Of each tensor the squared norm, in float64."""
@@ -122,15 +127,20 @@ class Stack:
         compute, factor = self.bucket.compute_dtype, sign * scale
         g_all = self.gather(GRADS, grads)
         of_rows, of_columns = self.sums or self.measure(g_all)
+        square = factor * factor
+        if square != 1.0 and not bool(of_rows.sum().isfinite()):
+            # squares of scaled gradients overflow float32 long before those of the gradients would
+            of_rows, of_columns = self.measure(g_all, factor)
+            square = 1.0
         _, _, n_rows, n_columns = self.shape
         if self.factored:
-            of_rows.mul_(factor * factor / n_columns).add_(eps_stat)
-            of_columns.mul_(factor * factor / n_rows).add_(eps_stat)
+            of_rows.mul_(square / n_columns).add_(eps_stat)
+            of_columns.mul_(square / n_rows).add_(eps_stat)
             r, c = (self._average(i, means, omega) for i, means in enumerate((of_rows, of_columns)))
             # torch's mean is of the logical rows, and so are its roundings
             r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps_mean)
         else:
-            c = self._average(0, of_columns.mul_(factor * factor).add_(eps_stat), omega)
+            c = self._average(0, of_columns.mul_(square).add_(eps_stat), omega)
             r = torch.ones((), dtype=compute, device="cpu").expand_as(of_rows)
         # where nothing is clamped, the root of the outer product is the outer product of the roots
         separable = bool(r.amin() * c.amin() >= eps_var)
@@ -143,12 +153,12 @@ class Stack:
         alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
         if scaled:
             squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
-            alpha *= (squares / self.numel).sqrt_().clamp_(min=eps2)
+            alpha *= _larger((squares / self.numel).sqrt_(), eps2)
 
         def direction(piece: Slices) -> Tensor:
             of_tensor, matrices, rows, columns = piece
             g = g_all[piece].to(compute)
-            out = self.bucket.scratch(WORK, g.numel()).view(g.shape)
+            out = self._work(g)
             r_piece, c_piece = r[of_tensor, matrices, rows], c[of_tensor, matrices, :, columns]
             if separable:
                 return torch.mul(g, c_piece, out=out).mul_(r_piece)
@@ -159,7 +169,7 @@ class Stack:
         for piece in self.pieces:
             u = direction(piece)
             squares += self._squares(u)
-        size = alpha / ((squares / self.numel).sqrt_() / d).clamp_(min=1.0)
+        size = alpha / _larger((squares / self.numel).sqrt_() / d, 1.0)
         decay = 1.0 - decay_lr - decay_alpha * alpha
         sizes, decays = (x.to(compute).view(-1, 1, 1, 1) for x in (size, decay))
         for piece in self.pieces:
@@ -191,6 +201,11 @@ class Stack:
         average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
         _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
         return average.to(means.dtype)
+
+
+def _larger(values: Tensor, than: float) -> Tensor:
+    """As torch's scalars are compared: NaN is not larger. It is in the elements anyway."""
+    return torch.where(values > than, values, than)
 
 
 def _home(states: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:

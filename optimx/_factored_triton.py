@@ -67,7 +67,7 @@ class FactoredTritonBucket(TritonBucket):
             self._sum(partials, None, control, warmup)
         for table, sums in zip(self._matrices, self._sums, strict=True):
             adafactor.adafactor_(
-                self.table, table, self.grads, self._rows, self._grad_scale, control, sums,
+                self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
                 structure=self.key.structure, dtypes=self.key.dtypes, aligned=self._aligned, warmup=warmup,
             )  # fmt: skip
         if not warmup:

@@ -90,7 +90,8 @@ def test_defaults_never_reach_torchs_step(case: Case, kwargs: dict, stock_steps:
     optimizer = case.cls(make_params(SHAPES, device), **usual(case, **kwargs))
     train([optimizer], 2)
     assert stock_steps == []
-    assert reasons(optimizer) == [""]
+    # Adafactor's vectors and matrices are two kernel variants
+    assert {*reasons(optimizer)} == {""}
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])

@@ -415,6 +415,8 @@ PROPORTIONAL: dict[str, dict[str, Any]] = {
     "asgd": {"lr": 1 / TINY, "lambd": 0.0},
     "radam": {"lr": 1 / TINY},
     "adadelta": {"lr": 1 / TINY},
+    # its averages are stored in float16, where these gradients have no squares
+    "adafactor": {"eps": (10 * TINY, 30.0)},
 }
 
 

@@ -128,8 +128,8 @@ EXTRA = {case.name: ["max_grad_norm"] for case in TORCHS}
 EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "capturable"]
 # what makes it transformers' has tests of its own
 EXTRA["adafactor"] = [
-    "variant", "beta1", "scale_parameter", "relative_step", "warmup_init", "clip_threshold", "decay_rate", "state_dtype",
-    "capturable", "max_grad_norm",
+    "variant", "beta1", "scale_parameter", "relative_step", "warmup_init", "clip_threshold", "decay_rate",
+    "state_dtype", "capturable", "max_grad_norm",
 ]  # fmt: skip
 
 

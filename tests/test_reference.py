@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from optimx.adafactor import EXTRAS
 from tests.reference.adadelta import adadelta
 from tests.reference.adafactor import adafactor
 from tests.reference.adagrad import adagrad
@@ -236,7 +237,8 @@ def test_equals_torch(row: Row, kwargs: dict[str, Any]) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_arguments_are_torchs(row: Row) -> None:
     ours = dict(list(inspect.signature(row.reference).parameters.items())[2:])
-    ours.pop("averaged", None)
+    for beyond_torchs in ("averaged", "shape", *EXTRAS):
+        ours.pop(beyond_torchs, None)
     torchs = inspect.signature(row.stock).parameters
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in ours.values())
     assert {name: parameter.default for name, parameter in ours.items()} == {

@@ -134,6 +134,8 @@ def _adafactor_sums_kernel(
     scale = tl.full((), 1.0, COMPUTE)
     if HAS_SCALE:
         scale = 1.0 / tl.load(grad_scale_ptr).to(COMPUTE)
+    if HAS_CONTROL:
+        scale = tl.load(control_ptr + 1).to(COMPUTE)
     of_columns = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
     of_params = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
     bad = tl.zeros((TILE[0], TILE[1], TILE[2]), tl.int32)
@@ -176,7 +178,8 @@ def _adafactor_average_kernel(
     COMPUTE: tl.constexpr,
     N_ROLES: tl.constexpr,
     ROLE: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
+    MEASURED: tl.constexpr,  # the sums are of gradients that are not clipped yet
+    HAS_SCALE: tl.constexpr,  # but divided by the loss scale
     HAS_CONTROL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -196,11 +199,11 @@ def _adafactor_average_kernel(
     for i in range(n_sums):
         total += tl.load(sums_ptr + i * n_entries + places, mask=mask, other=0.0)
     scale = tl.full((), 1.0, tl.float64)
-    if HAS_CONTROL:
+    if MEASURED:
+        # when the sums were made, the norm was not known
         scale = tl.load(control_ptr + 1)
-    if HAS_SCALE:
-        # the sums are of unscaled gradients
-        scale *= tl.load(grad_scale_ptr).to(tl.float64)
+        if HAS_SCALE:
+            scale *= tl.load(grad_scale_ptr).to(tl.float64)
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
     omega = tl.load(row_ptr + _OMEGA).to(COMPUTE)
     mean = divide(total, n_elements) * (scale * scale).to(COMPUTE) + tl.load(row_ptr + _EPS_STAT).to(COMPUTE)
@@ -435,7 +438,8 @@ def sums_(
         matrices: Which of them, and how they are cut.
         grads: int64, addresses.
         grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
-        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, where it is known already: the gradients' factor, in
+            place of ``grad_scale``, and whether to do nothing.
         sums: Written.
         norms, bad: float64 ``[n_programs]``, written: squares of gradients, and marks of infinite and NaN ones.
         factored: False for vectors.
@@ -464,6 +468,7 @@ def adafactor_(
     control: Tensor | None,
     sums: Sums,
     *,
+    measured: bool,
     structure: tuple[bool, ...],
     dtypes: Sequence[torch.dtype],
     aligned: bool,
@@ -473,6 +478,7 @@ def adafactor_(
 
     Args:
         tensors, matrices, grads, grad_scale, control, sums, dtypes, aligned, warmup: As for :func:`sums_`.
+        measured: The sums were made without ``control``, of gradients that are not clipped.
         hyper: float64 ``[n_rows, len(HYPER)]``; ``tensors.rows`` says which is whose.
         structure: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
     """
@@ -490,7 +496,8 @@ def adafactor_(
         launch(_adafactor_average_kernel, len(chunk_tensor), warmup)(
             tensors.fixed, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows, hyper,
             hyper if grad_scale is None else grad_scale, some_control, partials,
-            DTYPE=state, ROLE=role, HAS_SCALE=grad_scale is not None, BLOCK_SIZE=ENTRIES, num_warps=2, **common,
+            DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=grad_scale is not None, BLOCK_SIZE=ENTRIES,
+            num_warps=2, **common,
         )  # fmt: skip
     if factored:
         chunk_tensor, chunk_start = matrices.mean_chunks

@@ -1,7 +1,7 @@
 """Adafactor, on a list of float64 numbers that is one tensor.
 
 https://arxiv.org/abs/1804.04235, algorithms 4 (matrices) and 5 (vectors), as transformers has them
-(``variant="hf"``), and as torch does. Both take means of rows and columns where the paper takes sums, which is the same.
+(``variant="hf"``), and as torch does. Both take means of rows and columns where the paper takes sums: it is the same.
 A tensor of more than two dimensions is a batch of matrices; lengths of its steps are those of the whole tensor.
 
 - transformers: eps1 is added to the squared gradients, as in the paper. Decoupled weight decay, times the step size.
