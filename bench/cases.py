@@ -285,7 +285,38 @@ def other_cpu_cases() -> list[Case]:
         traffic={FOREACH: 16.0, OURS: 10.0},
         notes={FUSED: "wrong: torch 2.13's 16-bit CPU kernel leaves the parameters as they were"},
     )
-    return [*cases, bfloat16]
+    return [*cases, bfloat16, *adafactor_cases()]
+
+
+#: LoRA's factors; a row and a column of each are kept.
+SMALL_MATRICES = [(32, 32)] * 300
+
+
+def adafactor_cases() -> list[Case]:
+    """Where torch waits twice a matrix and makes its outer product. Sums, length and update are a walk each."""
+    adafactor = other("adafactor", "Adafactor", {FOREACH: 76.0, OURS: 24.0})
+    clipped = {
+        "torch clip, foreach": partial(torch_clip_step, foreach=True),
+        CLIP_INSIDE: partial(optimx_step, max_grad_norm=MAX_NORM),
+    }
+    against = {"against": BEST_STOCK}
+    return [
+        replace(adafactor, name="adafactor-4x2048x2048", shapes=[(2048, 2048)] * 4, targets=(at_least(3, **against),)),
+        replace(
+            adafactor, name="adafactor-300x32x32", shapes=SMALL_MATRICES, traffic={}, targets=(at_least(5, **against),)
+        ),
+        replace(
+            adafactor,
+            name="adafactor-clip-4x2048x2048",
+            shapes=[(2048, 2048)] * 4,
+            contestants=clipped,
+            baseline="torch clip, foreach",
+            grad_norm=CLIPPED,
+            # the norm comes with the sums
+            traffic={CLIP_INSIDE: 24.0},
+            targets=(at_least(3, CLIP_INSIDE, "torch clip, foreach"),),
+        ),
+    ]
 
 
 def other_gpu_cases() -> list[Case]:
@@ -314,7 +345,26 @@ def other_gpu_cases() -> list[Case]:
                 targets=(*targets.get(case.name, ()), Target(OURS, "syncs", 0)),
             )
         )
-    return cases
+    adafactor = replace(
+        adafactor_cases()[0], contestants={FOREACH: partial(torch_step, foreach=True), OURS: optimx_step},
+        baseline=FOREACH, device="cuda", clock="device",
+    )  # fmt: skip
+    no_sync = Target(OURS, "syncs", 0)
+    # torch waits for the device: its time is the host's
+    return [
+        *cases,
+        replace(
+            adafactor, name="adafactor-llama-1b", shapes=shapes.llama(), targets=(at_least(3, against=FOREACH), no_sync)
+        ),
+        replace(
+            adafactor,
+            name="adafactor-vit-b16",
+            shapes=shapes.vit(),
+            traffic={},
+            clock="wall",
+            targets=(at_least(10, against=FOREACH), no_sync),
+        ),
+    ]
 
 
 CASES: tuple[Case, ...] = (*cpu_cases(), *other_cpu_cases(), *gpu_cases(), *other_gpu_cases())

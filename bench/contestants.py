@@ -83,9 +83,9 @@ optimx_step = partial(plain_step, module=optimx)
 peer_step = partial(plain_step, module=peers)
 
 
-def torch_clip_step(case: "Case") -> Run:
+def torch_clip_step(case: "Case", **options: Any) -> Run:
     model = Model(case)
-    optimizer = optimizer_of(case, torch.optim, model, fused=True)
+    optimizer = optimizer_of(case, torch.optim, model, **(options or {"fused": True}))
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(model.params, MAX_NORM)

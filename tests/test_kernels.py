@@ -92,11 +92,17 @@ def rows(*values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).to(device)
 
 
+def values_of(rule: Any, group: dict[str, Any]) -> tuple[Any, ...]:
+    """The raw hyperparameters; Adafactor has one that depends on the dtype."""
+    values = rule.values(group)
+    return rule.with_eps(values, torch.float32) if rule.module == "adafactor" else values
+
+
 def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
     """After three steps."""
     counts = tuple(rule.new_count(name, group) for name in rule.counts)
     for _ in range(3):
-        counts = rule.prepare(rule.values(group), counts)[1]
+        counts = rule.prepare(values_of(rule, group), counts)[1]
     return counts
 
 
@@ -231,8 +237,7 @@ def test_prepare_is_the_hosts_row(triton_backend: torch.device, case: Case, skip
     groups = [_group(case, kwargs)[0] for kwargs in case.variants.values()]
     # RAdam changes its formula at the sixth step
     steps = [*map(float, range(12)), 98.0, 99.0, 999.0, 9999.0, 99999.0]
-    resolve = getattr(rule, "with_eps", lambda values, dtype: values)
-    values = [[float(v) for v in resolve(rule.values(group), torch.float32)] for group in groups for _ in steps]
+    values = [[float(v) for v in values_of(rule, group)] for group in groups for _ in steps]
     if case.name == "sgd":
         values = [[*value[:-1], float(i % 2)] for i, value in enumerate(values)]
     counts = [(step, *counts_of(rule, group)[1:])[: len(rule.counts)] for group in groups for step in steps]

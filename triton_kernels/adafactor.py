@@ -322,10 +322,11 @@ def _adafactor_update_kernel(
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns)
-        g = load(g_ptr + offsets, mask, COMPUTE) * scale
         variance = of_columns[:, None, :]
         if FACTORED:
             variance = _row_factors(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * variance
+        # last: before the variance, ptxas spills for sm_100
+        g = load(g_ptr + offsets, mask, COMPUTE) * scale
         u = _direction(g, variance, eps_var)
         if MEASURE:
             squares += u * u

@@ -301,7 +301,7 @@ def _adafactor_variants() -> Iterator[Variant]:
                 )
                 adafactor.adafactor_(
                     table, matrices, _addresses(), _numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
-                    structure=structure, **common,
+                    measured=control, structure=structure, **common,
                 )  # fmt: skip
 
             options = _name(name, flags if kind != "convolutions" else "", kind if factored else "", control=control)
@@ -311,7 +311,9 @@ def _adafactor_variants() -> Iterator[Variant]:
             reads, lengths, updates, writes = [p, g], [g], [p, g, *moments], [p, *moments]
             if not wide:
                 reads = lengths = updates = writes = []
-            shared = {"threads": _threads(dtypes, wide), "shared": SHARED_COLUMNS}
+            # rows that begin anywhere are the exception, and take an address an element
+            threads = _threads(dtypes, wide) if wide else THREADS_FLOAT64
+            shared = {"threads": threads, "shared": SHARED_COLUMNS}
             last = 6 if factored else 4
             if not (transposed or moment):
                 yield Variant("adafactor_sums", options, call, reads, **shared)
