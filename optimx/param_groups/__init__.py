@@ -1,9 +1,11 @@
 """Parameter groups from a model: who decays, which layer gets which learning rate, rules by name.
 
-Pure functions ``model -> list of group dicts`` for any :mod:`torch.optim` optimizer; ``requires_grad`` is never touched.
+Pure functions ``model -> list of group dicts`` for any :mod:`torch.optim` optimizer; the model is never changed.
 """
 
-from .groups import param_groups
+from .describe import GroupsDescription, describe
+from .groups import layer_decay_groups, no_decay_groups, param_groups
+from .layers import layer_ids
 from .rules import Rule
 
-__all__ = ["Rule", "param_groups"]
+__all__ = ["GroupsDescription", "Rule", "describe", "layer_decay_groups", "layer_ids", "no_decay_groups", "param_groups"]
