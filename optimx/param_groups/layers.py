@@ -93,7 +93,11 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
     within = {name: below for name in names if (below := node.relative(name)) is not None}
     module: Any = node.module
     if hasattr(module, "group_matcher"):
-        ordinals = _match(_matcher_specs(module.group_matcher(coarse=False)), within.values())
+        matcher = module.group_matcher(coarse=False)
+        if callable(matcher):
+            ordinals = {below: _as_ordinal(matcher(below)) for below in within.values()}
+        else:
+            ordinals = _match(_matcher_specs(matcher), within.values())
         # what the part of the model does not know of is built upon it
         places = {name: ordinals[within[name]] if name in within else TOP for name in names}
         return _number(_as_preset(places, preset), preset)
@@ -117,6 +121,10 @@ def _with_protocol(node: Node) -> list[Node]:
     if any(callable(getattr(node.module, name, None)) for name in PROTOCOLS):
         return [node]
     return [found for child in node.children.values() for found in _with_protocol(child)]
+
+
+def _as_ordinal(place: Any) -> Ordinal:
+    return tuple(map(float, place if isinstance(place, Iterable) else (place,)))
 
 
 def _matcher_specs(matcher: Any) -> list[tuple[Ordinal, Callable[[str], re.Match[str] | None], Ordinal]]:
