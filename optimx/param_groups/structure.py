@@ -25,7 +25,7 @@ Ordinal = tuple[float, ...]
 
 
 def layer_ordinals(root: Node) -> dict[str, Ordinal]:
-    """Each parameter name's place: ``(0,)`` before the first repeated layer, ``(i,)`` in the i-th, ``TOP`` after the last.
+    """Each name's place: ``(0,)`` before the first repeated layer, ``(i,)`` in the i-th, ``TOP`` after the last.
 
     What lies between two repeated layers goes with the next one if it opens the part of the model that this one is the
     first of (a stage's downsampling before its blocks), else with the previous one. A norm layer that directly
