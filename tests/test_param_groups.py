@@ -568,7 +568,7 @@ def test_describe() -> None:
         lr=0.1,
         weight_decay=0.05,
         freeze=["embed.*", "*.norm.*"],
-        rules=[Rule("head.*", lr_mult=2.0, betas=(0.9, 0.95))],
+        rules=[Rule("head.*", lr_mult=2.0, eps=1e-6)],
     )
     described = describe(nn.DataParallel(model), groups)
     assert described.frozen == ("norm.weight", "norm.bias")
@@ -578,11 +578,11 @@ def test_describe() -> None:
         p.numel() for group in groups for p in group["params"]
     )
     assert str(described) == textwrap.dedent("""\
-        group  tensors  elements   lr  lr_scale  weight_decay  others             names
-            0        7       196  0.1         1          0.05  -                  token, blocks.0.fc1.weight, ...
-            1        6        36  0.1         1             0  -                  blocks.0.fc1.bias, blocks.0.fc2.bias, ...
-            2        1         8  0.2         2          0.05  betas=(0.9, 0.95)  head.weight
-            3        1         2  0.2         2             0  betas=(0.9, 0.95)  head.bias
+        group  tensors  elements   lr  lr_scale  weight_decay  others     names
+            0        7       196  0.1         1          0.05  -          token, blocks.0.fc1.weight, ...
+            1        6        36  0.1         1             0  -          blocks.0.fc1.bias, blocks.0.fc2.bias, ...
+            2        1         8  0.2         2          0.05  eps=1e-06  head.weight
+            3        1         2  0.2         2             0  eps=1e-06  head.bias
         frozen: 2 (norm.weight, norm.bias)
         trainable, in no group: 7 (embed.weight, blocks.0.norm.weight, ...)""")
     # an optimizer's groups say more
