@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .names import NamedParameter, PatternLike, compile_pattern, select
@@ -133,3 +134,10 @@ def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} should be finite and >= 0 but is: {value}")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality of settings, tensors by value."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other
