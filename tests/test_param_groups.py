@@ -237,6 +237,31 @@ def downsampled() -> nn.Module:
     return nn.ModuleDict({"downs": downs, "stages": stages, "head": nn.Linear(16, 2)})
 
 
+def small_side_list() -> nn.Module:
+    """The same, with layers as deep as blocks that hold little of the model."""
+    downs = nn.ModuleList(Block(1) for _ in range(2))
+    return nn.ModuleDict({"downs": downs, "layers": nn.ModuleList(Experts() for _ in range(3))})
+
+
+def blocks_of_lists() -> nn.Module:
+    """Funnel's: lists of equal blocks in a list."""
+    return nn.ModuleDict({"stages": nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))})
+
+
+class Pairs(nn.Module):
+    """EfficientNet's block: a sequence of pairs of modules."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        pairs = (nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width)) for _ in range(2))
+        self.pairs = nn.Sequential(*pairs)
+
+
+def list_of_two_kinds() -> nn.Module:
+    """Jamba's: one attention layer among the others."""
+    return nn.ModuleDict({"layers": nn.ModuleList([Block(), Experts(), Block()]), "head": nn.Linear(4, 2)})
+
+
 def encoder_decoder() -> nn.Module:
     layers = {"dim_feedforward": 8, "nhead": 2, "d_model": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
     return nn.Transformer(**layers)
@@ -266,6 +291,10 @@ def shared_layers() -> nn.Module:
             downsampled(),
             {"downs": 0, "stages.0.0": 1, "stages.0.1": 2, "stages.1.0": 3, "stages.1.1": 4, "head": 5},
         ),
+        (small_side_list(), {"downs": 0, "layers.0": 1, "layers.1": 2, "layers.2": 3}),
+        (blocks_of_lists(), {"stages.0.0": 0, "stages.0.1": 1, "stages.1.0": 2, "stages.1.1": 3}),
+        (nn.Sequential(Pairs(2), Pairs(3), nn.Linear(3, 2)), {"0": 0, "1": 1, "2": 2}),
+        (list_of_two_kinds(), {"layers.0": 0, "layers.1": 1, "layers.2": 2, "head": 3}),
         (
             encoder_decoder(),
             {"encoder.layers.0": 0, "encoder.layers.1": 1, "encoder.norm": 1, "decoder.layers.0": 2,
@@ -276,8 +305,8 @@ def shared_layers() -> nn.Module:
         (nn.Sequential(nn.Linear(2, 4), Block(), Block(), nn.Linear(4, 2)), {"0": 0, "1": 1, "2": 2, "3": 3}),
         (nn.ModuleDict({"a": Block(), "b": Block(), "c": nn.Sequential(nn.Linear(4, 2))}), {"a": 0, "b": 1, "c": 2}),
     ],
-    ids=["plain", "down-before", "down-after", "experts", "down-apart", "encoder-decoder", "shared", "mlp",
-         "sequential", "dict"],
+    ids=["plain", "down-before", "down-after", "experts", "down-apart", "side-list", "lists", "within",
+         "two-kinds", "encoder-decoder", "shared", "mlp", "sequential", "dict"],
 )  # fmt: skip
 def test_layers_of_the_structure(model: nn.Module, expected: dict[str, int]) -> None:
     for name, layer in layer_ids(model).items():
