@@ -263,7 +263,14 @@ def list_of_two_kinds() -> nn.Module:
 
 
 def encoder_decoder() -> nn.Module:
-    layers = {"dim_feedforward": 8, "nhead": 2, "d_model": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
+    layers = {
+        "dim_feedforward": 8,
+        "nhead": 2,
+        "d_model": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "batch_first": True,
+    }
     return nn.Transformer(**layers)
 
 
@@ -499,6 +506,7 @@ class Wrapper(nn.Module):
 WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["", "blocks", "blocks.0", "blocks.2", "blocks.1.fc1", "norm", "head"]),
                           st.sampled_from(WRAPPERS)), min_size=1, max_size=5))  # fmt: skip
 def test_wrappers_at_any_level(wrapped: list[tuple[str, str]]) -> None:
@@ -696,6 +704,7 @@ ERRORS = {
     "rule-misspelled": (Model, {"rules": [{"match": "*", "lr_mul": 2}]}, ValueError, "'lr_mul', did you mean 'lr_m"),
     "rule-lr-scale": (Model, {"rules": [{"match": "*", "lr_scale": 2}]}, ValueError, "set 'lr_scale': did you mean "
                       "'lr_mult'"),
+    "rule-others": (Model, {"rules": [{"match": "*", "others": {"eps": 1}}]}, ValueError, r"did you mean '\*\*others'"),
     "rule-exempt": (Model, {"rules": [{"match": "*.bias", "weight_decay": 0.1}]}, ValueError, r"rules\[0\] sets weight "
                     "decay for parameters that no_decay exempts, such as 'blocks.0.fc1.bias': add '!blocks.0.fc1.b"),
 }  # fmt: skip

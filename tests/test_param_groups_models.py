@@ -263,3 +263,16 @@ def test_layer_decay_of_a_vit_is_one_launch(triton_backend: torch.device, monkey
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert launched == ["_norm_kernel", "_finish_kernel", "_adam_kernel"]
+
+
+def test_timms_schedulers_scale_once_more() -> None:
+    """As the docstring says: ``lr`` is scaled already, and timm's schedulers multiply by ``lr_scale``."""
+    from timm.scheduler import StepLRScheduler
+
+    for taken_out in (True, False):
+        groups = layer_decay_groups(vit(), 1e-3, 0.5, weight_decay=0.05)
+        scales = [group.pop("lr_scale") if taken_out else group["lr_scale"] for group in groups]
+        optimizer = optimx.AdamW(groups)
+        StepLRScheduler(optimizer, decay_t=10, decay_rate=0.1).step(10)
+        power = 1 if taken_out else 2
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4 * s**power for s in scales])

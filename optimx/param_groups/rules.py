@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .names import NamedParameter, PatternLike, compile_pattern, select
 
-#: Keys of a group that no rule may set.
-WRITTEN = {"params": "match", "param_names": "match", "lr_scale": "lr_mult"}
+#: What no rule may set, and what does what was meant.
+RESERVED = {"params": "match", "param_names": "match", "lr_scale": "lr_mult", "others": "**others"}
 
 
 @dataclass(frozen=True, init=False)
@@ -91,8 +91,8 @@ def as_patterns(match: PatternLike | Sequence[PatternLike]) -> Sequence[PatternL
 def _check_others(others: Mapping[str, Any], known: Sequence[str]) -> None:
     settings = [name for name in known if name != "others"]
     for name in others:
-        if name in WRITTEN:
-            raise ValueError(f"a rule should not set {name!r}: did you mean {WRITTEN[name]!r}?")
+        if name in RESERVED:
+            raise ValueError(f"a rule should not set {name!r}: did you mean {RESERVED[name]!r}?")
         near = difflib.get_close_matches(name, settings, 1, cutoff=0.8)
         if near:
             raise ValueError(f"unknown setting of a rule: {name!r}, did you mean {near[0]!r}?")
