@@ -95,7 +95,7 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
     (node,) = nodes
     within = {name: below for name in names if (below := node.relative(name)) is not None}
     module: Any = node.module
-    if hasattr(module, "group_matcher"):
+    if callable(getattr(module, "group_matcher", None)):
         matcher = module.group_matcher(coarse=False)
         if callable(matcher):
             ordinals = {below: _as_ordinal(matcher(below)) for below in within.values()}
@@ -105,7 +105,7 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
         places = {name: ordinals[within[name]] if name in within else TOP for name in names}
         return _number(_as_preset(places, preset), preset)
     depths = {name: module.get_layer_depth(below) for name, below in within.items()}
-    top = max(total for _, total in depths.values()) - 1
+    top = max((total for _, total in depths.values()), default=1) - 1
     return {
         name: _checked_layer(depths[name][0], f"get_layer_depth({within[name]!r})") if name in within else top
         for name in names
