@@ -21,7 +21,6 @@ from torch.nn import Parameter
 import optimx
 from optimx.param_groups import Rule, describe, layer_decay_groups, layer_ids, no_decay_groups, param_groups
 
-
 ROOT = Path(__file__).parents[1]
 
 
