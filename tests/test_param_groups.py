@@ -677,10 +677,10 @@ ERRORS = {
     "min-alone": (Model, {"min_lr_scale": 0.1}, ValueError, "layer_decay should be given with min_lr_scale"),
     "min": (Model, {**DECAY, "min_lr_scale": 2}, ValueError, "min_lr_scale should be <= 1 but is: 2"),
     "preset": (Model, {"layer_preset": "biet"}, ValueError, "layer_preset should be one of beit, mae, timm, electra"),
-    "linear": (lambda: nn.Linear(2, 2), DECAY, ValueError, "needs several layers but all parameters are in one in the "
-               "model's structure: give layers="),
+    "linear": (lambda: nn.Linear(2, 2), DECAY, ValueError, "needs several layers but all parameters are in one, by the "
+               "model's protocol or structure: give layers="),
     "one-block": (lambda: Model(1), DECAY, ValueError, "all parameters are in one"),
-    "one-layer": (Model, {**DECAY, "layers": lambda name: 3}, ValueError, "are in one in what was given as layers"),
+    "one-layer": (Model, {**DECAY, "layers": lambda name: 3}, ValueError, "are in one, by what was given as layers"),
     "layers-value": (Model, {**DECAY, "layers": lambda name: None}, ValueError, r"layers\('token'\) should be an int"),
     "layers-type": (Model, {**DECAY, "layers": "blocks.*"}, TypeError, "layers should be a function, a list"),
     "layers-match": (Model, {**DECAY, "layers": ["blocsk.*"]}, ValueError, r"layers\[0\] 'blocsk.\*' matches no"),

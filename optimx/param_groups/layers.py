@@ -57,9 +57,9 @@ def number(
     of_name = _of_names(root, names, layers, preset)
     ids = {param: min(of_name[name] for name in param.names) for param in params}
     if len(set(ids.values())) < 2:
-        found = "in what was given as layers" if layers is not None else "in the model's structure"
+        found = "by what was given as layers" if layers is not None else "by the model's protocol or structure"
         raise ValueError(
-            f"layer_decay needs several layers but all parameters are in one {found}: give layers=, a function from a "
+            f"layer_decay needs several layers but all parameters are in one, {found}: give layers=, a function from a "
             "parameter's name to its layer or a list of patterns from the input to the output"
         )
     return ids
