@@ -44,15 +44,16 @@ class Schedule:
     may be asked for in any order. Below step 0 they have their first value, past their end their last one.
     ``a >> b`` puts them in sequence (:class:`~optimx.lr_scheduler.Phases`), ``a * b`` multiplies them.
 
-    To write your own, make a frozen dataclass with ``steps`` (its length, None without one) and the method ``at``.
+    To write your own, make a frozen dataclass with ``steps`` (its length, None without one) and the method :meth:`at`.
     """
 
     steps: int | None
     #: Its first value is the peak, which a warmup before it has applied already; so it goes on from there.
     overlaps: bool = True
 
-    def __init_subclass__(cls) -> None:
-        serialisable(cls)
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:
+            serialisable(cls)
 
     def __call__(self, step: float) -> float:
         """The factor at a step, counted from 0. (:class:`Absolute` values count as those of a group whose lr is 1.)"""
@@ -200,6 +201,8 @@ def check_milestones(schedule: Any) -> None:
 
 def check_schedules(name: str, values: Iterable[Any]) -> tuple[Schedule, ...]:
     """The values as a tuple; ValueError if there is none, TypeError for one that is no schedule."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} should be a Schedule, or several, but is: {values!r}")
     schedules = tuple(values)
     if not schedules:
         raise ValueError(f"{name} should be one or more schedules but is: ()")
