@@ -428,7 +428,7 @@ def test_warmup_meets_what_follows_without_a_jump(warmup: Warmup, decay: Schedul
 
 @given(st.integers(0, 30), st.integers(1, 100), ratio)
 def test_every_step_trains(warmup: int, decay: int, floor: float) -> None:
-    """No applied step has learning rate zero, the peak is applied once, the end is reached right after the last step."""
+    """No applied step has learning rate zero, the peak is applied once, the end comes right after the last step."""
     schedule = Warmup(warmup) >> Cosine(decay, floor)
     applied = values(schedule, warmup + decay)
     assert min(applied) > 0

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 _Class = TypeVar("_Class", bound=type)
 
 #: Classes that a plain dict may name.
-_VALUES: dict[str, type] = {}
+_VALUES: dict[str, Any] = {}
 
 
 def serialisable(cls: _Class) -> _Class:
@@ -80,14 +80,11 @@ class Schedule:
         raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
 
     def __rshift__(self, after: Schedule) -> Schedule:
-        from .phases import in_sequence
-
-        return in_sequence(self, after)
+        # by name, as from_dict() finds it: the classes of composites know this one, not the other way round
+        return _VALUES["Phases"].in_sequence(self, after)
 
     def __mul__(self, other: Schedule) -> Schedule:
-        from .phases import Product
-
-        return Product((self, other))
+        return _VALUES["Product"]((self, other))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings: for JSON, YAML and ``torch.load(weights_only=True)``."""
@@ -131,7 +128,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, Mapping):
         arguments = {name: _decode(item) for name, item in value.items()}
-        cls: Any = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
+        cls = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
         for name in arguments:
             one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls)])
         try:

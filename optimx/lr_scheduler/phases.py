@@ -225,6 +225,15 @@ class Phases(Schedule):
     def overlaps(self) -> bool:  # type: ignore[override]
         return self.phases[0].overlaps
 
+    @classmethod
+    def in_sequence(cls, *schedules: Schedule) -> Phases:
+        """Phases of these schedules; phases among them are taken apart, if their conventions agree."""
+        conventions = {schedule.convention for schedule in schedules if isinstance(schedule, Phases)}
+        if len(conventions) > 1:
+            raise ValueError(f"phases in sequence should have one convention but have: {sorted(map(str, conventions))}")
+        parts = (schedule.phases if isinstance(schedule, Phases) else (schedule,) for schedule in schedules)
+        return cls(tuple(phase for part in parts for phase in part), *conventions)
+
     def with_convention(self, convention: str | Convention) -> Phases:
         """The same phases under another convention."""
         return replace(self, convention=convention)
@@ -288,16 +297,6 @@ class Phases(Schedule):
         if before < 0 or isinstance(self.phases[before], Warmup):
             return peak
         return self._phase(before, self._starts[i] - lead, peak, base, 0, 0)
-
-
-def in_sequence(*schedules: Schedule) -> Phases:
-    """Phases of these schedules; phases among them are taken apart, if their conventions agree."""
-    conventions = {schedule.convention for schedule in schedules if isinstance(schedule, Phases)}
-    if len(conventions) > 1:
-        raise ValueError(f"phases in sequence should have one convention but have: {sorted(map(str, conventions))}")
-    parts = (schedule.phases if isinstance(schedule, Phases) else (schedule,) for schedule in schedules)
-    phases = tuple(phase for part in parts for phase in part)
-    return Phases(phases, *conventions)
 
 
 @dataclass(frozen=True)
