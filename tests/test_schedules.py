@@ -6,12 +6,14 @@ import json
 import math
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import optimx
 from optimx.lr_scheduler import (
     CONVENTIONS,
     REX,
@@ -437,6 +439,18 @@ def test_every_step_trains(warmup: int, decay: int, floor: float) -> None:
         assert applied.count(1.0) == 1
     assert schedule(warmup + decay) == pytest.approx(floor)
     assert applied.index(1.0) == max(warmup - 1, 0)
+
+
+def test_gallery_has_every_schedule(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from bench.plots import GALLERY, draw
+
+    shown = json.dumps([schedule.to_dict() for group in GALLERY.values() for _, schedule in group])
+    classes = {name for name in optimx.lr_scheduler.__all__ if isinstance(getattr(optimx.lr_scheduler, name), type)}
+    schedules = {name for name in classes if issubclass(getattr(optimx.lr_scheduler, name), Schedule)} - {"Schedule"}
+    assert {name for name in schedules if f'"type": "{name}"' not in shown} == set()
+    draw(tmp_path / "gallery.png")
+    assert (tmp_path / "gallery.png").stat().st_size > 100_000
 
 
 # bad input
