@@ -332,6 +332,25 @@ def test_warmup_of_another_scheduler() -> None:
         WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.9), 2).load_state_dict(state)
 
 
+def test_a_checkpoint_can_be_loaded_twice() -> None:
+    """CyclicLR takes a key out of what it loads."""
+
+    def make(optimizer: Any) -> WarmupLR:
+        return WarmupLR(optimizer, torchs.CyclicLR(optimizer, 0.5, 1.0, 2, cycle_momentum=False), 2)
+
+    optimizer = make_optimizer([1.0])
+    scheduler = make(optimizer)
+    whole = factors(scheduler, 3) + factors(scheduler, 4)
+    assert whole == approx([0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.75])
+    scheduler = make(make_optimizer([1.0]))
+    factors(scheduler, 3)
+    state = scheduler.state_dict()
+    for _ in range(2):
+        scheduler = make(make_optimizer([1.0]))
+        scheduler.load_state_dict(state)
+        assert factors(scheduler, 4) == approx(whole[3:])
+
+
 def test_warmup_changed_on_resume() -> None:
     optimizer = make_optimizer()
     saved = save(optimizer, WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), 2))
@@ -537,8 +556,14 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
         ([8, 7.9, 7.8, 1], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 0.5, 0.25, 0.25]),
         ([4, 2, 3, 4, 4], {"smooth": True, "window_size": 2}, [0.5, 1, 1, 1, 0.5]),
         ([1] * 13, {"reset_start": 2}, [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.5, 0.5, 0.5, 0.25, 0.25]),
+        # at the bound twice, but raised between
+        (
+            [9] * 7 + [8, 7] + [9] * 4,
+            {"reset_start": 2},
+            [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.5],
+        ),
     ],
-    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset"],
+    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset", "reset-anew"],
 )
 def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[float]) -> None:
     assert greedy_numbers(metrics, **options) == approx(expected)

@@ -320,6 +320,9 @@ def test_restarts_end_where_the_last_cycle_does() -> None:
 def test_restarts_by_lengths_and_shrinking() -> None:
     assert values(Restarts(Linear(2), lengths=(1, 2, 4)), 9) == approx([1, 1, 0.5, 1, 0.75, 0.5, 0.25, 0, 0])
     assert values(Restarts(Linear(4), mult=0.5), 9) == approx([1, 0.75, 0.5, 0.25, 1, 0.5, 1, 1, 1])
+    # cycles of one step each are not counted one by one
+    assert Restarts(Linear(4), mult=0.5)(10**15) == 1
+    assert Restarts(Linear(4))(10**15 + 2) == 0.5
     assert values(Restarts(Linear(2), mult=1.5), 10) == approx(
         [1, 0.5, 1, 2 / 3, 1 / 3, 1, 0.75, 0.5, 0.25, 1]
     )  # lengths 2, 3, 4 (4.5 rounds to even), 7
