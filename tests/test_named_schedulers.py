@@ -44,7 +44,7 @@ from optimx.lr_scheduler import (
     WarmupMultiStepLR,
     WarmupPolynomialLR,
 )
-from tests.test_schedule_lr import ORDERS, make_optimizer, save, train
+from tests.training import each_order, make_optimizer, save, train
 
 C = math.sqrt(0.5)
 
@@ -224,7 +224,7 @@ def test_every_named_class_is_tried() -> None:
     assert named - set(torchs.__all__) - tried == {"GreedyLR", "ScheduleLR"}
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 @each_named
 def test_resume(make: Make, expected: list[float], order: Any) -> None:
     optimizer = make_optimizer()
@@ -285,7 +285,7 @@ def open_ended(optimizer: Any) -> WSDLR:
     return WSDLR(optimizer, 2, None, 3, "linear")
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 def test_stable_phase_without_a_horizon(order: Any) -> None:
     optimizer = make_optimizer()
     scheduler = open_ended(optimizer)
@@ -403,7 +403,7 @@ def test_plateau_by_epochs_with_a_warmup_by_steps() -> None:
     assert fed(scheduler, [None] * 2) == approx([0.5, 0.5])
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 @pytest.mark.parametrize("during", [False, True], ids=["after", "inside"])
 def test_plateau_resumes(during: bool, order: Any) -> None:
     def make(optimizer: Any) -> PlateauWithWarmup:
@@ -594,7 +594,20 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "negative-total": (lambda: WarmupLinearLR(make_optimizer(), 0, -1), ValueError, "total_steps should be >= 0"),
     "float-total": (lambda: WarmupLinearLR(make_optimizer(), 0, 1e3), TypeError, "total_steps should be an int"),  # type: ignore
-    "floor": (lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2), ValueError, "floor should be in .* but is: 1.2"),
+    "floor": (
+        lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2),
+        ValueError,
+        "min_lr_ratio should be in .* but is: 1.2",
+    ),
+    "stable": (lambda: WSDLR(make_optimizer(), 1, -2, 3), ValueError, "stable_steps should be >= 0 but is: -2"),
+    "decay-steps": (lambda: WSDLR(make_optimizer(), 1, 2, -3), ValueError, "decay_steps should be >= 0 but is: -3"),
+    "rex-floor": (lambda: REXLR(make_optimizer(), 9, -1), ValueError, "min_lr_ratio should be in .* but is: -1"),
+    "tanh-steps": (lambda: TanhLR(make_optimizer(), -9), ValueError, "total_steps should be >= 0 but is: -9"),
+    "warmup-factor": (
+        lambda: WarmupMultiStepLR(make_optimizer(), [3], warmup_factor=2),
+        ValueError,
+        "warmup_factor should be in .* but is: 2",
+    ),
     "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr', the nearest is '1-sqrt'"),
     "convention": (
         lambda: WarmupLinearLR(make_optimizer(), 1, 3, convention="titan"),
