@@ -248,7 +248,10 @@ def test_deepcopy_and_pickle(make: Make, expected: list[float]) -> None:
 def test_tensor_lr(make: Make, expected: list[float]) -> None:
     lr = torch.tensor(1.0, dtype=torch.float64)
     optimizer = make_optimizer([lr])
-    assert factors(make(optimizer), len(expected)) == approx(expected)
+    scheduler = make(optimizer)
+    if isinstance(getattr(scheduler, "after", None), torchs.SequentialLR):
+        pytest.skip("torch 2.9's SequentialLR mixes up a tensor lr with its initial_lr")
+    assert factors(scheduler, len(expected)) == approx(expected)
     assert optimizer.param_groups[0]["lr"] is lr
 
 
@@ -322,6 +325,14 @@ def test_warmup_before_torchs_one_cycle() -> None:
     alone = make_optimizer([1.0])
     cycle = factors(torchs.OneCycleLR(alone, 1.0, total_steps=10), 8)
     assert factors(scheduler, 9) == approx([0.02, *cycle])
+
+
+def test_absolute_start_of_a_warmup_around_torchs() -> None:
+    optimizer = make_optimizer()
+    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), Warmup(3, start=Absolute(0.02)))
+    rows = train(optimizer, scheduler, 4)
+    assert [low for low, _ in rows] == approx([0.02, 0.06, 0.1, 0.05])
+    assert [high for _, high in rows] == approx([0.02, 0.51, 1, 0.5])
 
 
 def test_warmup_of_another_scheduler() -> None:
@@ -424,7 +435,7 @@ def test_torchs_schedulers_go_forwards_only() -> None:
     optimizer.step()
     scheduler.step(5)
     assert scheduler.get_last_lr() == approx([0.125])
-    with pytest.raises(ValueError, match=r"epoch should be > 5, as ExponentialLR does not go back, but is: 4"):
+    with pytest.raises(ValueError, match=r"epoch should be >= 5, as ExponentialLR does not go back, but is: 4"):
         scheduler.step(4)
     with pytest.raises(TypeError, match="which ExponentialLR is not"):
         scheduler.preview(3)
@@ -478,14 +489,20 @@ def test_no_steps_are_no_warmup() -> None:
 
 
 def test_added_group() -> None:
-    """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, LinearLR multiplies the new group up."""
+    """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, or leave the new group out."""
     for make in (lambda o: torchs.LambdaLR(o, lambda step: 1.0), lambda o: torchs.CosineAnnealingWarmRestarts(o, 4)):
         optimizer = make_optimizer([1.0])
         scheduler = make(optimizer)
         optimizer.step()
         optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
-        with pytest.raises(ValueError, match="zip"):
+        try:
             scheduler.step()
+        except ValueError as error:
+            assert "zip" in str(error)
+        else:
+            # torch 2.9 leaves the new group out without a word
+            assert optimizer.param_groups[1]["lr"] == 0.5
+            assert "initial_lr" not in optimizer.param_groups[1]
     optimizer = make_optimizer([1.0])
     scheduler = SGDR(optimizer, 4)
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
