@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -495,14 +496,10 @@ def test_added_group() -> None:
         scheduler = make(optimizer)
         optimizer.step()
         optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
-        try:
+        with contextlib.suppress(ValueError):
             scheduler.step()
-        except ValueError as error:
-            assert "zip" in str(error)
-        else:
-            # torch 2.9 leaves the new group out without a word
-            assert optimizer.param_groups[1]["lr"] == 0.5
-            assert "initial_lr" not in optimizer.param_groups[1]
+        assert optimizer.param_groups[1]["lr"] == 0.5
+        assert "initial_lr" not in optimizer.param_groups[1]
     optimizer = make_optimizer([1.0])
     scheduler = SGDR(optimizer, 4)
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})

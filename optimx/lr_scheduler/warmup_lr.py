@@ -108,9 +108,8 @@ class WarmupLR(ScheduleLR):
 
     def _update_lr(self, epoch: int | None = None) -> None:
         if self.after is not None and epoch is not None and self._due(epoch) < self._after_epoch:
-            raise ValueError(
-                f"epoch should be >= {self.last_epoch}, as {type(self.after).__name__} does not go back, but is: {epoch}"
-            )
+            after = type(self.after).__name__
+            raise ValueError(f"epoch should be >= {self.last_epoch}, as {after} does not go back, but is: {epoch}")
         super()._update_lr(epoch)
 
     def _write(self) -> None:
