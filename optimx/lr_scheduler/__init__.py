@@ -1,6 +1,99 @@
-"""Learning-rate schedulers: every name of :mod:`torch.optim.lr_scheduler`."""
+"""Learning-rate schedulers: every name of :mod:`torch.optim.lr_scheduler`, and ours next to them.
+
+Torch's names are torch's objects. Schedules (:class:`Cosine`, :class:`Warmup`, ...) are values, functions of the step;
+:class:`ScheduleLR` applies one to an optimizer; the named classes (:class:`WarmupCosineLR`, ...) are short forms.
+"""
 
 from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
-__all__ = sorted(_torch.__all__)
+from ._schedule import Absolute, Schedule
+from .endless import Constant, Exponential, InverseSqrt, InverseTime, MultiStep, NaturalExponential, Noam, Piecewise
+from .greedy import GreedyLR
+from .hugging_face import get_scheduler
+from .named_decays import REXLR, InverseTimeLR, LinearCosineLR, NaturalExpLR, PiecewiseConstantLR, TanhLR
+from .named_warmups import (
+    SGDR,
+    WSDLR,
+    InverseSqrtLR,
+    NoamLR,
+    WarmupConstantLR,
+    WarmupCosineLR,
+    WarmupExponentialLR,
+    WarmupLinearLR,
+    WarmupMultiStepLR,
+    WarmupPolynomialLR,
+)
+from .phases import CONVENTIONS, Convention, Cooldown, Hold, Phases, Product, Warmup
+from .restarts import Cyclic, OneCycle, Restarts
+from .schedule_lr import ScheduleLR
+from .schedules import (
+    REX,
+    Cosine,
+    CosineWithHardRestarts,
+    Linear,
+    LinearCosine,
+    NormalizedExponential,
+    OneMinusPower,
+    OneMinusSqrt,
+    Polynomial,
+    Tanh,
+)
+from .warmup_lr import PlateauWithWarmup, WarmupLR
+
+__all__ = sorted(
+    {
+        *_torch.__all__,
+        "Absolute",
+        "CONVENTIONS",
+        "Constant",
+        "Convention",
+        "Cooldown",
+        "Cosine",
+        "CosineWithHardRestarts",
+        "Cyclic",
+        "Exponential",
+        "GreedyLR",
+        "Hold",
+        "InverseSqrt",
+        "InverseSqrtLR",
+        "InverseTime",
+        "InverseTimeLR",
+        "Linear",
+        "LinearCosine",
+        "LinearCosineLR",
+        "MultiStep",
+        "NaturalExpLR",
+        "NaturalExponential",
+        "Noam",
+        "NoamLR",
+        "NormalizedExponential",
+        "OneCycle",
+        "OneMinusPower",
+        "OneMinusSqrt",
+        "Phases",
+        "Piecewise",
+        "PiecewiseConstantLR",
+        "PlateauWithWarmup",
+        "Polynomial",
+        "Product",
+        "REX",
+        "REXLR",
+        "Restarts",
+        "SGDR",
+        "Schedule",
+        "ScheduleLR",
+        "Tanh",
+        "TanhLR",
+        "WSDLR",
+        "Warmup",
+        "WarmupConstantLR",
+        "WarmupCosineLR",
+        "WarmupExponentialLR",
+        "WarmupLR",
+        "WarmupLinearLR",
+        "WarmupMultiStepLR",
+        "WarmupPolynomialLR",
+        "get_scheduler",
+    }
+)

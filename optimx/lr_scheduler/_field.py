@@ -1,0 +1,166 @@
+"""One hyperparameter of all parameter groups, and the schedules that set it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._schedule import Schedule, check_schedules, one_of
+
+Group = dict[str, Any]
+
+
+class Field:
+    """A number that every group has: ``"lr"``, ``"weight_decay"``, ``"betas[0]"``.
+
+    What the factor 1 stands for is each group's ``initial_lr`` (``initial_weight_decay``, ...), as for torch's
+    schedulers: it travels with the optimizer's checkpoint, and a group added later brings its own.
+    """
+
+    def __init__(self, name: str, schedules: Schedule | Sequence[Schedule], optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        # torch's OneCycleLR calls Adam's first beta its momentum
+        alias = "betas[0]" if name == "momentum" and "momentum" not in groups[0] else name
+        self.name = one_of("field", alias, field_names(groups[0]))
+        match = re.fullmatch(r"(\w+)\[(\d+)\]", self.name)
+        self.key = match[1] if match else self.name
+        self.index = int(match[2]) if match else None
+        self._initial_key = f"initial_{self.key}"
+        self.schedules: Schedule | tuple[Schedule, ...] = (
+            schedules if isinstance(schedules, Schedule) else check_schedules(f"schedules of {name}", schedules)
+        )
+        self._check_number(len(groups))
+        each = (self.schedules,) if isinstance(self.schedules, Schedule) else self.schedules
+        self._absolutes = [schedule.absolutes for schedule in each]
+        self._initials: list[Any] = []
+        self.bases: list[float] = []
+
+    def check(self, groups: Sequence[Group], bases: Sequence[float] | None = None) -> None:
+        """ValueError for a group whose own value is below an absolute floor. Nothing is changed."""
+        own = self.read(groups) if bases is None else bases
+        for i, base in enumerate(own):
+            for absolute in self._absolutes[0 if isinstance(self.schedules, Schedule) else i]:
+                if absolute.value > base:
+                    raise ValueError(
+                        f"an absolute floor or start should be <= {base}, the {self.name} of param_groups[{i}], "
+                        f"but is: {absolute.value}"
+                    )
+
+    def update(self, groups: Sequence[Group], step: int) -> None:
+        """Write the values of a step into the groups; tensors keep their identity."""
+        for group, value in zip(groups, self.values(step, self.refresh(groups)), strict=True):
+            # 26 groups are stepped as fast as torch's: no call for what is nearly always a float
+            if type(group[self.key]) is float:
+                group[self.key] = value
+            else:
+                write(group, self.key, value, self.index)
+
+    def values(self, step: int, bases: Sequence[float]) -> list[float]:
+        """The values of a step, a group each."""
+        if not isinstance(self.schedules, Schedule):
+            self._check_number(len(bases))
+            return [schedule.value(step, base) for schedule, base in zip(self.schedules, bases, strict=True)]
+        if self._absolutes[0]:
+            return [self.schedules.value(step, base) for base in bases]
+        factor = self.schedules(step)
+        return [base * factor for base in bases]
+
+    def refresh(self, groups: Sequence[Group]) -> list[float]:
+        """Each group's own value; read anew where a checkpoint or a new group brought another."""
+        key = self._initial_key
+        # the same objects: to compare tensors would wait for their device
+        now = [group.get(key) for group in groups]
+        if len(now) == len(self._initials) and all(map(is_, now, self._initials)):
+            return self.bases
+        for i, group in enumerate(groups):
+            known = i < len(self._initials)
+            if key not in group:
+                # a loaded checkpoint may not have it
+                group[key] = self._initials[i] if known else _copy(group[self.key])
+            if not known or group[key] is not self._initials[i]:
+                base = self._number(group[key])
+                self._initials[i : i + 1] = [group[key]]
+                self.bases[i : i + 1] = [base]
+        return self.bases
+
+    def set_bases(self, groups: Sequence[Group], bases: Iterable[float]) -> None:
+        """Give the first groups other values of their own."""
+        key = self._initial_key
+        self.refresh(groups)
+        for group, base in zip(groups, bases, strict=False):
+            own = group[key]
+            if self.index is None:
+                group[key] = base
+            else:
+                group[key] = type(own)((*own[: self.index], base, *own[self.index + 1 :]))
+
+    def read(self, groups: Sequence[Group]) -> list[float]:
+        """Each group's own value, as :meth:`refresh` would find it. Nothing is changed."""
+        return [self._number(group.get(self._initial_key, group[self.key])) for group in groups]
+
+    def _number(self, value: Any) -> float:
+        return float(value if self.index is None else value[self.index])
+
+    def _check_number(self, groups: int) -> None:
+        if isinstance(self.schedules, tuple) and len(self.schedules) != groups:
+            raise ValueError(
+                f"schedules of {self.name} should be one, or one for each of the {groups} param_groups, "
+                f"but are: {len(self.schedules)}"
+            )
+
+
+def write(group: Group, key: str, value: Any, index: int | None = None) -> None:
+    """Set a number of a group, or one of a pair; a tensor keeps its identity."""
+    current = group[key]
+    part = current if index is None else current[index]
+    if isinstance(part, Tensor):
+        part.fill_(value)
+    elif index is None:
+        group[key] = value
+    else:
+        group[key] = type(current)((*current[:index], value, *current[index + 1 :]))
+
+
+def current_lrs(groups: Sequence[Group]) -> list[Any]:
+    """The groups' learning rates; of tensors, copies."""
+    return [lr if type(lr) is float else _copy(lr) for lr in [group["lr"] for group in groups]]
+
+
+def per_group(name: str, value: float | Sequence[float], number: int) -> list[float]:
+    """A number for each group, >= 0, from one for all or one for each."""
+    values = [float(item) for item in value] if isinstance(value, Sequence) else [float(value)] * number
+    if len(values) != number:
+        raise ValueError(f"{name} should be one, or one for each of the {number} param_groups, but are: {values}")
+    for i, item in enumerate(values):
+        if not item >= 0:
+            raise ValueError(f"{name}[{i}] should be >= 0 but is: {item}")
+    return values
+
+
+def _copy(value: Any) -> Any:
+    """A tensor's value of now: the group's own one is updated in place."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_copy, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def field_names(group: Group) -> list[str]:
+    """What can be scheduled: the numbers of a group, and those in its pairs."""
+    names = []
+    for key, value in group.items():
+        if key == "params" or key.startswith("initial_"):
+            continue
+        if _is_number(value):
+            names.append(key)
+        elif isinstance(value, (tuple, list)):
+            names += [f"{key}[{i}]" for i, item in enumerate(value) if _is_number(item)]
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)
