@@ -7,6 +7,9 @@ object elsewhere. Importing it loads neither triton nor CUDA.
 from torch import optim as _torch
 from torch.optim import *  # noqa: F403
 
+# `from . import` would find torch's modules of these names here, and look no further
+del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
+
 from . import lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
 from .adadelta import Adadelta
 from .adafactor import Adafactor

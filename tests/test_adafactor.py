@@ -444,6 +444,21 @@ def test_step_sizes() -> None:
     assert absolute.step_sizes() == [0.3]
 
 
+def test_the_schedule_reports_step_sizes() -> None:
+    optimizer = optimx.Adafactor(make_params([(30, 20)]), variant="hf", lr=None)
+    schedule = optimx.lr_scheduler.AdafactorSchedule(optimizer, initial_lr=0.5)
+    assert schedule.get_last_lr() == [0.5]
+    train([optimizer], 3)
+    schedule.step()
+    assert schedule.get_last_lr() == optimizer.step_sizes()
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    resumed = optimx.lr_scheduler.AdafactorSchedule(optimizer)
+    resumed.load_state_dict(schedule.state_dict())
+    assert resumed.get_last_lr() == schedule.get_last_lr()
+    with pytest.raises(TypeError, match=r"should be an optimx\.Adafactor but is: SGD"):
+        optimx.lr_scheduler.AdafactorSchedule(optimx.SGD(make_params([()])))
+
+
 def test_it_learns() -> None:
     """A regression, as fast as with torch's."""
     losses = []

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import cases
 from tests.cases import CASES, Case, assert_same, loop, make_params, set_grads, train, train_rounded, twins
 from tests.test_contract import params_of, usual
 
@@ -209,3 +210,38 @@ def test_settings_that_need_another_state(name: str, setting: dict[str, Any]) ->
     except KeyError:
         return
     mended(f"{case.stock.__name__} makes missing states")
+
+
+# an empty parameter: a division by its size
+
+
+@pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
+def test_adafactor_with_an_empty_parameter(foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every other optimizer takes them."""
+    # tests with the loop as an oracle leave empty parameters out
+    monkeypatch.setattr(torch.optim._adafactor, "_single_tensor_adafactor", cases._adafactor_loop)
+    ours, stock = BY_NAME["adafactor"].cls, BY_NAME["adafactor"].stock
+    train([ours(make_params([(0,), (3, 0), (5,)]))], 2)
+    try:
+        train([stock(make_params([(0,)]), foreach=foreach)], 1)
+    except ZeroDivisionError:
+        return
+    mended("Adafactor takes empty parameters")
+
+
+# parameters of two dtypes in one group: the first one's default eps is everybody's
+
+
+def test_adafactors_default_eps_is_each_parameters_own() -> None:
+    ours, stock = BY_NAME["adafactor"].cls, BY_NAME["adafactor"].stock
+    alone, second, of_stock = (make_params([(5,)], dtype=torch.float64)[0] for _ in range(3))
+    others = [make_params([(5,)], dtype=torch.bfloat16)[0] for _ in range(2)]
+    optimizers = [ours([alone]), ours([others[0], second]), stock([others[1], of_stock], foreach=False)]
+    for optimizer in optimizers:
+        for param in params_of(optimizer):
+            # far below the eps of bfloat16
+            param.grad = torch.linspace(1e-6, 2e-6, 5, dtype=param.dtype)
+        optimizer.step()
+    assert torch.equal(second, alone)
+    if torch.allclose(of_stock, alone, rtol=1e-3):
+        mended("Adafactor's eps is of each parameter's dtype")

@@ -8,6 +8,7 @@ from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
 from ._schedule import Absolute, Schedule
+from .adafactor_schedule import AdafactorSchedule
 from .endless import Constant, Exponential, InverseSqrt, InverseTime, MultiStep, NaturalExponential, Noam, Piecewise
 from .greedy import GreedyLR
 from .hugging_face import get_scheduler
@@ -45,6 +46,7 @@ __all__ = sorted(
     {
         *_torch.__all__,
         "Absolute",
+        "AdafactorSchedule",
         "CONVENTIONS",
         "Constant",
         "Convention",
