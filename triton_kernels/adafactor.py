@@ -83,13 +83,15 @@ def _share(program_tensor_ptr, shapes_ptr, TILE: tl.constexpr, N_DIVISOR: tl.con
 
 
 @triton.jit
-def _places(shape, matrices, rows, columns):
+def _places(shape, matrices, rows, columns, TILE: tl.constexpr):
     """Offsets and mask of a block ``[matrices, rows, columns]``."""
     n_matrices, n_rows, n_columns = shape
     line = matrices[:, None] * n_rows + rows[None, :]
     offsets = line[:, :, None] * n_columns + columns[None, None, :]
-    inside = (matrices[:, None] < n_matrices) & (rows[None, :] < n_rows)
-    return offsets, inside[:, :, None] & (columns[None, None, :] < n_columns)
+    inside = (rows < n_rows)[None, :, None] & (columns < n_columns)[None, None, :]
+    if TILE[0] > 1:
+        inside &= (matrices < n_matrices)[:, None, None]
+    return offsets, tl.broadcast_to(inside, (TILE[0], TILE[1], TILE[2]))
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def _adafactor_sums_kernel(
     bad = tl.zeros((TILE[0], TILE[1], TILE[2]), tl.int32)
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
-        offsets, mask = _places(shape, matrices, rows, columns)
+        offsets, mask = _places(shape, matrices, rows, columns, TILE)
         g = load(g_ptr + offsets, mask, COMPUTE) * scale
         p = load(p_ptr + offsets, mask, COMPUTE)
         square = g * g
@@ -263,6 +265,15 @@ def _row_factors(row_ptr, means_ptr, shape, matrices, rows, COMPUTE: tl.constexp
 
 
 @triton.jit
+def _factor(row_ptr, control_ptr, HAS_CONTROL: tl.constexpr):
+    """What gradients are multiplied by."""
+    factor = tl.load(row_ptr)
+    if HAS_CONTROL:
+        factor *= tl.load(control_ptr + 1)
+    return factor
+
+
+@triton.jit
 def _direction(g, variance, eps_var):
     """The gradient over the root of the second moment."""
     # as torch.clamp: NaN stays NaN
@@ -301,10 +312,7 @@ def _adafactor_update_kernel(
     n_matrices, _, n_columns = shape
     tensor = tl.load(tensor_ptr + index)
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
-    scale = tl.load(row_ptr).to(COMPUTE)
     eps_var = tl.load(row_ptr + _EPS_VAR).to(COMPUTE)
-    if HAS_CONTROL:
-        scale *= tl.load(control_ptr + 1).to(COMPUTE)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
     p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
     column_ptr = _pointer(fixed_ptr, tensor * N_ROLES + (2 if FACTORED else 1), DTYPES[2], 1)
@@ -314,20 +322,19 @@ def _adafactor_update_kernel(
     means_ptr += tl.load(shape_ptr + 6)
     average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
     if not MEASURE:
-        size = tl.load(sizes_ptr + 2 * index).to(COMPUTE)
+        size = (tl.load(sizes_ptr + 2 * index) * _factor(row_ptr, control_ptr, HAS_CONTROL)).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
         moment_ptr = _pointer(fixed_ptr, tensor * N_ROLES + N_ROLES - 1, DTYPES[len(DTYPES) - 1], ALIGNMENT)
     squares = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
-        offsets, mask = _places(shape, matrices, rows, columns)
+        offsets, mask = _places(shape, matrices, rows, columns, TILE)
         variance = of_columns[:, None, :]
         if FACTORED:
             variance = _row_factors(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * variance
         # last: before the variance, ptxas spills for sm_100
-        g = load(g_ptr + offsets, mask, COMPUTE) * scale
-        u = _direction(g, variance, eps_var)
+        u = _direction(load(g_ptr + offsets, mask, COMPUTE), variance, eps_var)
         if MEASURE:
             squares += u * u
         else:
@@ -338,7 +345,9 @@ def _adafactor_update_kernel(
                 store(moment_ptr + offsets, u, mask)
             store(p_ptr + offsets, p * decay - u, mask)
     if MEASURE:
-        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
+        # only now: a value that waits in a register for the end of the loop is one that ptxas spills
+        factor = _factor(row_ptr, control_ptr, HAS_CONTROL)
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64) * factor * factor)
 
 
 @triton.jit

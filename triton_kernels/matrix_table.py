@@ -48,9 +48,8 @@ def tile_of(shape: Shape, factored: bool, block_size: int, strip: int) -> Tile:
     if side * side * 8 <= block_size:
         # kernels of convolutions
         return Tile(block_size // (side * side), side, side, side)
-    # of four warps each has whole rows, so that sums over a row stay in it; 16 bits have longer ones
-    rows = max(1, min(8, 4096 // block_size))
-    return Tile(1, rows, max(1, block_size // 4), max(strip, rows))
+    # a row a warp, 128 bits a thread, so that sums over a row stay in a warp; with two rows ptxas spills
+    return Tile(1, 4, max(1, block_size // 4), max(strip, 4))
 
 
 class MatrixTable:
