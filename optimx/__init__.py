@@ -21,6 +21,7 @@ from .lamb import LAMB
 from .lion import Lion
 from .nadam import NAdam
 from .radam import RAdam
+from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
@@ -38,7 +39,11 @@ __all__ = sorted(
         "clip_grads_with_norm_",
         "explain",
         "get_total_norm",
+        "list_optimizers",
+        "list_schedulers",
         "lr_scheduler",
+        "register_optimizer",
+        "register_scheduler",
         "swa_utils",
     }
 )

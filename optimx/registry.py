@@ -1,0 +1,192 @@
+"""Names of optimizers and schedulers: torch's, ours, registered ones, those of installed plugins, any importable class.
+
+A name is looked up without regard to case, ``-`` and ``_``: ``"adamw"``, ``"AdamW"`` and ``"adam_w"`` are one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
+from importlib import metadata
+from typing import Any, TypeVar
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .config.errors import ConfigError, Problem, nearest
+
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "register_optimizer",
+           "register_scheduler"]  # fmt: skip
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry:
+    """Names of one kind of thing.
+
+    Args:
+        kind: What messages call it.
+        entry_points: The group of entry points under which installed packages offer more.
+        built_in: Gives the names and things of optimx itself; called at the first look-up, so that a module that
+            registers something may be one that they import.
+    """
+
+    def __init__(self, kind: str, entry_points: str, built_in: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+        self.kind = kind
+        self._entry_points = entry_points
+        self._built_in = built_in
+        self._names: dict[str, str] = {}
+        self._things: dict[str, Any] = {}
+        self._complete = False
+
+    def register(self, name: str, *aliases: str) -> Callable[[Factory], Factory]:
+        """Decorator that gives a class or function a name, and more names that mean the same.
+
+        Raises:
+            TypeError: A name is no string, or what is decorated cannot be called.
+            ValueError: A name is empty, has a ``:``, or is another thing's.
+        """
+        for each in (name, *aliases):
+            if not isinstance(each, str):
+                raise TypeError(f"a name of {self.kind} should be a string but is: {each!r}")
+            if not _key(each) or ":" in each:
+                raise ValueError(f"a name of {self.kind} should have a letter and no ':' but is: {each!r}")
+
+        def decorate(thing: Factory) -> Factory:
+            if not callable(thing):
+                raise TypeError(f"{self.kind} {name!r} should be a class or function but is: {thing!r}")
+            self._complete_names()
+            for each in (name, *aliases):
+                taken = self._things.get(_key(each))
+                if taken is not None and not _same(taken, thing):
+                    raise ValueError(f"{self.kind} {each!r} should be a new name but is: {taken!r}")
+            for each in (name, *aliases):
+                self._add(each, thing)
+            return thing
+
+        return decorate
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """All names, or those that match a glob such as ``"adam*"``, sorted."""
+        self._complete_names()
+        return sorted(name for name in self._names.values() if fnmatch(name.lower(), pattern.lower()))
+
+    def get(self, name: str, path: str = "") -> Any:
+        """What is registered under ``name``, or the ``Class`` of ``"package.module:Class"``.
+
+        Args:
+            name: Of the thing.
+            path: Of the name, for the message, where it comes from a config.
+
+        Raises:
+            ConfigError: No such name (with the nearest one), or nothing of that name can be imported.
+        """
+        path = path or self.kind
+        if ":" in name:
+            return self._imported(name, path)
+        self._complete_names()
+        thing = self._things.get(_key(name))
+        if thing is None:
+            near = nearest(_key(name), self._names)
+            rule = f"should be a name of optimx.list_{self.kind}s()"
+            raise ConfigError([Problem(path, rule, name, near and self._names[near])])
+        return self._imported(thing.value, path) if isinstance(thing, metadata.EntryPoint) else thing
+
+    def _imported(self, name: str, path: str) -> Any:
+        module, _, attribute = name.partition(":")
+        rule = "should be 'package.module:Class' of a class or function"
+        try:
+            thing: Any = importlib.import_module(module)
+            for part in attribute.split("."):
+                thing = getattr(thing, part)
+        # it is not there, has no such name, or fails in a way of its own
+        except Exception as error:
+            raise ConfigError([Problem(path, f"{rule} ({type(error).__name__}: {error})", name)]) from error
+        if not callable(thing):
+            raise ConfigError([Problem(path, rule, name)])
+        return thing
+
+    def _complete_names(self) -> None:
+        if self._complete:
+            return
+        # before it is: what gets imported may register
+        self._complete = True
+        for name, thing in self._built_in():
+            self._add(name, thing)
+        for entry_point in metadata.entry_points(group=self._entry_points):
+            # a plugin cannot replace what others mean by a name; "its.module:Class" still reaches it
+            if _key(entry_point.name) not in self._things:
+                self._add(entry_point.name, entry_point)
+
+    def _add(self, name: str, thing: Any) -> None:
+        self._names[_key(name)] = name
+        self._things[_key(name)] = thing
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Of one place in the source: a module that is reloaded registers its class again."""
+    if isinstance(one, metadata.EntryPoint):
+        return one.value == f"{getattr(other, '__module__', '')}:{getattr(other, '__qualname__', '')}"
+    where = [(getattr(t, "__module__", None), getattr(t, "__qualname__", None)) for t in (one, other)]
+    return one is other or where[0] == where[1]
+
+
+def _optimizers() -> Iterable[tuple[str, Any]]:
+    package = importlib.import_module(__package__)
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if inspect.isclass(thing) and issubclass(thing, Optimizer) and thing is not Optimizer:
+            yield name.lower(), thing
+
+
+def _schedulers() -> Iterable[tuple[str, Any]]:
+    package = importlib.import_module(f"{__package__}.lr_scheduler")
+    for name in package.__all__:
+        thing = getattr(package, name)
+        if inspect.isclass(thing) and issubclass(thing, LRScheduler) and thing is not LRScheduler:
+            yield name, thing
+
+
+OPTIMIZERS = Registry("optimizer", "optimx.optimizers", _optimizers)
+SCHEDULERS = Registry("scheduler", "optimx.schedulers", _schedulers)
+
+
+def register_optimizer(name: str, *aliases: str) -> Callable[[Factory], Factory]:
+    """Decorator: an optimizer class, or a function ``(params, **arguments) -> Optimizer``, gets a name for configs.
+
+    A package offers its own without being imported through the entry points ``optimx.optimizers``.
+
+    Args:
+        name: Such as ``"my_adam"``; case, ``-`` and ``_`` do not count.
+        aliases: Other names for the same.
+
+    Raises:
+        TypeError: A name is no string, or what is decorated cannot be called.
+        ValueError: A name is taken, is empty or has a ``:``.
+    """
+    return OPTIMIZERS.register(name, *aliases)
+
+
+def register_scheduler(name: str, *aliases: str) -> Callable[[Factory], Factory]:
+    """Decorator: a scheduler gets a name for configs. Else as :func:`register_optimizer`; entry points ``optimx.schedulers``.
+
+    It is one of: a :class:`~torch.optim.lr_scheduler.LRScheduler` class, a function ``(optimizer, **arguments) ->
+    LRScheduler``, or a schedule, a class of ``optimx.lr_scheduler``'s ``Schedule``.
+    """
+    return SCHEDULERS.register(name, *aliases)
+
+
+def list_optimizers(pattern: str = "*") -> list[str]:
+    """Names of optimizers that configs can use, sorted; ``list_optimizers("adam*")`` those that match."""
+    return OPTIMIZERS.names(pattern)
+
+
+def list_schedulers(pattern: str = "*") -> list[str]:
+    """Names of schedules and schedulers that configs can use, sorted; ``list_schedulers("*cosine*")`` those that match."""
+    return SCHEDULERS.names(pattern)
