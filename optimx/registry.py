@@ -174,10 +174,10 @@ def register_optimizer(name: str, *aliases: str) -> Callable[[Factory], Factory]
 
 
 def register_scheduler(name: str, *aliases: str) -> Callable[[Factory], Factory]:
-    """Decorator: a scheduler gets a name for configs. Else as :func:`register_optimizer`; entry points ``optimx.schedulers``.
+    """Decorator: a scheduler gets a name for configs. Entry points ``optimx.schedulers``; else as for optimizers.
 
-    It is one of: a :class:`~torch.optim.lr_scheduler.LRScheduler` class, a function ``(optimizer, **arguments) ->
-    LRScheduler``, or a schedule, a class of ``optimx.lr_scheduler``'s ``Schedule``.
+    It is an :class:`~torch.optim.lr_scheduler.LRScheduler` class, a function ``(optimizer, ...)`` that returns one, a
+    :class:`~optimx.lr_scheduler.Schedule` class, or a function of other arguments that returns a schedule.
     """
     return SCHEDULERS.register(name, *aliases)
 
@@ -188,5 +188,5 @@ def list_optimizers(pattern: str = "*") -> list[str]:
 
 
 def list_schedulers(pattern: str = "*") -> list[str]:
-    """Names of schedules and schedulers that configs can use, sorted; ``list_schedulers("*cosine*")`` those that match."""
+    """Names of schedules and schedulers that configs can use, sorted; ``list_schedulers("*cos*")`` those that match."""
     return SCHEDULERS.names(pattern)

@@ -70,7 +70,10 @@ def test_scheduler_globs() -> None:
     [
         ("lionn", r"^optimizer should be a name of optimx.list_optimizers\(\) but is: 'lionn'; did you mean 'lion'\?$"),
         ("no such thing", r"but is: 'no such thing'$"),
-        ("no.such.module:Class", r"should be 'package.module:Class' .*\(ModuleNotFoundError: .* 'no.such.module:Class'$"),
+        (
+            "no.such.module:Class",
+            r"should be 'package.module:Class' .*\(ModuleNotFoundError: .* 'no.such.module:Class'$",
+        ),
         ("torch.optim:AdamV", r"\(AttributeError: .* but is: 'torch.optim:AdamV'$"),
         ("torch.optim:__name__", r"of a class or function but is: 'torch.optim:__name__'$"),
         (":AdamW", r"\(ValueError: .* but is: ':AdamW'$"),

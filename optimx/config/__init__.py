@@ -3,4 +3,12 @@
 from .errors import ConfigError, Problem
 from .sections import BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
 
-__all__ = ["BatchScalingConfig", "Config", "ConfigError", "GroupsConfig", "OptimizerConfig", "Problem", "ScheduleConfig"]
+__all__ = [
+    "BatchScalingConfig",
+    "Config",
+    "ConfigError",
+    "GroupsConfig",
+    "OptimizerConfig",
+    "Problem",
+    "ScheduleConfig",
+]

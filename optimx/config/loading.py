@@ -132,9 +132,7 @@ def _omegaconf(cfg: Any) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        return OmegaConf.to_container(
-            cfg, resolve=True, throw_on_missing=True, structured_config_mode=SCMode.DICT
-        )
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, structured_config_mode=SCMode.DICT)
     except OmegaConfBaseException as error:
         raise _error("cfg", f"should resolve ({error})", cfg) from error
 
@@ -153,7 +151,9 @@ def _file(path: Path) -> Any:
         raise _error("cfg", message, str(path)) from error
     # the parsers' own errors, and text that is not UTF-8
     except ValueError as error:
-        raise _error("cfg", f"should be {path.suffix[1:].upper()} ({' '.join(str(error).split())})", str(path)) from error
+        raise _error(
+            "cfg", f"should be {path.suffix[1:].upper()} ({' '.join(str(error).split())})", str(path)
+        ) from error
     return {} if tree is None else tree if isinstance(tree, dict) else _not_a_table(path, tree)
 
 
@@ -188,7 +188,7 @@ def _yaml(text: str) -> Any:
     number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
     try:
-        return yaml.load(text, Loader)  # noqa: S506
+        return yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 
@@ -220,7 +220,7 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, 
 def _set(tree: dict[str, Any], path: Any, value: Any) -> None:
     """``tree["groups"]["rules"][0]["lr"] = value`` for ``"groups.rules[0].lr"``; tables on the way are made."""
     keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".") if isinstance(path, str) else []
-    if not all(keys):
+    if not keys or not all(keys):
         raise _error("overrides", 'should have paths like "optimizer.lr" or "groups.rules[0].lr"', path)
     at: Any = tree
     for i, key in enumerate(keys):

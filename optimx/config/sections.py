@@ -28,7 +28,8 @@ def _is_duration(value: int | float | str) -> bool:
 
 #: 50 steps, a fraction of the total such as 0.05, or epochs such as "2ep" (needs ``steps_per_epoch``).
 Duration = Annotated[
-    int | float | str, Rule('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration)
+    int | float | str,
+    Rule('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration),
 ]
 
 

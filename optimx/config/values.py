@@ -35,7 +35,7 @@ class Rule:
 
 def at_least(minimum: float) -> Rule:
     """Finite and >= ``minimum``."""
-    return Rule(f"should be >= {minimum:g}", lambda value: bool(minimum <= value < math.inf))
+    return Rule(f"should be >= {minimum:g} and finite", lambda value: bool(minimum <= value < math.inf))
 
 
 def above(minimum: float) -> Rule:
@@ -76,7 +76,7 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
 
 
 def read(cls: Any, values: Mapping[str, Any], path: str, problems: Problems) -> Any:
-    """A dataclass from a mapping. A field with problems keeps its default, so that what depends on the others is checked.
+    """A dataclass from a mapping. A field with problems keeps its default: what depends on the others is still checked.
 
     Keys that are no field go, unchecked, to the field ``args`` of a class that has one.
 
@@ -102,25 +102,42 @@ def read(cls: Any, values: Mapping[str, Any], path: str, problems: Problems) -> 
         for key in more.keys() & good.get("args", {}).keys():
             problems.add(join(path, key), "should be given once, here or under args,", more[key])
         good["args"] = {**good.get("args", {}), **more}
-    required = [f for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    required = [
+        f for f in fields.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     for field in required:
         if field.name not in values:
             problems.add(join(path, field.name), "is missing", MISSING)
     return cls(**good) if all(field.name in good for field in required) else None
 
 
-def parameters_of(function: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+def parameters_of(function: Callable[..., Any], skip: int = 1) -> tuple[dict[str, inspect.Parameter], bool]:
     """The named parameters of a class or function after its first, and whether it takes any other name too."""
-    parameters = list(inspect.signature(function).parameters.values())[1:]
+    parameters = list(inspect.signature(function).parameters.values())[skip:]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def check_arguments(
-    function: Callable[..., Any], arguments: Mapping[str, Any], path: str, problems: Problems
+    function: Callable[..., Any],
+    arguments: Mapping[str, Any],
+    path: str,
+    problems: Problems,
+    *,
+    skip: int = 1,
+    complete: bool = True,
 ) -> dict[str, Any]:
-    """``arguments`` as ``function`` wants them, which takes a first argument besides: known, of their type, none missing."""
-    named, takes_any = parameters_of(function)
+    """``arguments`` as the annotations of ``function`` want them.
+
+    Args:
+        function: Or class.
+        arguments: By name.
+        path: Of the table that they are in.
+        problems: Gets unknown names, wrong types and what is missing.
+        skip: So many arguments at the beginning are not the config's.
+        complete: What has no default should be among them.
+    """
+    named, takes_any = parameters_of(function, skip)
     hints = _hints(function)
     name = getattr(function, "__name__", str(function))
     converted: dict[str, Any] = {}
@@ -132,7 +149,7 @@ def check_arguments(
         else:
             problems.unknown(path, name, key, value, named)
     for key, parameter in named.items():
-        if parameter.default is parameter.empty and key not in arguments:
+        if complete and parameter.default is parameter.empty and key not in arguments:
             problems.add(join(path, key), f"is missing: {name} has no default for it", MISSING)
     return converted
 
