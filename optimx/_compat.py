@@ -131,3 +131,18 @@ def metadata_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     except (ImportError, TypeError, SystemError):
         pass
     return _PythonGuards(tensors).check
+
+
+def is_flat_parameter(param: Tensor) -> bool:
+    """Whether FSDP1 made it of many (``use_orig_params=False``)."""
+    return getattr(param, "_is_flat_param", False)
+
+
+def unsharded_shapes(model: torch.nn.Module) -> dict[Tensor, torch.Size]:
+    """The shapes of parameters of which FSDP1 (``use_orig_params=True``) left this process a flat shard each."""
+    shapes: dict[Tensor, torch.Size] = {}
+    for module in model.modules():
+        flat: Any = getattr(getattr(module, "_handle", None), "flat_param", None)
+        if flat is not None and is_flat_parameter(flat) and flat._params is not None:
+            shapes.update(zip(flat._params, flat._shapes, strict=True))
+    return shapes

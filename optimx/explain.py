@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from . import _backend
 from ._plan import classify
 from ._step import MultiTensorStep
+from ._table import aligned
 
 __all__ = ["Explanation", "explain"]
 
@@ -48,15 +49,9 @@ class Explanation:
         for row in self.rows:
             counts = (f"{row.tensors:,}", f"{row.elements:,}", f"{row.groups:,}")
             table.append((row.backend, *counts, row.device, _dtypes(row.dtypes)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = [self.optimizer]
-        for i, cells in enumerate(table):
-            numbers = range(1, 4)
-            aligned = (
-                cell.rjust(width) if column in numbers else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            lines.append("  ".join(aligned).rstrip())
+        for i, line in enumerate(aligned(table, numbers=range(1, 4))):
+            lines.append(line)
             if i and self.rows[i - 1].reason:
                 lines.append(f"  because: {self.rows[i - 1].reason}")
         return "\n".join(lines)

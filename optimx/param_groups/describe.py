@@ -1,0 +1,101 @@
+"""What is in the groups of a model, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .._table import aligned
+from .names import module_tree, named_parameters
+
+#: Columns of the table beside what every group says.
+SHOWN = ("params", "param_names", "lr", "lr_scale", "weight_decay")
+
+
+@dataclass(frozen=True)
+class GroupDescription:
+    """A group.
+
+    Attributes:
+        names: Of its parameters in the model, without wrappers.
+        elements: Of all of them.
+        settings: The group without ``params`` and ``param_names``.
+    """
+
+    names: tuple[str, ...]
+    elements: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class GroupsDescription:
+    """What :func:`describe` found; prints as a table.
+
+    Attributes:
+        groups: In the order given.
+        frozen: Names of the parameters with ``requires_grad=False``, in a group or not.
+        left_out: Names of the trainable parameters in no group.
+        tied: All names of each parameter that has several.
+    """
+
+    groups: tuple[GroupDescription, ...]
+    frozen: tuple[str, ...]
+    left_out: tuple[str, ...]
+    tied: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        table = [("group", "tensors", "elements", "lr", "lr_scale", "weight_decay", "others", "names")]
+        for i, group in enumerate(self.groups):
+            counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
+            numbers = (_number(group.settings.get(name)) for name in SHOWN[2:])
+            others = ", ".join(f"{name}={value}" for name, value in group.settings.items() if name not in SHOWN)
+            table.append((*counts, *numbers, others or "-", _few(group.names)))
+        lines = list(aligned(table, numbers=range(6)))
+        lines += [f"tied: {' = '.join(names)}" for names in self.tied]
+        for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
+            if names:
+                lines.append(f"{what}: {len(names):,} ({_few(names)})")
+        return "\n".join(lines)
+
+
+def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDescription:
+    """Show which parameters of a model are in which group, which in none, which are frozen, which tied.
+
+    Args:
+        model: The model, wrapped or not.
+        groups: From :func:`param_groups`, written by hand, or an optimizer's ``param_groups``.
+
+    Returns:
+        A :class:`GroupsDescription`; ``print`` it.
+
+    Raises:
+        ValueError: A group has a parameter that is not the model's.
+    """
+    params = {named.param: named for named in named_parameters(module_tree(model))}
+    rows = []
+    for i, group in enumerate(groups):
+        members: list[Tensor] = list(group["params"])
+        strange = sum(param not in params for param in members)
+        if strange:
+            raise ValueError(f"groups[{i}] should have parameters of the model only but has {strange} others")
+        settings = {name: value for name, value in group.items() if name not in SHOWN[:2]}
+        names = tuple(params[param].name for param in members)
+        rows.append((set(members), GroupDescription(names, sum(param.numel() for param in members), settings)))
+    grouped = set().union(*(members for members, _ in rows))
+    return GroupsDescription(
+        tuple(row for _, row in rows),
+        tuple(named.name for param, named in params.items() if not param.requires_grad),
+        tuple(named.name for param, named in params.items() if param.requires_grad and param not in grouped),
+        tuple(named.names for named in params.values() if len(named.names) > 1),
+    )
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{float(value):.4g}"
+
+
+def _few(names: tuple[str, ...]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")

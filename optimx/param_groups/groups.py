@@ -1,0 +1,221 @@
+"""From a model to its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layers, check_preset, number
+from .names import NamedParameter, PatternLike, module_tree, named_parameters
+from .no_decay import without_decay
+from .rules import Rule, as_rules, check_number, select_all
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    lr: float | Tensor | None = None,
+    weight_decay: float | None = None,
+    no_decay: str | Sequence[PatternLike] | None = "auto",
+    layer_decay: float | None = None,
+    layers: Layers | None = None,
+    layer_preset: str = "beit",
+    min_lr_scale: float = 0.0,
+    rules: Sequence[Rule | Mapping[str, Any]] = (),
+    freeze: PatternLike | Sequence[PatternLike] = (),
+    include_frozen: bool = False,
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model for any :mod:`torch.optim` optimizer. The model is not changed.
+
+    Every trainable parameter is in one group; parameters with equal settings share it, in the order of the model. Names
+    are those without wrappers (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
+    ``_checkpoint_wrapped_module.``); a tied parameter has all of its names. Patterns are globs for the whole name, or
+    regular expressions searched for in it (compiled, or after ``re:``); one that matches no parameter is an error.
+
+    Args:
+        model: The model, wrapped or not.
+        lr: Learning rate (default: None, the optimizer's).
+        weight_decay: Weight decay of the parameters that have one (default: None, the optimizer's).
+        no_decay: Who has none. ``"auto"``: biases, parameters of norm layers, those of 0 or 1 dimensions, and what
+            the model asks for (``no_weight_decay()``, ``no_weight_decay_keywords()``, a parameter's
+            ``_no_weight_decay``). ``"embeddings"``: embedding tables. A list of these and of patterns, of which
+            ``"!pattern"`` takes back what those before it chose. None: nobody (default: ``"auto"``).
+        layer_decay: The learning rate of a layer as a factor of that of the next, in (0, 1]; the head's is ``lr``
+            (default: None).
+        layers: Where the layers are: a function from a name to a number, from 0 at the input; a list of patterns (or
+            lists of them) from the input to the head, where numbers that a regular expression captures make a layer
+            each, and what matches none is the head; a dict as timm's ``group_matcher`` returns. None asks the model
+            (``group_matcher``, ``get_layer_depth``), or numbers its repeated modules in the order of their definition
+            (default: None).
+        layer_preset: ``"beit"`` (or ``"mae"``: a final norm learns as fast as the head), ``"timm"`` (as the last layer), or
+            ``"electra"`` (the last layer is two steps below the head) (default: ``"beit"``).
+        min_lr_scale: Least factor that ``layer_decay`` leaves (default: 0).
+        rules: :class:`Rule` objects or dicts of their arguments. Where several match, later ones win, setting by
+            setting.
+        freeze: Patterns of parameters to leave out, whatever their ``requires_grad``.
+        include_frozen: Put parameters with ``requires_grad=False`` into groups too, to train them later (default:
+            False).
+
+    Returns:
+        Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr`` and
+        ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
+        ``lr_scale`` out for timm's schedulers, which would scale once more.
+
+    Raises:
+        ValueError: An argument is out of range, a pattern matches nothing, there is nothing to train or a single
+            layer to decay, or the parameters are flattened (FSDP1) or have no shape yet.
+        TypeError: An argument has another type.
+
+    Sources: layer decay as in BEiT (https://arxiv.org/abs/2106.08254), timm's ``param_groups_layer_decay`` and
+    ELECTRA (https://arxiv.org/abs/2003.10555).
+    """
+    _check_numbers(lr, weight_decay, layer_decay, min_lr_scale)
+    check_preset(layer_preset)
+    for name, value in (("layers", layers), ("min_lr_scale", min_lr_scale or None)):
+        if value is not None and layer_decay is None:
+            raise ValueError(f"layer_decay should be given with {name} but is: None")
+    ordered = as_rules(rules)
+    root = module_tree(model)
+    params = named_parameters(root)
+
+    undecayed = without_decay(root, params, no_decay)
+    frozen = select_all(freeze, params, "freeze")
+    scales = dict.fromkeys(params, 1.0)
+    if layer_decay is not None:
+        ids = number(root, params, layers, layer_preset)
+        top = max(ids.values())
+        scales = {param: max(min_lr_scale, layer_decay ** (top - layer)) for param, layer in ids.items()}
+    matched: dict[NamedParameter, list[Rule]] = {param: [] for param in params}
+    for i, rule in enumerate(ordered):
+        chosen = select_all(rule.match, params, f"rules[{i}].match")
+        _check_rule(rule, f"rules[{i}]", chosen, lr, weight_decay, undecayed)
+        for param in chosen:
+            matched[param].append(rule)
+
+    groups: list[dict[str, Any]] = []
+    for param in params:
+        its_rules = matched[param]
+        if param in frozen or any(rule.freeze for rule in its_rules):
+            continue
+        if param.param.requires_grad or include_frozen:
+            settings = _settings(its_rules, lr, scales[param], weight_decay, param in undecayed)
+            _add(groups, param, settings)
+    if not groups:
+        raise ValueError(f"the model should have parameters to train but has none: {len(params)} are frozen")
+    return groups
+
+
+def no_decay_groups(
+    model: nn.Module,
+    weight_decay: float,
+    no_decay: str | Sequence[PatternLike] | None = "auto",
+    *,
+    lr: float | Tensor | None = None,
+) -> list[dict[str, Any]]:
+    """Two groups at most: with ``weight_decay``, and without. Arguments and errors of :func:`param_groups`."""
+    return param_groups(model, lr=lr, weight_decay=weight_decay, no_decay=no_decay)
+
+
+def layer_decay_groups(
+    model: nn.Module,
+    lr: float | Tensor,
+    layer_decay: float,
+    *,
+    weight_decay: float | None = None,
+    no_decay: str | Sequence[PatternLike] | None = "auto",
+    layers: Layers | None = None,
+    layer_preset: str = "beit",
+    min_lr_scale: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Learning rates that decay towards the input. Arguments and errors of :func:`param_groups`."""
+    return param_groups(
+        model, lr=lr, weight_decay=weight_decay, no_decay=no_decay, layer_decay=layer_decay, layers=layers,
+        layer_preset=layer_preset, min_lr_scale=min_lr_scale,
+    )  # fmt: skip
+
+
+def _check_numbers(
+    lr: float | Tensor | None, weight_decay: float | None, layer_decay: float | None, min_lr_scale: float
+) -> None:
+    if lr is not None:
+        check_number("lr", lr, tensor=True)
+    if weight_decay is not None:
+        check_number("weight_decay", weight_decay)
+    check_number("min_lr_scale", min_lr_scale)
+    if min_lr_scale > 1:
+        raise ValueError(f"min_lr_scale should be <= 1 but is: {min_lr_scale}")
+    if layer_decay is not None:
+        check_number("layer_decay", layer_decay)
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay should be in (0, 1] but is: {layer_decay}")
+        if lr is None:
+            raise ValueError("lr should be given with layer_decay but is: None")
+
+
+def _check_rule(
+    rule: Rule,
+    what: str,
+    chosen: set[NamedParameter],
+    lr: float | Tensor | None,
+    weight_decay: float | None,
+    undecayed: set[NamedParameter],
+) -> None:
+    """A setting that could not take effect is an error."""
+    if rule.lr_mult is not None and lr is None:
+        raise ValueError(f"lr should be given with {what}.lr_mult but is: None")
+    if rule.wd_mult is not None and weight_decay is None:
+        raise ValueError(f"weight_decay should be given with {what}.wd_mult but is: None")
+    if (rule.weight_decay or rule.wd_mult) and chosen <= undecayed:
+        first = min(param.name for param in chosen)
+        raise ValueError(
+            f"{what} sets weight decay for parameters that no_decay exempts, such as {first!r}: "
+            f"add {'!' + first!r} to no_decay"
+        )
+
+
+def _settings(
+    rules: Sequence[Rule], lr: float | Tensor | None, lr_scale: float, weight_decay: float | None, undecayed: bool
+) -> dict[str, Any]:
+    """What a group of this parameter alone would say."""
+    settings: dict[str, Any] = {}
+    group_lr, scale = lr, lr_scale
+    decay = weight_decay
+    for rule in rules:
+        if rule.lr is not None:
+            group_lr, scale = rule.lr, 1.0
+        elif rule.lr_mult is not None:
+            group_lr, scale = lr, lr_scale * rule.lr_mult
+        if rule.weight_decay is not None:
+            decay = rule.weight_decay
+        elif rule.wd_mult is not None and weight_decay is not None:
+            decay = weight_decay * rule.wd_mult
+        settings.update(rule.others)
+    if undecayed:
+        decay = 0.0
+    if group_lr is not None:
+        # a tensor is copied, so that no two groups share what schedulers write into
+        settings["lr"] = group_lr * scale if isinstance(group_lr, Tensor) else float(group_lr * scale)
+    if decay is not None:
+        settings["weight_decay"] = float(decay)
+    return {**settings, "lr_scale": scale}
+
+
+def _add(groups: list[dict[str, Any]], param: NamedParameter, settings: dict[str, Any]) -> None:
+    """Into the group of these settings, a new one if there is none."""
+    for group in groups:
+        if len(group) == len(settings) + 2 and all(k in group and _same(group[k], v) for k, v in settings.items()):
+            break
+    else:
+        group = {"params": [], "param_names": [], **settings}
+        groups.append(group)
+    group["params"].append(param.param)
+    group["param_names"].append(param.name)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other

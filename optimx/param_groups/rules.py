@@ -1,0 +1,136 @@
+"""Rules: settings for the parameters whose names match."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from .names import NamedParameter, PatternLike, compile_pattern, select
+
+#: Keys of a group that no rule may set.
+WRITTEN = {"params": "match", "param_names": "match", "lr_scale": "lr_mult"}
+
+
+@dataclass(frozen=True, init=False)
+class Rule:
+    """Settings for the parameters whose names match.
+
+    Args:
+        match: A pattern or several: a glob for the whole name (``"blocks.*.bias"``, ``*`` crosses dots), or a regular
+            expression searched for in it, compiled or as a string after ``re:`` (``r"re:^blocks\\.[0-3]\\."``). All names of
+            a tied parameter count.
+        lr: Learning rate; layer decay does not scale it.
+        lr_mult: Factor of the learning rate that layer decay leaves.
+        weight_decay: Weight decay of the parameters that ``no_decay`` does not exempt.
+        wd_mult: Factor of the weight decay.
+        freeze: Leave them out of the groups, so that no optimizer updates them; a later rule does not bring them
+            back.
+        others: Other options of a group, such as ``betas``, ``eps`` or ``momentum``.
+
+    Raises:
+        ValueError: A number is negative or not finite, two settings exclude each other, nothing is set, or an option looks
+            like a misspelled setting.
+        TypeError: A setting has another type.
+    """
+
+    match: PatternLike | Sequence[PatternLike]
+    lr: float | Tensor | None
+    lr_mult: float | None
+    weight_decay: float | None
+    wd_mult: float | None
+    freeze: bool
+    others: dict[str, Any]
+
+    def __init__(
+        self,
+        match: PatternLike | Sequence[PatternLike],
+        lr: float | Tensor | None = None,
+        lr_mult: float | None = None,
+        weight_decay: float | None = None,
+        wd_mult: float | None = None,
+        freeze: bool = False,
+        **others: Any,
+    ) -> None:
+        numbers = {"lr": lr, "lr_mult": lr_mult, "weight_decay": weight_decay, "wd_mult": wd_mult}
+        patterns = as_patterns(match)
+        for pattern in patterns:
+            compile_pattern(pattern, "match")
+        if not patterns:
+            raise ValueError("match should not be empty")
+        values = {"match": match, **numbers, "freeze": freeze, "others": others}
+        for name, value in numbers.items():
+            if value is not None:
+                check_number(name, value, tensor=name == "lr")
+        if not isinstance(freeze, bool):
+            raise TypeError(f"freeze should be True or False but is: {freeze!r}")
+        for one, other in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
+            if numbers[one] is not None and numbers[other] is not None:
+                raise ValueError(f"{one} and {other} should not both be set but are: {numbers[one]}, {numbers[other]}")
+        _check_others(others, list(values))
+        settings = [name for name, value in numbers.items() if value is not None] + list(others)
+        if freeze and settings:
+            raise ValueError(f"a rule that freezes should set nothing else but sets: {', '.join(settings)}")
+        if not freeze and not settings:
+            raise ValueError(f"the rule for {match!r} should set something")
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+
+def as_patterns(match: PatternLike | Sequence[PatternLike]) -> Sequence[PatternLike]:
+    """One pattern is a list of one."""
+    return match if isinstance(match, Sequence) and not isinstance(match, str) else [match]  # type: ignore[list-item]
+
+
+def _check_others(others: Mapping[str, Any], known: Sequence[str]) -> None:
+    settings = [name for name in known if name != "others"]
+    for name in others:
+        if name in WRITTEN:
+            raise ValueError(f"a rule should not set {name!r}: did you mean {WRITTEN[name]!r}?")
+        near = difflib.get_close_matches(name, settings, 1, cutoff=0.8)
+        if near:
+            raise ValueError(f"unknown setting of a rule: {name!r}, did you mean {near[0]!r}?")
+
+
+def as_rules(rules: Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
+    """Rules, and mappings of their arguments, as rules; an error says which one it is about."""
+    if isinstance(rules, (str, Mapping)) or not isinstance(rules, Sequence):
+        raise TypeError(f"rules should be a list but is: {rules!r}")
+    made = []
+    for i, rule in enumerate(rules):
+        if isinstance(rule, Mapping):
+            if "match" not in rule:
+                raise ValueError(f"rules[{i}] should have 'match' but has: {', '.join(map(str, rule))}")
+            try:
+                rule = Rule(**rule)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rules[{i}]: {error}") from error
+        elif not isinstance(rule, Rule):
+            raise TypeError(f"rules[{i}] should be a Rule or a mapping but is: {rule!r}")
+        made.append(rule)
+    return made
+
+
+def select_all(
+    match: PatternLike | Sequence[PatternLike], params: Sequence[NamedParameter], what: str
+) -> set[NamedParameter]:
+    """The parameters that any of the patterns matches; each pattern has to match one."""
+    return {param for pattern in as_patterns(match) for param in select(pattern, params, what)}
+
+
+def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
+    """Raise unless it is a finite number >= 0, or, if ``tensor``, a tensor of one element."""
+    if tensor and isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} should have one element but has: {value.numel()}")
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name} should be finite and >= 0 but is: {value}")
+

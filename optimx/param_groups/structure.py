@@ -1,0 +1,135 @@
+"""The repeated layers of a model, found in its structure alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .names import Node
+from .no_decay import is_norm
+
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+
+#: Repeated classes that hold less of the repeated layers' elements are a side matter, such as a pyramid's few
+#: downsampling layers in a list of their own.
+LEAST_SHARE = 0.1
+
+#: A place of its own between layer i and i + 1 that does not count as a layer; timm's ``MATCH_PREV_GROUP``.
+JOINS_PREVIOUS = 99999.0
+TOP = (float("inf"),)
+
+Ordinal = tuple[float, ...]
+
+
+def layer_ordinals(root: Node) -> dict[str, Ordinal]:
+    """Each parameter name's place: ``(0,)`` before the first repeated layer, ``(i,)`` in the i-th, ``TOP`` after the last.
+
+    What lies between two repeated layers goes with the next one if it opens the part of the model that this one is the
+    first of (a stage's downsampling before its blocks), else with the previous one. A norm layer that directly
+    follows the last one is told apart from ``TOP``.
+    """
+    layers = set(repeated_layers(root))
+    total = len(layers)
+    ordinals: dict[str, Ordinal] = {}
+    seen = 0
+
+    def visit(node: Node, opened: int, follows: bool) -> None:
+        """``opened``: layers before the innermost part around it that has layers. ``follows``: that is its parent."""
+        nonlocal seen
+        if node in layers:
+            seen += 1
+            ordinals.update((name, (float(seen),)) for name in _names(node))
+            return
+        has_layers = any(below in layers for below in node.walk())
+        opened = seen if has_layers else opened
+        if seen == 0:
+            place: Ordinal = (0.0,)
+        elif seen < total:
+            place = (float(seen + 1 if seen == opened else seen),)
+        elif follows and is_norm(node.module):
+            place = (float(total), JOINS_PREVIOUS)
+        else:
+            place = TOP
+        ordinals.update((node.name_of(name), place) for name in node.params)
+        for child in node.children.values():
+            visit(child, opened, has_layers)
+
+    visit(root, 0, False)
+    return ordinals
+
+
+def repeated_layers(root: Node) -> list[Node]:
+    """The layers in the order of their definition: what containers hold that is of a class they hold several times."""
+    stacks = _stacks(root)
+    if not stacks:
+        # an MLP is a stack of single layers
+        plain = [node for node in (root, *root.children.values()) if _is_container(node)]
+        stacks = [stack for node in plain[:1] if (stack := _repeated(node, composite=False))]
+    sizes: Counter[type] = Counter()
+    for stack in stacks:
+        for node in stack:
+            sizes[type(node.module)] += sum(shape.numel() for shape in node.all_shapes())
+    least = LEAST_SHARE * sizes.total()
+    classes: set[type] = set()
+    for stack in stacks:
+        of_stack = {type(node.module) for node in stack}
+        # one list may mix attention and other layers
+        if any(sizes[cls] >= least for cls in of_stack):
+            classes |= of_stack
+    return list(_members(root, classes))
+
+
+def _members(node: Node, classes: set[type]) -> Iterator[Node]:
+    """The outermost children of containers that are of these classes, also where there is a single one."""
+    for child in node.children.values():
+        if _is_container(node) and type(child.module) in classes and child.all_shapes():
+            yield child
+        else:
+            yield from _members(child, classes)
+
+
+def _stacks(node: Node) -> list[list[Node]]:
+    inner = [stack for child in node.children.values() for stack in _stacks(child)]
+    stack = _repeated(node)
+    if not stack or (inner and _are_stages(stack, inner)):
+        return inner
+    return [stack]
+
+
+def _are_stages(stack: list[Node], inner: list[list[Node]]) -> bool:
+    """Whether the layers are those further in: stages of a pyramid change the width, a mixture's experts do not."""
+    within = [node for node in stack if _is_plain(node) and any(_stacks(node))]
+    if within:
+        return True
+    shapes: dict[type, set[Any]] = {}
+    for layers in inner:
+        shapes.setdefault(type(layers[-1].module), set()).add(tuple(layers[-1].all_shapes()))
+    return any(len(kinds) > 1 for kinds in shapes.values())
+
+
+def _repeated(node: Node, composite: bool = True) -> list[Node]:
+    """A container's children of classes that it holds several times; with modules of their own, if ``composite``."""
+    if not _is_container(node):
+        return []
+    children = [
+        child
+        for child in node.children.values()
+        if child.all_shapes() and (not composite or any(below.all_shapes() for below in child.children.values()))
+    ]
+    counts = Counter(type(child.module) for child in children)
+    return [child for child in children if counts[type(child.module)] > 1]
+
+
+def _is_container(node: Node) -> bool:
+    return isinstance(node.module, CONTAINERS)
+
+
+def _is_plain(node: Node) -> bool:
+    return type(node.module) in CONTAINERS
+
+
+def _names(node: Node) -> list[str]:
+    return [below.name_of(name) for below in node.walk() for name in below.params]
