@@ -1,0 +1,134 @@
+"""One hyperparameter of all parameter groups, and the schedules that set it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._schedule import Schedule, check_schedules, one_of
+
+Group = dict[str, Any]
+
+
+class Field:
+    """A number that every group has: ``"lr"``, ``"weight_decay"``, ``"betas[0]"``.
+
+    What the factor 1 stands for is each group's ``initial_lr`` (``initial_weight_decay``, ...), as for torch's
+    schedulers: it travels with the optimizer's checkpoint, and a group added later brings its own.
+    """
+
+    def __init__(self, name: str, schedules: Schedule | Sequence[Schedule], optimizer: Optimizer) -> None:
+        groups = optimizer.param_groups
+        # torch's OneCycleLR calls Adam's first beta its momentum
+        alias = "betas[0]" if name == "momentum" and "momentum" not in groups[0] else name
+        self.name = one_of("field", alias, field_names(groups[0]))
+        match = re.fullmatch(r"(\w+)\[(\d+)\]", self.name)
+        self.key = match[1] if match else self.name
+        self.index = int(match[2]) if match else None
+        self.schedules: Schedule | tuple[Schedule, ...] = (
+            schedules if isinstance(schedules, Schedule) else check_schedules(f"schedules of {name}", schedules)
+        )
+        self._check_number(groups)
+        each = (self.schedules,) if isinstance(self.schedules, Schedule) else self.schedules
+        self._absolutes = [schedule.absolutes for schedule in each]
+        self._initials: list[Any] = []
+        self.bases: list[float] = []
+
+    def check(self, groups: Sequence[Group], bases: Sequence[float] | None = None) -> None:
+        """ValueError for a group whose own value is below an absolute floor. Nothing is changed."""
+        own = self._read(groups) if bases is None else bases
+        for i, base in enumerate(own):
+            for absolute in self._absolutes[0 if isinstance(self.schedules, Schedule) else i]:
+                if absolute.value > base:
+                    raise ValueError(
+                        f"{absolute} should be <= {self.name} of param_groups[{i}], its peak, which is: {base}"
+                    )
+
+    def update(self, groups: Sequence[Group], step: int) -> None:
+        """Write the values of a step into the groups; tensors keep their identity."""
+        for group, value in zip(groups, self.values(groups, step), strict=True):
+            current = group[self.key]
+            part = current if self.index is None else current[self.index]
+            if isinstance(part, Tensor):
+                part.fill_(value)
+            elif self.index is None:
+                group[self.key] = value
+            else:
+                group[self.key] = type(current)((*current[: self.index], value, *current[self.index + 1 :]))
+
+    def values(self, groups: Sequence[Group], step: int) -> list[float]:
+        """The values of a step, a group each."""
+        bases = self.refresh(groups)
+        if not isinstance(self.schedules, Schedule):
+            self._check_number(groups)
+            return [schedule.value(step, base) for schedule, base in zip(self.schedules, bases, strict=True)]
+        if self._absolutes[0]:
+            return [self.schedules.value(step, base) for base in bases]
+        factor = self.schedules(step)
+        return [base * factor for base in bases]
+
+    def refresh(self, groups: Sequence[Group]) -> list[float]:
+        """Each group's own value; read anew where a checkpoint or a new group brought another."""
+        key = f"initial_{self.key}"
+        for i, group in enumerate(groups):
+            known = i < len(self._initials)
+            if key not in group:
+                # a loaded checkpoint may not have it
+                group[key] = self._initials[i] if known else _copy(group[self.key])
+            if not known or group[key] is not self._initials[i]:
+                base = self._number(group[key])
+                self._initials[i : i + 1] = [group[key]]
+                self.bases[i : i + 1] = [base]
+        return self.bases
+
+    def set_bases(self, groups: Sequence[Group], bases: Iterable[float]) -> None:
+        """Give the first groups other values of their own."""
+        key = f"initial_{self.key}"
+        self.refresh(groups)
+        for group, base in zip(groups, bases, strict=False):
+            own = group[key]
+            if self.index is None:
+                group[key] = base
+            else:
+                group[key] = type(own)((*own[: self.index], base, *own[self.index + 1 :]))
+
+    def _read(self, groups: Sequence[Group]) -> list[float]:
+        return [self._number(group.get(f"initial_{self.key}", group[self.key])) for group in groups]
+
+    def _number(self, value: Any) -> float:
+        return float(value if self.index is None else value[self.index])
+
+    def _check_number(self, groups: Sequence[Group]) -> None:
+        if isinstance(self.schedules, tuple) and len(self.schedules) != len(groups):
+            raise ValueError(
+                f"schedules of {self.name} should be one, or one for each of the {len(groups)} param_groups, "
+                f"but are: {len(self.schedules)}"
+            )
+
+
+def _copy(value: Any) -> Any:
+    """A tensor's value of now: the group's own one is updated in place."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_copy, value))
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def field_names(group: Group) -> list[str]:
+    """What can be scheduled: the numbers of a group, and those in its pairs."""
+    names = []
+    for key, value in group.items():
+        if key == "params" or key.startswith("initial_"):
+            continue
+        if _is_number(value):
+            names.append(key)
+        elif isinstance(value, (tuple, list)):
+            names += [f"{key}[{i}]" for i, item in enumerate(value) if _is_number(item)]
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, Tensor)) and not isinstance(value, bool)

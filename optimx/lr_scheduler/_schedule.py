@@ -1,0 +1,209 @@
+"""What every schedule is: a frozen dataclass, a pure function of the step, a plain dict when asked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, TypeVar
+
+_Class = TypeVar("_Class", bound=type)
+
+#: Classes that a plain dict may name.
+_VALUES: dict[str, type] = {}
+
+
+def serialisable(cls: _Class) -> _Class:
+    """Let :meth:`Schedule.from_dict` build this dataclass by its name."""
+    _VALUES[cls.__name__] = cls
+    return cls
+
+
+@serialisable
+@dataclass(frozen=True)
+class Absolute:
+    """A learning rate as it is, where a plain number would be a ratio of each group's own.
+
+    ``Cosine(1000, floor=Absolute(1e-6))`` ends every group at 1e-6, ``floor=0.1`` at a tenth of its own.
+
+    Args:
+        value: The learning rate, >= 0. A scheduler refuses one above a group's own learning rate.
+    """
+
+    value: float
+
+    def __post_init__(self) -> None:
+        check_at_least("value", self.value, 0)
+
+
+class Schedule:
+    """A function of the step: ``schedule(step)`` is the factor on a group's own learning rate.
+
+    Schedules are frozen dataclasses of plain numbers: equal if their fields are, picklable, and pure, so that any step
+    may be asked for in any order. Below step 0 they have their first value, past their end their last one.
+    ``a >> b`` puts them in sequence (:class:`~optimx.lr_scheduler.Phases`), ``a * b`` multiplies them.
+
+    To write your own, make a frozen dataclass with ``steps`` (its length, None without one) and the method ``at``.
+    """
+
+    steps: int | None
+    #: Its first value is the peak, which a warmup before it has applied already; so it goes on from there.
+    overlaps: bool = True
+
+    def __init_subclass__(cls) -> None:
+        serialisable(cls)
+
+    def __call__(self, step: float) -> float:
+        """The factor at a step, counted from 0. (:class:`Absolute` values count as those of a group whose lr is 1.)"""
+        return self.value(step, 1.0)
+
+    def value(self, step: float, base: float) -> float:
+        """The learning rate at a step of a group whose own learning rate is ``base``."""
+        return self.at(max(step, 0), base, base)
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        """The value at a step of this phase; what subclasses define.
+
+        Args:
+            step: Counted from the phase's own beginning.
+            peak: The value where the shape is 1: ``base``, unless another schedule around this one lowered it.
+            base: The group's own value, which ratios refer to.
+            lead: By how many steps the clock is ahead: progress 0 lies that many steps before the phase.
+            tail: By how many steps before the phase's end progress reaches 1.
+        """
+        raise NotImplementedError
+
+    def resized(self, steps: int) -> Schedule:
+        """This schedule over another number of steps."""
+        raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
+
+    def __rshift__(self, after: Schedule) -> Schedule:
+        from .phases import in_sequence
+
+        return in_sequence(self, after)
+
+    def __mul__(self, other: Schedule) -> Schedule:
+        from .phases import Product
+
+        return Product((self, other))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings: for JSON, YAML and ``torch.load(weights_only=True)``."""
+        return _encode(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Schedule:
+        """The schedule that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: ``type`` names no schedule, or a field is not one of its fields, missing or out of range.
+            TypeError: A field has the wrong type.
+        """
+        schedule = _decode(values)
+        if not isinstance(schedule, Schedule):
+            raise ValueError(f"a schedule should have a 'type' but is: {values}")
+        return schedule
+
+    @property
+    def absolutes(self) -> list[Absolute]:
+        """Every :class:`Absolute` within."""
+        return [value for value in _walk(self) if isinstance(value, Absolute)]
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    yield value
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _walk(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from _walk(item)
+
+
+def _encode(value: Any) -> Any:
+    if is_dataclass(value):
+        return {"type": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        arguments = {name: _decode(item) for name, item in value.items()}
+        cls: Any = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
+        for name in arguments:
+            one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls)])
+        try:
+            return cls(**arguments)
+        except TypeError as error:
+            missing = "missing" in str(error)
+            raise (ValueError if missing else TypeError)(f"{cls.__name__}: {error}") from None
+    return tuple(map(_decode, value)) if isinstance(value, (list, tuple)) else value
+
+
+def resolve(value: float | Absolute, base: float) -> float:
+    """A ratio of ``base``, or an absolute value."""
+    return value.value if isinstance(value, Absolute) else value * base
+
+
+def one_of(what: str, name: Any, names: Iterable[str]) -> str:
+    """The name; ValueError with the nearest one if it is none of them."""
+    known = sorted(names)
+    if name in known:
+        return name
+    near = get_close_matches(str(name), known, 1, 0.4)
+    hint = f", the nearest is {near[0]!r}" if near else ""
+    raise ValueError(f"{what} should be one of {', '.join(known)} but is: {name!r}{hint}")
+
+
+def check_steps(schedule: Any, *names: str, least: int = 0) -> None:
+    """Make these fields ints of at least ``least``; None stays None."""
+    for name in names:
+        value = getattr(schedule, name)
+        if value is not None:
+            object.__setattr__(schedule, name, as_steps(name, value, least))
+
+
+def as_steps(name: str, value: Any, least: int = 0) -> int:
+    """A number of steps as an int; ValueError below ``least``, TypeError if it is no whole number."""
+    try:
+        steps = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} should be an int but is: {value!r}") from None
+    check_at_least(name, steps, least)
+    return steps
+
+
+def check_at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ValueError(f"{name} should be >= {least} but is: {value}")
+
+
+def check_above(name: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ValueError(f"{name} should be > {bound} but is: {value}")
+
+
+def check_ratio(name: str, value: float | Absolute) -> None:
+    """A floor or a start: at most the peak, so a ratio is in [0, 1]."""
+    if not isinstance(value, Absolute) and not 0 <= value <= 1:
+        raise ValueError(f"{name} should be in [0, 1], a ratio of each group's own lr (or Absolute), but is: {value}")
+
+
+def check_milestones(schedule: Any) -> None:
+    """Make ``milestones`` a tuple of increasing ints >= 0."""
+    milestones = tuple(as_steps(f"milestones[{i}]", value) for i, value in enumerate(schedule.milestones))
+    if list(milestones) != sorted(set(milestones)):
+        raise ValueError(f"milestones should be increasing but is: {list(milestones)}")
+    object.__setattr__(schedule, "milestones", milestones)
+
+
+def check_schedules(name: str, values: Iterable[Any]) -> tuple[Schedule, ...]:
+    """The values as a tuple; ValueError if there is none, TypeError for one that is no schedule."""
+    schedules = tuple(values)
+    if not schedules:
+        raise ValueError(f"{name} should be one or more schedules but is: ()")
+    for i, schedule in enumerate(schedules):
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"{name}[{i}] should be a Schedule but is: {schedule!r}")
+    return schedules

@@ -1,0 +1,325 @@
+"""Phases in sequence: warmup, hold, decay, cooldown, and the conventions of where each begins and ends."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from typing import Literal
+
+from ._schedule import (
+    Absolute,
+    Schedule,
+    as_steps,
+    check_above,
+    check_ratio,
+    check_schedules,
+    check_steps,
+    one_of,
+    resolve,
+    serialisable,
+)
+from .schedules import DECAYS
+
+
+@serialisable
+@dataclass(frozen=True)
+class Convention:
+    """Where a warmup of W steps and the decay after it lie on the discrete steps 0, 1, ..., N - 1 (N: the end).
+
+    Args:
+        warmup_from: ``"one"``: the first step has 1/W of a warmup from zero (one with a start factor begins with it);
+            ``"zero"``: the first step has the start itself, so a warmup from zero wastes it.
+        warmup_to: The warmup is complete on its ``"last"`` step, W - 1, or on the one ``"after"`` it, W.
+        decay_from: The decay's progress is 0 on the ``"last"`` step of the phase before, or on the one ``"after"``
+            it, the decay's own first step, or its clock runs from the ``"start"`` of the training.
+        decay_to: Its progress is 1 right ``"after"`` the last step, at N, or on the ``"last"`` one, N - 1.
+        target: A warmup ``"meet"``s the value with which the next phase begins, rises to the ``"peak"`` whatever
+            comes next, or is a ``"product"`` with what the next phase has at the same step.
+    """
+
+    warmup_from: Literal["one", "zero"] = "one"
+    warmup_to: Literal["last", "after"] = "last"
+    decay_from: Literal["last", "after", "start"] = "last"
+    decay_to: Literal["after", "last"] = "after"
+    target: Literal["meet", "peak", "product"] = "meet"
+
+    def __post_init__(self) -> None:
+        one_of("warmup_from", self.warmup_from, ("one", "zero"))
+        one_of("warmup_to", self.warmup_to, ("last", "after"))
+        one_of("decay_from", self.decay_from, ("last", "after", "start"))
+        one_of("decay_to", self.decay_to, ("last", "after"))
+        one_of("target", self.target, ("meet", "peak", "product"))
+
+
+_FROM_ZERO = Convention("zero", "after", "after")
+
+#: The conventions by name. Every project's numbers come out of them exactly.
+CONVENTIONS: dict[str, Convention] = {
+    "every-step": Convention(),
+    "hf": _FROM_ZERO,
+    "megatron": _FROM_ZERO,
+    "tf": _FROM_ZERO,
+    "torchtitan": Convention("one", "last", "after"),
+    "deepspeed": _FROM_ZERO,
+    # its cosine counts differently from its linear decay
+    "deepspeed-cosine": Convention("zero", "after", "last", "last"),
+    "beit": Convention("zero", "last", "after"),
+    "timm": Convention("zero", "after", "start", target="peak"),
+    "timm-prefix": _FROM_ZERO,
+    "detectron2": Convention("zero", "after", "start"),
+    "product": Convention("zero", "after", "start", target="product"),
+}
+
+
+@dataclass(frozen=True)
+class Warmup(Schedule):
+    """A rise to the value with which the next phase begins; before any schedule: ``Warmup(500) >> Cosine(9500)``.
+
+    Args:
+        steps: Its length; 0 is no warmup.
+        shape: ``"linear"`` (default), ``"cosine"``, ``"sqrt"``, ``"1-sqrt"``, ``"log"``, ``"exponential"``
+            (geometric) or ``"constant"`` (stays at the start).
+        start: Where it begins, as a ratio of where it ends, or :class:`Absolute` (default: 0; "exponential" and
+            "constant" need more).
+
+    Raises:
+        ValueError: ``steps`` < 0, ``shape`` is unknown, or ``start`` is not in [0, 1] or 0 where it has to be more.
+    """
+
+    overlaps = False
+
+    steps: int
+    shape: str = "linear"
+    start: float | Absolute = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self, "steps")
+        one_of("shape", self.shape, (*_RAMPS, "exponential"))
+        check_ratio("start", self.start)
+        if self.shape in ("exponential", "constant"):
+            check_above(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0), 0)
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        return self.ramp(step, peak, CONVENTIONS["every-step"])
+
+    def ramp(self, step: float, target: float, convention: Convention) -> float:
+        """The value at a step of the warmup that rises to ``target``."""
+        start = resolve(self.start, target)
+        # only a rise from 0 would waste the step that it begins with
+        begin = -1 if convention.warmup_from == "one" and start == 0 else 0
+        # the projects that have a logarithm all use ln(n) / ln(steps), complete on the last step
+        early = convention.warmup_to == "last" or self.shape == "log"
+        end = self.steps - (early and self.shape != "constant")
+        if step >= end:
+            return target
+        x = (step - begin) / (end - begin)
+        if self.shape == "exponential":
+            return start * (target / start) ** x if start > 0 else target
+        return start + (target - start) * _RAMPS[self.shape](x, end - begin)
+
+    def resized(self, steps: int) -> Schedule:
+        return replace(self, steps=steps)
+
+
+#: From 0 at x = 0 to 1 at x = 1, over a number of steps.
+_RAMPS: dict[str, Callable[[float, int], float]] = {
+    "linear": lambda x, steps: x,
+    "cosine": lambda x, steps: 0.5 * (1.0 - math.cos(math.pi * x)),
+    "sqrt": lambda x, steps: math.sqrt(x),
+    "1-sqrt": lambda x, steps: 1.0 - math.sqrt(1.0 - x),
+    "log": lambda x, steps: math.log1p(x * steps) / math.log1p(steps),
+    "constant": lambda x, steps: 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Hold(Schedule):
+    """Stay at the value that the phase before has reached (after a warmup and at the beginning: the peak).
+
+    Args:
+        steps: Its length (default: None, endless: a stable phase that needs no horizon).
+    """
+
+    overlaps = False
+
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self, "steps")
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        return peak
+
+    def resized(self, steps: int) -> Schedule:
+        return replace(self, steps=steps)
+
+
+@dataclass(frozen=True)
+class Cooldown(Schedule):
+    """A decay from the value that the phase before has reached: ``InverseSqrt(steps=9000) >> Cooldown(1000)``.
+
+    Args:
+        steps: Its length.
+        shape: ``"linear"`` (default), ``"cosine"``, ``"polynomial"``, ``"1-sqrt"``, ``"1-square"``,
+            ``"exponential"`` (normalised), ``"tanh"`` or ``"rex"``.
+        floor: Ratio of each group's own learning rate, or :class:`Absolute` (default: 0).
+    """
+
+    steps: int
+    shape: str = "linear"
+    floor: float | Absolute = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("shape", self.shape, DECAYS)
+        object.__setattr__(self, "steps", as_steps("steps", self.steps))
+        check_ratio("floor", self.floor)
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        # below the floor already: it stays there
+        floor = Absolute(min(resolve(self.floor, base), peak))
+        return DECAYS[self.shape](self.steps, floor).at(step, peak, base, lead, tail)
+
+    def resized(self, steps: int) -> Schedule:
+        return replace(self, steps=steps)
+
+
+@dataclass(frozen=True)
+class Phases(Schedule):
+    """Schedules one after the other, each on its own clock: what ``a >> b`` makes.
+
+    After the last phase the value stays. All but the last need a length.
+
+    Args:
+        phases: The schedules.
+        convention: A name of :data:`CONVENTIONS` or a :class:`Convention` (default: ``"every-step"``: no step is
+            wasted on a learning rate of zero, the peak is applied once, the end is reached right after the last step).
+
+    Raises:
+        ValueError: There is no phase, a phase but the last has no length, or the convention is unknown.
+        TypeError: A phase is no schedule.
+    """
+
+    phases: tuple[Schedule, ...]
+    convention: str | Convention = "every-step"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "phases", check_schedules("phases", self.phases))
+        for i, phase in enumerate(self.phases):
+            if phase.steps is None and i < len(self.phases) - 1:
+                raise ValueError(f"phases[{i}] should have a length, as another one follows, but is: {phase}")
+        if not isinstance(self.convention, Convention):
+            one_of("convention", self.convention, CONVENTIONS)
+
+    @property
+    def steps(self) -> int | None:  # type: ignore[override]
+        last = self.phases[-1].steps
+        return None if last is None else self._starts[-1] + last
+
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return self.phases[0].overlaps
+
+    def with_convention(self, convention: str | Convention) -> Phases:
+        """The same phases under another convention."""
+        return replace(self, convention=convention)
+
+    def resized(self, steps: int) -> Schedule:
+        """The last phase takes what the others leave."""
+        left = as_steps(f"steps - {self._starts[-1]} of the phases before the last", steps - self._starts[-1])
+        return replace(self, phases=(*self.phases[:-1], self.phases[-1].resized(left)))
+
+    @cached_property
+    def _starts(self) -> tuple[int, ...]:
+        return tuple(accumulate((phase.steps or 0 for phase in self.phases[:-1]), initial=0))
+
+    @cached_property
+    def _convention(self) -> Convention:
+        return self.convention if isinstance(self.convention, Convention) else CONVENTIONS[self.convention]
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        # of phases that begin together all but the last have no steps
+        return self._phase(bisect_right(self._starts, step) - 1, step, peak, base, lead, tail)
+
+    def _phase(self, i: int, step: float, peak: float, base: float, lead: int, tail: int) -> float:
+        phase, begin = self.phases[i], self._starts[i]
+        if isinstance(phase, Warmup):
+            return phase.ramp(step - begin, self._target(i, step, peak, base), self._convention)
+        if begin:
+            lead = self._lead(i)
+        if i < len(self.phases) - 1:
+            tail = 0
+        elif self._convention.decay_to == "last":
+            tail = 1
+        if isinstance(phase, (Hold, Cooldown)):
+            peak = self._reached(i, peak, base, lead)
+        return phase.at(step - begin, peak, base, lead, tail)
+
+    def _lead(self, i: int) -> int:
+        """How many steps before its own first one a phase's clock begins."""
+        if self._convention.decay_from == "start":
+            return self._starts[i] if all(isinstance(phase, Warmup) for phase in self.phases[:i]) else 0
+        return int(self._convention.decay_from == "last" and self.phases[i].overlaps)
+
+    def _target(self, i: int, step: float, peak: float, base: float) -> float:
+        """What a warmup rises to."""
+        end = self._starts[i] + (self.phases[i].steps or 0)
+        following = bisect_right(self._starts, end) - 1
+        if following == i or self._convention.target == "peak":
+            return peak
+        if self._convention.target == "product":
+            return self._phase(following, step, peak, base, 0, 0)
+        if isinstance(self.phases[following], Warmup):
+            return self._phase(following, end, peak, base, 0, 0)
+        lead = self._lead(following) if self._convention.decay_from == "start" else 0
+        return self.phases[following].at(0, peak, base, lead)
+
+    def _reached(self, i: int, peak: float, base: float, lead: int) -> float:
+        """The value that the phase before has reached where this one's clock begins."""
+        before = i - 1
+        while before >= 0 and not self.phases[before].steps:
+            before -= 1
+        if before < 0 or isinstance(self.phases[before], Warmup):
+            return peak
+        return self._phase(before, self._starts[i] - lead, peak, base, 0, 0)
+
+
+def in_sequence(*schedules: Schedule) -> Phases:
+    """Phases of these schedules; phases among them are taken apart, if their conventions agree."""
+    conventions = {schedule.convention for schedule in schedules if isinstance(schedule, Phases)}
+    if len(conventions) > 1:
+        raise ValueError(f"phases in sequence should have one convention but have: {sorted(map(str, conventions))}")
+    parts = (schedule.phases if isinstance(schedule, Phases) else (schedule,) for schedule in schedules)
+    phases = tuple(phase for part in parts for phase in part)
+    return Phases(phases, *conventions)
+
+
+@dataclass(frozen=True)
+class Product(Schedule):
+    """Schedules multiplied, all on one clock: what ``a * b`` makes. Floors hold.
+
+    Args:
+        factors: The schedules.
+
+    Raises:
+        ValueError: There is none.
+        TypeError: One of them is no schedule.
+    """
+
+    factors: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", check_schedules("factors", self.factors))
+
+    @property
+    def steps(self) -> int | None:  # type: ignore[override]
+        lengths = [factor.steps for factor in self.factors if factor.steps is not None]
+        return max(lengths) if len(lengths) == len(self.factors) else None
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        for factor in self.factors:
+            peak = factor.at(step, peak, base, lead, tail)
+        return peak
