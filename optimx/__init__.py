@@ -14,7 +14,9 @@ from .adam import Adam
 from .adamax import Adamax
 from .adamw import AdamW
 from .asgd import ASGD
+from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .config import Config, ConfigError
 from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
@@ -31,9 +33,13 @@ __version__ = "0.1.0"
 __all__ = sorted(
     {
         *_torch.__all__,
+        "Build",
+        "Config",
+        "ConfigError",
         "GradScaler",
         "LAMB",
         "Lion",
+        "build",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from importlib import metadata
@@ -151,6 +152,13 @@ def _schedulers() -> Iterable[tuple[str, Any]]:
         thing = getattr(package, name)
         if inspect.isclass(thing) and issubclass(thing, LRScheduler) and thing is not LRScheduler:
             yield name, thing
+        elif inspect.isclass(thing) and issubclass(thing, package.Schedule) and thing is not package.Schedule:
+            # OneMinusSqrt is one_minus_sqrt
+            yield re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(), thing
+    yield from (("1-sqrt", package.OneMinusSqrt), ("1-square", package.OneMinusPower))
+    # found there by name, as an installed package's would be: nothing here imports what uses it
+    for name in ("wsd", "warmup_stable_decay"):
+        yield name, metadata.EntryPoint(name, f"{__package__}.build.schedule:wsd", "optimx.schedulers")
 
 
 OPTIMIZERS = Registry("optimizer", "optimx.optimizers", _optimizers)

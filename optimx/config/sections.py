@@ -93,6 +93,8 @@ class ScheduleConfig:
             :class:`optimx.lr_scheduler.Warmup` takes (default: none).
         floor: Where it ends, a ratio of each group's lr (default: the schedule's own).
         steps_per_epoch: Optimizer steps of an epoch, for what is given in epochs.
+        convention: Where warmup and decay lie on the steps, a name of :data:`optimx.lr_scheduler.CONVENTIONS`
+            (default: ``"every-step"``).
         args: Other arguments of the schedule.
     """
 
@@ -102,6 +104,7 @@ class ScheduleConfig:
     warmup: Duration | dict[str, Any] | None = None
     floor: Annotated[float, Rule("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | None = None
     steps_per_epoch: Annotated[int, at_least(1)] | None = None
+    convention: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
 

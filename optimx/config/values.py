@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import MISSING, Problem, Problems, join, nearest
 
-__all__ = ["Rule", "above", "at_least", "check_arguments", "convert", "parameters_of"]
+__all__ = ["Rule", "above", "at_least", "check_arguments", "convert", "hints_of", "parameters_of", "read"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,11 @@ def read(cls: Any, values: Mapping[str, Any], path: str, problems: Problems) -> 
 
 def parameters_of(function: Callable[..., Any], skip: int = 1) -> tuple[dict[str, inspect.Parameter], bool]:
     """The named parameters of a class or function after its first, and whether it takes any other name too."""
-    parameters = list(inspect.signature(function).parameters.values())[skip:]
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[skip:]
+    # some of Python's own do not tell
+    except (ValueError, TypeError):
+        return {}, True
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     return named, any(p.kind is p.VAR_KEYWORD for p in parameters)
 
@@ -138,7 +142,7 @@ def check_arguments(
         complete: What has no default should be among them.
     """
     named, takes_any = parameters_of(function, skip)
-    hints = _hints(function)
+    hints = hints_of(function)
     name = getattr(function, "__name__", str(function))
     converted: dict[str, Any] = {}
     for key, value in arguments.items():
@@ -161,7 +165,7 @@ class _Mismatch(Problem):
     """Not even of the type."""
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     """Annotations, or none where they name what cannot be found: a plugin need not be typed."""
     function = function.__init__ if inspect.isclass(function) else function  # type: ignore[misc]
     # torch imports what its annotations name for type checkers only

@@ -8,4 +8,12 @@ from .groups import layer_decay_groups, no_decay_groups, param_groups
 from .layers import layer_ids
 from .rules import Rule
 
-__all__ = ["GroupsDescription", "Rule", "describe", "layer_decay_groups", "layer_ids", "no_decay_groups", "param_groups"]
+__all__ = [
+    "GroupsDescription",
+    "Rule",
+    "describe",
+    "layer_decay_groups",
+    "layer_ids",
+    "no_decay_groups",
+    "param_groups",
+]

@@ -94,9 +94,7 @@ def _unwrap(node: Node, path: str) -> Node:
             break
         node = child
     node.path = path
-    node.children = {
-        name: _unwrap(child, f"{path}.{name}" if path else name) for name, child in node.children.items()
-    }
+    node.children = {name: _unwrap(child, f"{path}.{name}" if path else name) for name, child in node.children.items()}
     return node
 
 

@@ -133,4 +133,3 @@ def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name} should be finite and >= 0 but is: {value}")
-
