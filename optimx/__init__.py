@@ -7,7 +7,7 @@ object elsewhere. Importing it loads neither triton nor CUDA.
 from torch import optim as _torch
 from torch.optim import *  # noqa: F403
 
-from . import lr_scheduler, swa_utils  # type: ignore[no-redef]
+from . import lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
 from .adadelta import Adadelta
 from .adagrad import Adagrad
 from .adam import Adam
@@ -50,6 +50,7 @@ __all__ = sorted(
         "lr_scheduler",
         "register_optimizer",
         "register_scheduler",
+        "param_groups",
         "swa_utils",
     }
 )

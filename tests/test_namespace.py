@@ -28,7 +28,8 @@ OWN = [case for case in CASES if not case.is_torchs]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_of_torchs = pytest.mark.parametrize("case", TORCHS, ids=lambda case: case.name)
 each_of_our_own = pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
-each_module = pytest.mark.parametrize("name", ["", ".lr_scheduler", ".swa_utils"])
+each_module = pytest.mark.parametrize("name", ["", ".lr_scheduler", ".param_groups", ".swa_utils"])
+each_of_torchs_modules = pytest.mark.parametrize("name", ["", ".lr_scheduler", ".swa_utils"])
 
 
 def file_id(path: Path) -> str:
@@ -38,7 +39,7 @@ def file_id(path: Path) -> str:
 # names
 
 
-@each_module
+@each_of_torchs_modules
 def test_every_public_name_of_torch(name: str) -> None:
     ours, torchs = (importlib.import_module(package + name) for package in ("optimx", "torch.optim"))
     assert [n for n in torchs.__all__ if not hasattr(ours, n)] == []
@@ -97,6 +98,7 @@ def test_modules_as_in_torch() -> None:
     assert optimx.swa_utils.AveragedModel is torch.optim.swa_utils.AveragedModel
     assert all(inspect.isclass(getattr(optimx, case.cls.__name__)) for case in CASES)
     assert inspect.isfunction(optimx.explain)
+    assert inspect.isfunction(optimx.param_groups.param_groups)
     assert optimx.Optimizer is torch.optim.Optimizer
 
 

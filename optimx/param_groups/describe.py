@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._table import aligned
-from .names import module_tree, named_parameters
+from .names import NamedParameter, module_tree, named_parameters
 
 #: Columns of the table beside what every group says.
 SHOWN = ("params", "param_names", "lr", "lr_scale", "weight_decay")
@@ -47,7 +47,9 @@ class GroupsDescription:
     tied: tuple[tuple[str, ...], ...]
 
     def __str__(self) -> str:
-        table = [("group", "tensors", "elements", "lr", "lr_scale", "weight_decay", "others", "names")]
+        table: list[tuple[str, ...]] = [
+            ("group", "tensors", "elements", "lr", "lr_scale", "weight_decay", "others", "names")
+        ]
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
             numbers = (_number(group.settings.get(name)) for name in SHOWN[2:])
@@ -74,7 +76,7 @@ def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDes
     Raises:
         ValueError: A group has a parameter that is not the model's.
     """
-    params = {named.param: named for named in named_parameters(module_tree(model))}
+    params: dict[Tensor, NamedParameter] = {named.param: named for named in named_parameters(module_tree(model))}
     rows = []
     for i, group in enumerate(groups):
         members: list[Tensor] = list(group["params"])

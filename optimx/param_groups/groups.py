@@ -50,8 +50,8 @@ def param_groups(
             each, and what matches none is the head; a dict as timm's ``group_matcher`` returns. None asks the model
             (``group_matcher``, ``get_layer_depth``), or numbers its repeated modules in the order of their definition
             (default: None).
-        layer_preset: ``"beit"`` (or ``"mae"``: a final norm learns as fast as the head), ``"timm"`` (as the last layer), or
-            ``"electra"`` (the last layer is two steps below the head) (default: ``"beit"``).
+        layer_preset: ``"beit"`` or ``"mae"`` (a final norm learns as fast as the head), ``"timm"`` (as fast as the last
+            layer) or ``"electra"`` (the last layer is two steps below the head) (default: ``"beit"``).
         min_lr_scale: Least factor that ``layer_decay`` leaves (default: 0).
         rules: :class:`Rule` objects or dicts of their arguments. Where several match, later ones win, setting by
             setting.
@@ -60,8 +60,8 @@ def param_groups(
             False).
 
     Returns:
-        Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr`` and
-        ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
+        Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
+        and ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
         ``lr_scale`` out for timm's schedulers, which would scale once more.
 
     Raises:

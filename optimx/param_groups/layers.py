@@ -19,14 +19,17 @@ PRESETS = {"beit": (False, 0), "mae": (False, 0), "timm": (True, 0), "electra": 
 #: What a model may say of its layers: timm's protocol, and that of OpenMMLab.
 PROTOCOLS = ("group_matcher", "get_layer_depth")
 
+#: Where an entry's parameters are, what matches their names, and what is added to the place.
+Spec = tuple[Ordinal, Callable[[str], re.Match[str] | None], Ordinal]
+
 Layers = Callable[[str], int] | Sequence[PatternLike | Sequence[PatternLike]] | Mapping[str, Any]
 
 
 def layer_ids(model: nn.Module, layers: Layers | None = None, layer_preset: str = "beit") -> dict[str, int]:
     """The layer of each parameter by name: 0 for the stem, then the repeated layers, then the head.
 
-    Frozen parameters are numbered too, so freezing does not change the others' layers. A tied parameter is in the lowest of
-    its layers.
+    Frozen parameters are numbered too, so freezing does not change the others' layers. A tied parameter is in the
+    lowest of its layers.
 
     Args:
         model: Any module; wrappers around it or within it do not matter.
@@ -71,7 +74,7 @@ def _of_names(root: Node, names: Sequence[str], layers: Layers | None, preset: s
         return {name: _checked_layer(layers(name), f"layers({name!r})") for name in names}
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(f"layers should be a function, a list of patterns or a group_matcher's dict but is: {layers!r}")
-    specs = []
+    specs: list[Spec] = []
     for i, entry in enumerate(layers):
         for pattern in as_patterns(entry):
             match = compile_pattern(pattern, f"layers[{i}]")
@@ -93,7 +96,11 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
     within = {name: below for name in names if (below := node.relative(name)) is not None}
     module: Any = node.module
     if hasattr(module, "group_matcher"):
-        ordinals = _match(_matcher_specs(module.group_matcher(coarse=False)), within.values())
+        matcher = module.group_matcher(coarse=False)
+        if callable(matcher):
+            ordinals = {below: _as_ordinal(matcher(below)) for below in within.values()}
+        else:
+            ordinals = _match(_matcher_specs(matcher), within.values())
         # what the part of the model does not know of is built upon it
         places = {name: ordinals[within[name]] if name in within else TOP for name in names}
         return _number(_as_preset(places, preset), preset)
@@ -119,9 +126,13 @@ def _with_protocol(node: Node) -> list[Node]:
     return [found for child in node.children.values() for found in _with_protocol(child)]
 
 
-def _matcher_specs(matcher: Any) -> list[tuple[Ordinal, Callable[[str], re.Match[str] | None], Ordinal]]:
-    """A group_matcher's dict as (place of the entry, match, what is added to the place)."""
-    specs = []
+def _as_ordinal(place: Any) -> Ordinal:
+    return tuple(map(float, place if isinstance(place, Iterable) else (place,)))
+
+
+def _matcher_specs(matcher: Mapping[str, Any]) -> list[Spec]:
+    """The entries of a group_matcher's dict."""
+    specs: list[Spec] = []
     for i, entry in enumerate(matcher.values()):
         if entry is not None:
             for pattern, suffix in [(entry, None)] if isinstance(entry, str) else entry:
@@ -129,11 +140,9 @@ def _matcher_specs(matcher: Any) -> list[tuple[Ordinal, Callable[[str], re.Match
     return specs
 
 
-def _match(
-    specs: Sequence[tuple[Ordinal, Callable[[str], re.Match[str] | None], Ordinal]], names: Iterable[str]
-) -> dict[str, Ordinal]:
+def _match(specs: Sequence[Spec], names: Iterable[str]) -> dict[str, Ordinal]:
     """The place of each name: that of the first pattern it matches, then the numbers which the pattern captures."""
-    ordinals = {}
+    ordinals: dict[str, Ordinal] = {}
     for name in names:
         ordinals[name] = TOP
         for prefix, match, suffix in specs:

@@ -22,9 +22,9 @@ class Rule:
     """Settings for the parameters whose names match.
 
     Args:
-        match: A pattern or several: a glob for the whole name (``"blocks.*.bias"``, ``*`` crosses dots), or a regular
-            expression searched for in it, compiled or as a string after ``re:`` (``r"re:^blocks\\.[0-3]\\."``). All names of
-            a tied parameter count.
+        match: A pattern or several: a glob for the whole name (``"blocks.*.bias"``, ``*`` crosses dots), or a
+            regular expression searched for in it, compiled or after ``re:`` (``r"re:^blocks\\.[0-3]\\."``). All names
+            of a tied parameter count.
         lr: Learning rate; layer decay does not scale it.
         lr_mult: Factor of the learning rate that layer decay leaves.
         weight_decay: Weight decay of the parameters that ``no_decay`` does not exempt.
@@ -34,8 +34,8 @@ class Rule:
         others: Other options of a group, such as ``betas``, ``eps`` or ``momentum``.
 
     Raises:
-        ValueError: A number is negative or not finite, two settings exclude each other, nothing is set, or an option looks
-            like a misspelled setting.
+        ValueError: A number is negative or not finite, two settings exclude each other, nothing is set, or an option
+            looks like a misspelled setting.
         TypeError: A setting has another type.
     """
 
@@ -78,8 +78,8 @@ class Rule:
             raise ValueError(f"a rule that freezes should set nothing else but sets: {', '.join(settings)}")
         if not freeze and not settings:
             raise ValueError(f"the rule for {match!r} should set something")
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        for name, setting in values.items():
+            object.__setattr__(self, name, setting)
 
 
 def as_patterns(match: PatternLike | Sequence[PatternLike]) -> Sequence[PatternLike]:
@@ -131,5 +131,5 @@ def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} should be a number but is: {value!r}")
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} should be finite and >= 0 but is: {value}")

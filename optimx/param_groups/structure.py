@@ -25,7 +25,7 @@ Ordinal = tuple[float, ...]
 
 
 def layer_ordinals(root: Node) -> dict[str, Ordinal]:
-    """Each parameter name's place: ``(0,)`` before the first repeated layer, ``(i,)`` in the i-th, ``TOP`` after the last.
+    """Each name's place: ``(0,)`` before the first repeated layer, ``(i,)`` in the i-th, ``TOP`` after the last.
 
     What lies between two repeated layers goes with the next one if it opens the part of the model that this one is the
     first of (a stage's downsampling before its blocks), else with the previous one. A norm layer that directly
@@ -63,11 +63,11 @@ def layer_ordinals(root: Node) -> dict[str, Ordinal]:
 
 def repeated_layers(root: Node) -> list[Node]:
     """The layers in the order of their definition: what containers hold that is of a class they hold several times."""
-    stacks = _stacks(root)
+    # the richest first: a block of a network repeats within itself, too
+    stacks = _stacks(root, 3) or _stacks(root, 2)
     if not stacks:
         # an MLP is a stack of single layers
-        plain = [node for node in (root, *root.children.values()) if _is_container(node)]
-        stacks = [stack for node in plain[:1] if (stack := _repeated(node, composite=False))]
+        return [layer for node in (root, *root.children.values()) for layer in _repeated(node, 1)]
     sizes: Counter[type] = Counter()
     for stack in stacks:
         for node in stack:
@@ -91,44 +91,44 @@ def _members(node: Node, classes: set[type]) -> Iterator[Node]:
             yield from _members(child, classes)
 
 
-def _stacks(node: Node) -> list[list[Node]]:
-    inner = [stack for child in node.children.values() for stack in _stacks(child)]
-    stack = _repeated(node)
-    if not stack or (inner and _are_stages(stack, inner)):
+def _stacks(node: Node, modules: int) -> list[list[Node]]:
+    inner = [stack for child in node.children.values() for stack in _stacks(child, modules)]
+    stack = _repeated(node, modules)
+    if not stack or (inner and _are_stages(stack, modules)):
         return inner
     return [stack]
 
 
-def _are_stages(stack: list[Node], inner: list[list[Node]]) -> bool:
+def _are_stages(stack: list[Node], modules: int) -> bool:
     """Whether the layers are those further in: stages of a pyramid change the width, a mixture's experts do not."""
-    within = [node for node in stack if _is_plain(node) and any(_stacks(node))]
-    if within:
+    if any(type(node.module) in CONTAINERS and _stacks(node, modules) for node in stack):
         return True
     shapes: dict[type, set[Any]] = {}
-    for layers in inner:
-        shapes.setdefault(type(layers[-1].module), set()).add(tuple(layers[-1].all_shapes()))
+    for node in stack:
+        for container in (node, *node.children.values()):
+            if layers := _repeated(container, modules):
+                shapes.setdefault(type(layers[-1].module), set()).add(tuple(layers[-1].all_shapes()))
     return any(len(kinds) > 1 for kinds in shapes.values())
 
 
-def _repeated(node: Node, composite: bool = True) -> list[Node]:
-    """A container's children of classes that it holds several times; with modules of their own, if ``composite``."""
+def _repeated(node: Node, modules: int) -> list[Node]:
+    """What a container holds of classes that it holds several times, in which so many modules have parameters.
+
+    A sequence may begin with a stem and end with a head; all of a list are layers as soon as one repeats.
+    """
     if not _is_container(node):
         return []
     children = [
-        child
-        for child in node.children.values()
-        if child.all_shapes() and (not composite or any(below.all_shapes() for below in child.children.values()))
+        child for child in node.children.values() if sum(bool(below.params) for below in child.walk()) >= modules
     ]
     counts = Counter(type(child.module) for child in children)
-    return [child for child in children if counts[type(child.module)] > 1]
+    if max(counts.values(), default=0) < 2:
+        return []
+    return [child for child in children if counts[type(child.module)] > 1 or not isinstance(node.module, nn.Sequential)]
 
 
 def _is_container(node: Node) -> bool:
     return isinstance(node.module, CONTAINERS)
-
-
-def _is_plain(node: Node) -> bool:
-    return type(node.module) in CONTAINERS
 
 
 def _names(node: Node) -> list[str]:
