@@ -8,6 +8,26 @@ from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
 from ._schedule import Absolute, Schedule
+from .greedy import GreedyLR
+from .hugging_face import get_scheduler
+from .named import (
+    REXLR,
+    SGDR,
+    WSDLR,
+    InverseSqrtLR,
+    InverseTimeLR,
+    LinearCosineLR,
+    NaturalExpLR,
+    NoamLR,
+    PiecewiseConstantLR,
+    TanhLR,
+    WarmupConstantLR,
+    WarmupCosineLR,
+    WarmupExponentialLR,
+    WarmupLinearLR,
+    WarmupMultiStepLR,
+    WarmupPolynomialLR,
+)
 from .phases import CONVENTIONS, Convention, Cooldown, Hold, Phases, Product, Warmup
 from .restarts import Cyclic, OneCycle, Restarts
 from .schedule_lr import ScheduleLR
@@ -31,13 +51,13 @@ from .schedules import (
     Polynomial,
     Tanh,
 )
+from .warmup_lr import PlateauWithWarmup, WarmupLR
 
 __all__ = sorted(
     {
         *_torch.__all__,
-        "CONVENTIONS",
-        "REX",
         "Absolute",
+        "CONVENTIONS",
         "Constant",
         "Convention",
         "Cooldown",
@@ -45,26 +65,47 @@ __all__ = sorted(
         "CosineWithHardRestarts",
         "Cyclic",
         "Exponential",
+        "GreedyLR",
         "Hold",
         "InverseSqrt",
+        "InverseSqrtLR",
         "InverseTime",
+        "InverseTimeLR",
         "Linear",
         "LinearCosine",
+        "LinearCosineLR",
         "MultiStep",
+        "NaturalExpLR",
         "NaturalExponential",
         "Noam",
+        "NoamLR",
         "NormalizedExponential",
         "OneCycle",
         "OneMinusPower",
         "OneMinusSqrt",
         "Phases",
         "Piecewise",
+        "PiecewiseConstantLR",
+        "PlateauWithWarmup",
         "Polynomial",
         "Product",
+        "REX",
+        "REXLR",
         "Restarts",
+        "SGDR",
         "Schedule",
         "ScheduleLR",
         "Tanh",
+        "TanhLR",
+        "WSDLR",
         "Warmup",
+        "WarmupConstantLR",
+        "WarmupCosineLR",
+        "WarmupExponentialLR",
+        "WarmupLR",
+        "WarmupLinearLR",
+        "WarmupMultiStepLR",
+        "WarmupPolynomialLR",
+        "get_scheduler",
     }
 )

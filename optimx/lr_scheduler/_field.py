@@ -32,7 +32,7 @@ class Field:
         self.schedules: Schedule | tuple[Schedule, ...] = (
             schedules if isinstance(schedules, Schedule) else check_schedules(f"schedules of {name}", schedules)
         )
-        self._check_number(groups)
+        self._check_number(len(groups))
         each = (self.schedules,) if isinstance(self.schedules, Schedule) else self.schedules
         self._absolutes = [schedule.absolutes for schedule in each]
         self._initials: list[Any] = []
@@ -40,7 +40,7 @@ class Field:
 
     def check(self, groups: Sequence[Group], bases: Sequence[float] | None = None) -> None:
         """ValueError for a group whose own value is below an absolute floor. Nothing is changed."""
-        own = self._read(groups) if bases is None else bases
+        own = self.read(groups) if bases is None else bases
         for i, base in enumerate(own):
             for absolute in self._absolutes[0 if isinstance(self.schedules, Schedule) else i]:
                 if absolute.value > base:
@@ -50,21 +50,13 @@ class Field:
 
     def update(self, groups: Sequence[Group], step: int) -> None:
         """Write the values of a step into the groups; tensors keep their identity."""
-        for group, value in zip(groups, self.values(groups, step), strict=True):
-            current = group[self.key]
-            part = current if self.index is None else current[self.index]
-            if isinstance(part, Tensor):
-                part.fill_(value)
-            elif self.index is None:
-                group[self.key] = value
-            else:
-                group[self.key] = type(current)((*current[: self.index], value, *current[self.index + 1 :]))
+        for group, value in zip(groups, self.values(step, self.refresh(groups)), strict=True):
+            write(group, self.key, value, self.index)
 
-    def values(self, groups: Sequence[Group], step: int) -> list[float]:
+    def values(self, step: int, bases: Sequence[float]) -> list[float]:
         """The values of a step, a group each."""
-        bases = self.refresh(groups)
         if not isinstance(self.schedules, Schedule):
-            self._check_number(groups)
+            self._check_number(len(bases))
             return [schedule.value(step, base) for schedule, base in zip(self.schedules, bases, strict=True)]
         if self._absolutes[0]:
             return [self.schedules.value(step, base) for base in bases]
@@ -96,18 +88,47 @@ class Field:
             else:
                 group[key] = type(own)((*own[: self.index], base, *own[self.index + 1 :]))
 
-    def _read(self, groups: Sequence[Group]) -> list[float]:
+    def read(self, groups: Sequence[Group]) -> list[float]:
+        """Each group's own value, as :meth:`refresh` would find it. Nothing is changed."""
         return [self._number(group.get(f"initial_{self.key}", group[self.key])) for group in groups]
 
     def _number(self, value: Any) -> float:
         return float(value if self.index is None else value[self.index])
 
-    def _check_number(self, groups: Sequence[Group]) -> None:
-        if isinstance(self.schedules, tuple) and len(self.schedules) != len(groups):
+    def _check_number(self, groups: int) -> None:
+        if isinstance(self.schedules, tuple) and len(self.schedules) != groups:
             raise ValueError(
-                f"schedules of {self.name} should be one, or one for each of the {len(groups)} param_groups, "
+                f"schedules of {self.name} should be one, or one for each of the {groups} param_groups, "
                 f"but are: {len(self.schedules)}"
             )
+
+
+def write(group: Group, key: str, value: Any, index: int | None = None) -> None:
+    """Set a number of a group, or one of a pair; a tensor keeps its identity."""
+    current = group[key]
+    part = current if index is None else current[index]
+    if isinstance(part, Tensor):
+        part.fill_(value)
+    elif index is None:
+        group[key] = value
+    else:
+        group[key] = type(current)((*current[:index], value, *current[index + 1 :]))
+
+
+def current_lrs(groups: Sequence[Group]) -> list[Any]:
+    """The groups' learning rates; of tensors, copies."""
+    return [_copy(group["lr"]) for group in groups]
+
+
+def per_group(name: str, value: float | Sequence[float], number: int) -> list[float]:
+    """A number for each group, >= 0, from one for all or one for each."""
+    values = [float(item) for item in value] if isinstance(value, Sequence) else [float(value)] * number
+    if len(values) != number:
+        raise ValueError(f"{name} should be one, or one for each of the {number} param_groups, but are: {values}")
+    for i, item in enumerate(values):
+        if not item >= 0:
+            raise ValueError(f"{name}[{i}] should be >= 0 but is: {item}")
+    return values
 
 
 def _copy(value: Any) -> Any:

@@ -114,9 +114,10 @@ class Warmup(Schedule):
         # the projects that have a logarithm all use ln(n) / ln(steps), complete on the last step
         early = convention.warmup_to == "last" or self.shape == "log"
         end = self.steps - (early and self.shape != "constant")
-        if step >= end:
+        # a single step that is to begin with its start does
+        if step >= self.steps or step >= end > begin:
             return target
-        x = (step - begin) / (end - begin)
+        x = (step - begin) / (end - begin) if end > begin else 0.0
         if self.shape == "exponential":
             return start * (target / start) ** x if start > 0 else target
         return start + (target - start) * _RAMPS[self.shape](x, end - begin)
@@ -131,7 +132,7 @@ _RAMPS: dict[str, Callable[[float, int], float]] = {
     "cosine": lambda x, steps: 0.5 * (1.0 - math.cos(math.pi * x)),
     "sqrt": lambda x, steps: math.sqrt(x),
     "1-sqrt": lambda x, steps: 1.0 - math.sqrt(1.0 - x),
-    "log": lambda x, steps: math.log1p(x * steps) / math.log1p(steps),
+    "log": lambda x, steps: math.log1p(x * steps) / math.log1p(max(steps, 1)),
     "constant": lambda x, steps: 0.0,
 }
 
@@ -236,8 +237,9 @@ class Phases(Schedule):
     def _starts(self) -> tuple[int, ...]:
         return tuple(accumulate((phase.steps or 0 for phase in self.phases[:-1]), initial=0))
 
-    @cached_property
-    def _convention(self) -> Convention:
+    @property
+    def resolved(self) -> Convention:
+        """The convention that its name stands for."""
         return self.convention if isinstance(self.convention, Convention) else CONVENTIONS[self.convention]
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
@@ -247,12 +249,12 @@ class Phases(Schedule):
     def _phase(self, i: int, step: float, peak: float, base: float, lead: int, tail: int) -> float:
         phase, begin = self.phases[i], self._starts[i]
         if isinstance(phase, Warmup):
-            return phase.ramp(step - begin, self._target(i, step, peak, base), self._convention)
+            return phase.ramp(step - begin, self._target(i, step, peak, base), self.resolved)
         if begin:
             lead = self._lead(i)
         if i < len(self.phases) - 1:
             tail = 0
-        elif self._convention.decay_to == "last":
+        elif self.resolved.decay_to == "last":
             tail = 1
         if isinstance(phase, (Hold, Cooldown)):
             peak = self._reached(i, peak, base, lead)
@@ -260,21 +262,21 @@ class Phases(Schedule):
 
     def _lead(self, i: int) -> int:
         """How many steps before its own first one a phase's clock begins."""
-        if self._convention.decay_from == "start":
+        if self.resolved.decay_from == "start":
             return self._starts[i] if all(isinstance(phase, Warmup) for phase in self.phases[:i]) else 0
-        return int(self._convention.decay_from == "last" and self.phases[i].overlaps)
+        return int(self.resolved.decay_from == "last" and self.phases[i].overlaps)
 
     def _target(self, i: int, step: float, peak: float, base: float) -> float:
         """What a warmup rises to."""
         end = self._starts[i] + (self.phases[i].steps or 0)
         following = bisect_right(self._starts, end) - 1
-        if following == i or self._convention.target == "peak":
+        if following == i or self.resolved.target == "peak":
             return peak
-        if self._convention.target == "product":
+        if self.resolved.target == "product":
             return self._phase(following, step, peak, base, 0, 0)
         if isinstance(self.phases[following], Warmup):
             return self._phase(following, end, peak, base, 0, 0)
-        lead = self._lead(following) if self._convention.decay_from == "start" else 0
+        lead = self._lead(following) if self.resolved.decay_from == "start" else 0
         return self.phases[following].at(0, peak, base, lead)
 
     def _reached(self, i: int, peak: float, base: float, lead: int) -> float:

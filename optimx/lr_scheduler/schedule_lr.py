@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._field import Field
+from ._field import Field, current_lrs, per_group
 from ._schedule import Schedule, as_steps, one_of
 
 #: What may be scheduled, and by what: one schedule, or one for each group.
@@ -53,7 +53,7 @@ class ScheduleLR(LRScheduler):
         base_lrs: float | Sequence[float] | None = None,
         on_mismatch: Literal["error", "use_new", "use_checkpoint"] = "error",
     ) -> None:
-        # not super().__init__(): it replaces optimizer.step by a counting one to warn of calls in the wrong order, which
+        # not super().__init__(): it replaces optimizer.step by a counting one, to warn of calls in the wrong order; that
         # fails where step was replaced already, and warns falsely where a GradScaler skipped the first step
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer should be an Optimizer but is: {type(optimizer).__name__}")
@@ -61,9 +61,8 @@ class ScheduleLR(LRScheduler):
         self.on_mismatch = one_of("on_mismatch", on_mismatch, ("error", "use_new", "use_checkpoint"))
         self.last_epoch = as_steps("last_epoch", last_epoch, least=-1)
         self.optimizer = optimizer
-        by_field = schedule if isinstance(schedule, Mapping) else {"lr": schedule}
-        self._fields = {name: Field(name, schedules, optimizer) for name, schedules in by_field.items()}
-        bases = _per_group("base_lrs", base_lrs, len(groups))
+        self._fields = _fields(schedule if isinstance(schedule, Mapping) else {"lr": schedule}, optimizer)
+        bases = None if base_lrs is None else per_group("base_lrs", base_lrs, len(groups))
         for name, field in self._fields.items():
             field.check(groups, bases if name == "lr" else None)
         for name, field in self._fields.items():
@@ -71,6 +70,13 @@ class ScheduleLR(LRScheduler):
             if name == "lr" and bases is not None:
                 field.set_bases(groups, bases)
         self._initial_step()
+
+    def _set_schedules(self, by_field: Mapping[str, Schedules]) -> None:
+        """Take other schedules, whose values come with the next step."""
+        fields = _fields(by_field, self.optimizer)
+        for field in fields.values():
+            field.check(self.optimizer.param_groups)
+        self._fields = fields
 
     @property
     def schedule(self) -> Any:
@@ -80,7 +86,10 @@ class ScheduleLR(LRScheduler):
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of the current step, a group each."""
-        return [*self._values("lr", max(self.last_epoch, 0))]
+        if "lr" not in self._fields:
+            return current_lrs(self.optimizer.param_groups)
+        (values,) = self.preview(1, max(self.last_epoch, 0))
+        return [*values]
 
     def step(self, epoch: int | None = None) -> None:
         """Go on to the next step, or to any step.
@@ -101,12 +110,7 @@ class ScheduleLR(LRScheduler):
         for field in self._fields.values():
             field.update(groups, self.last_epoch)
         self.base_lrs = [*self._fields["lr"].bases] if "lr" in self._fields else []
-        self._last_lr = _current_lrs(groups)
-
-    def _values(self, field: str, step: int) -> list[float]:
-        if field not in self._fields and field == "lr":
-            return [float(lr) for lr in _current_lrs(self.optimizer.param_groups)]
-        return self._fields[one_of("field", field, self._fields)].values(self.optimizer.param_groups, step)
+        self._last_lr = current_lrs(groups)
 
     def preview(self, n: int, start: int = 0, field: str = "lr") -> list[list[float]]:
         """The values of ``n`` steps from ``start``: for each step a list of each group's. Nothing is changed.
@@ -117,7 +121,9 @@ class ScheduleLR(LRScheduler):
             field: Which hyperparameter (default: ``"lr"``).
         """
         first = as_steps("start", start)
-        return [self._values(field, step) for step in range(first, first + as_steps("n", n))]
+        scheduled = self._fields[one_of("field", field, self._fields)]
+        bases = scheduled.read(self.optimizer.param_groups)
+        return [scheduled.values(step, bases) for step in range(first, first + as_steps("n", n))]
 
     def plot(self, path: str | os.PathLike[str], n: int | None = None, field: str = "lr") -> None:
         """Draw the values of the first ``n`` steps into an image file (needs matplotlib).
@@ -146,7 +152,7 @@ class ScheduleLR(LRScheduler):
             "_step_count": self._step_count,
             "_last_lr": [float(lr) for lr in self._last_lr],
             # as a member of a SequentialLR that has passed it, or not begun it, the learning rates are another's
-            "in_force": _current_lrs(self.optimizer.param_groups) == self._last_lr,
+            "in_force": current_lrs(self.optimizer.param_groups) == self._last_lr,
             "bases": {name: [*field.bases] for name, field in self._fields.items()},
             "schedules": {name: _plain(field.schedules) for name, field in self._fields.items()},
         }
@@ -193,9 +199,7 @@ class ScheduleLR(LRScheduler):
     def _take(self, state: Mapping[str, Any]) -> None:
         if not state.get("schedules"):
             raise ValueError(f"state_dict should have 'schedules' for 'use_checkpoint' but has: {sorted(state)}")
-        fields = {
-            name: Field(name, _from_plain(schedules), self.optimizer) for name, schedules in state["schedules"].items()
-        }
+        fields = _fields({name: _from_plain(plain) for name, plain in state["schedules"].items()}, self.optimizer)
         groups = self.optimizer.param_groups
         for name, field in fields.items():
             field.check(groups, state["bases"][name])
@@ -204,20 +208,15 @@ class ScheduleLR(LRScheduler):
         self._fields = fields
 
 
-def _current_lrs(groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
-    return [group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
-
-
-def _per_group(name: str, value: float | Sequence[float] | None, number: int) -> list[float] | None:
-    if value is None:
-        return None
-    values = [float(item) for item in value] if isinstance(value, Sequence) else [float(value)] * number
-    if len(values) != number:
-        raise ValueError(f"{name} should be one, or one for each of the {number} param_groups, but are: {values}")
-    for i, item in enumerate(values):
-        if not item >= 0:
-            raise ValueError(f"{name}[{i}] should be >= 0 but is: {item}")
-    return values
+def _fields(by_field: Mapping[str, Schedules], optimizer: Optimizer) -> dict[str, Field]:
+    if not by_field:
+        raise ValueError("schedule should be of one field or more but is: {}")
+    fields = [Field(name, schedules, optimizer) for name, schedules in by_field.items()]
+    names = [field.name for field in fields]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"a field should have one schedule but {name} has: {names.count(name)}")
+    return dict(zip(names, fields, strict=True))
 
 
 def _plain(schedules: Schedule | tuple[Schedule, ...]) -> Any:

@@ -1,0 +1,224 @@
+"""A warmup around schedulers that are no functions of the step: torch's own, and ReduceLROnPlateau."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from typing import Any, Literal, SupportsFloat
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ._field import current_lrs, write
+from ._schedule import Schedule, as_steps
+from .phases import Convention, Hold, Phases, Warmup
+from .schedule_lr import ScheduleLR
+
+
+def as_warmup(warmup_steps: int | Warmup) -> Warmup:
+    """A number of steps stands for a linear warmup from 0."""
+    return warmup_steps if isinstance(warmup_steps, Warmup) else Warmup(as_steps("warmup_steps", warmup_steps))
+
+
+class WarmupLR(ScheduleLR):
+    """A warmup before any schedule or any torch scheduler.
+
+    A torch scheduler is built first, on the same optimizer, and from then on stepped by this one alone. The warmup
+    rises to the learning rates that it set when it was built.
+
+    Args:
+        optimizer: Any torch optimizer.
+        after: A schedule, or a torch scheduler of this optimizer (not ReduceLROnPlateau, see
+            :class:`PlateauWithWarmup`).
+        warmup_steps: Length of a linear warmup from zero, or a :class:`Warmup`.
+        convention: See :class:`Convention` (default: ``"every-step"``: the scheduler's first value is applied once,
+            on the last step of the warmup).
+        options: ``last_epoch`` (with a schedule), ``base_lrs`` (with a schedule) and ``on_mismatch`` of
+            :class:`ScheduleLR`.
+
+    Raises:
+        TypeError: ``after`` is neither schedule nor scheduler.
+        ValueError: ``after`` is of another optimizer, or the convention lets it run ahead of the warmup's end.
+    """
+
+    after: Any = None
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        after: Schedule | LRScheduler,
+        warmup_steps: int | Warmup,
+        *,
+        convention: str | Convention = "every-step",
+        **options: Any,
+    ) -> None:
+        warmup = as_warmup(warmup_steps)
+        if isinstance(after, Schedule):
+            super().__init__(optimizer, Phases((warmup, after), convention), **options)
+            return
+        if isinstance(after, ReduceLROnPlateau):
+            raise ValueError("after should be a scheduler without a metric: write PlateauWithWarmup instead")
+        if not isinstance(after, LRScheduler):
+            raise TypeError(f"after should be a Schedule or a torch scheduler but is: {type(after).__name__}")
+        if after.optimizer is not optimizer:
+            raise ValueError("after should be a scheduler of this optimizer but is one of another")
+        for name in options:
+            if name != "on_mismatch":
+                raise TypeError(f"{name} should be given to the torch scheduler, as it is not taken with one")
+        self._wrap(optimizer, after, warmup, convention, **options)
+
+    def _wrap(
+        self, optimizer: Optimizer, after: Any, warmup: Warmup, convention: str | Convention, **options: Any
+    ) -> None:
+        ramp = Phases((warmup, Hold()), convention)
+        if ramp.resolved.decay_from == "start" and ramp.resolved.target != "product":
+            raise ValueError(
+                "convention should begin the scheduler after the warmup, or be a product, as it cannot be asked for "
+                f"later values, but is: {convention}"
+            )
+        self.after = after
+        self._after_epoch = 0
+        self._after_lrs = current_lrs(optimizer.param_groups)
+        super().__init__(optimizer, ramp, **options)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Length of the warmup."""
+        return self._ramp.phases[0].steps or 0
+
+    @property
+    def _ramp(self) -> Phases:
+        (field,) = self._fields.values()
+        ramp = field.schedules
+        assert isinstance(ramp, Phases)
+        return ramp
+
+    def get_lr(self) -> list[float | Tensor]:
+        return super().get_lr() if self.after is None else [*self._last_lr]
+
+    def preview(self, n: int, start: int = 0, field: str = "lr") -> list[list[float]]:
+        if self.after is not None:
+            raise TypeError(f"preview should be of a schedule, which {type(self.after).__name__} is not")
+        return super().preview(n, start, field)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        if self.after is not None and epoch not in (None, 0, self.last_epoch + 1):
+            raise ValueError(f"epoch should be None, as {type(self.after).__name__} goes step by step, but is: {epoch}")
+        super()._update_lr(epoch)
+
+    def _write(self) -> None:
+        if self.after is None:
+            super()._write()
+            return
+        while self._after_epoch < self._due():
+            self._step_after()
+        self._write_product()
+
+    def _due(self) -> int:
+        """The step that the wrapped scheduler should be at."""
+        convention = self._ramp.resolved
+        if convention.decay_from == "start":
+            return self.last_epoch
+        early = convention.decay_from == "last" and self.warmup_steps > 0
+        return max(self.last_epoch - self.warmup_steps + early, 0)
+
+    def _step_after(self, *metrics: Any) -> None:
+        """Step the wrapped scheduler as if there were no warmup."""
+        self._set_lrs(self._after_lrs)
+        self.after.step(*metrics)
+        self._after_lrs = current_lrs(self.optimizer.param_groups)
+        self._after_epoch += 1
+
+    def _write_product(self) -> None:
+        factor = self._ramp(self.last_epoch)
+        # of a group that was added later
+        self._after_lrs += current_lrs(self.optimizer.param_groups[len(self._after_lrs) :])
+        self._set_lrs([lr * factor for lr in self._after_lrs])
+        self._last_lr = current_lrs(self.optimizer.param_groups)
+
+    def _set_lrs(self, lrs: Sequence[float | Tensor]) -> None:
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
+            write(group, "lr", lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if self.after is None:
+            return state
+        return state | {
+            "after_type": type(self.after).__name__,
+            "after": self.after.state_dict(),
+            "after_epoch": self._after_epoch,
+            "after_lrs": [float(lr) for lr in self._after_lrs],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        if self.after is None:
+            super().load_state_dict(state_dict)
+            return
+        if state_dict.get("after_type") != type(self.after).__name__:
+            raise ValueError(
+                f"state_dict should be of a warmup around {type(self.after).__name__} "
+                f"but is of one around: {state_dict.get('after_type')}"
+            )
+        super().load_state_dict({**state_dict, "in_force": False})
+        # some of torch's schedulers take keys out of what they load
+        self.after.load_state_dict(deepcopy(state_dict["after"]))
+        self._after_epoch = state_dict["after_epoch"]
+        self._after_lrs = [*state_dict["after_lrs"]]
+        if state_dict["in_force"]:
+            self._write_product()
+
+
+class PlateauWithWarmup(WarmupLR):
+    """ReduceLROnPlateau after, or inside, a warmup; checkpointed as a whole.
+
+    ``step()`` after every optimizer step counts the warmup; ``step(metric)`` or, if the steps are counted elsewhere,
+    ``report(metric)`` also hands the metric on. The learning rate is the product of both.
+
+    Args:
+        optimizer: Any torch optimizer.
+        warmup_steps: Length of a linear warmup from zero, or a :class:`Warmup`.
+        during_warmup: Metrics count before the warmup is over, too (default: False).
+        convention: See :class:`Convention` (default: ``"every-step"``).
+        on_mismatch: See :class:`ScheduleLR` (default: ``"error"``).
+        plateau: Arguments of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int | Warmup,
+        *,
+        during_warmup: bool = False,
+        convention: str | Convention = "every-step",
+        on_mismatch: Literal["error", "use_new", "use_checkpoint"] = "error",
+        **plateau: Any,
+    ) -> None:
+        self.during_warmup = during_warmup
+        after = ReduceLROnPlateau(optimizer, **plateau)
+        self._wrap(optimizer, after, as_warmup(warmup_steps), convention, on_mismatch=on_mismatch)
+
+    def _due(self) -> int:
+        """Metrics are what steps it."""
+        return self._after_epoch
+
+    def report(self, metrics: SupportsFloat) -> None:
+        """Hand a metric on without counting a step.
+
+        Args:
+            metrics: What the plateau is looked for in, such as the validation loss.
+        """
+        if self.during_warmup or self.last_epoch >= self.warmup_steps:
+            self._step_after(metrics)
+            self._write_product()
+
+    def step(self, metrics: SupportsFloat | None = None) -> None:  # type: ignore[override]
+        """Go on to the next step.
+
+        Args:
+            metrics: What the plateau is looked for in (default: None, only the warmup goes on).
+        """
+        if metrics is not None:
+            self.report(metrics)
+        super().step()
