@@ -59,7 +59,7 @@ PRESETS: dict[str, Preset] = {
         "https://arxiv.org/abs/1512.03385, epochs of pytorch/examples, batch size rule of https://arxiv.org/abs/1706.02677",
         {
             "optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
-            "groups": {"no_decay": None},
+            "groups": {"no_decay": []},
             "schedule": {"name": "multi_step", "total": "90ep", "milestones": ["30ep", "60ep"], "gamma": 0.1},
             "batch_scaling": {"batch": 256, "reference": 256, "rule": "linear"},
         },
@@ -74,7 +74,7 @@ PRESETS: dict[str, Preset] = {
         "https://arxiv.org/abs/1511.06434, section 4",
         {
             "optimizer": {"name": "adam", "lr": 2e-4, "betas": [0.5, 0.999], "weight_decay": 0.0},
-            "groups": {"no_decay": None},
+            "groups": {"no_decay": []},
         },
     ),
     "ppo": Preset(
@@ -82,7 +82,7 @@ PRESETS: dict[str, Preset] = {
         "https://arxiv.org/abs/1707.06347, table 5; eps and clipping of openai/baselines",
         {
             "optimizer": {"name": "adam", "lr": 2.5e-4, "eps": 1e-5, "weight_decay": 0.0, "max_grad_norm": 0.5},
-            "groups": {"no_decay": None},
+            "groups": {"no_decay": []},
             "schedule": {"name": "linear"},
         },
     ),

@@ -58,7 +58,7 @@ class GroupsConfig:
 
     Attributes:
         no_decay: Who gets no weight decay: ``"auto"`` (norms, biases, 0-D and 1-D parameters, the model's own hints),
-            patterns of names, or None (default: ``"auto"``).
+            patterns of names, of which none is nobody (default: ``"auto"``).
         layer_decay: The lr of a layer over that of the next layer up, in (0, 1] (default: None, all the same).
         layers: Which layer a parameter is in, where the model's structure does not say it: a function of its name, or
             ordered patterns.
@@ -78,6 +78,10 @@ class GroupsConfig:
     rules: tuple[dict[str, Any], ...] = ()
     freeze: tuple[str, ...] = ()
     include_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        # no file but YAML and JSON has a null
+        self.no_decay = () if self.no_decay is None else self.no_decay
 
 
 @dataclass
@@ -160,8 +164,10 @@ class Config:
 def _to_dict(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         table = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        # of what is empty only the exceptional is said: nobody is without decay
+        empty = {name for name, item in table.items() if item == () and name != "no_decay"}
         table |= table.pop("args", {})
-        value = {key: item for key, item in table.items() if item is not None and item != () and item != {}}
+        value = {key: item for key, item in table.items() if item is not None and key not in empty}
     if isinstance(value, Mapping):
         return {key: _to_dict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
