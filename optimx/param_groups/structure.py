@@ -32,17 +32,18 @@ def layer_ordinals(root: Node) -> dict[str, Ordinal]:
     follows the last one is told apart from ``TOP``.
     """
     layers = set(repeated_layers(root))
-    total = len(layers)
+    total = len({node.module for node in layers})
     ordinals: dict[str, Ordinal] = {}
-    seen = 0
+    # a module that is there several times is one layer
+    numbers: dict[nn.Module, int] = {}
 
     def visit(node: Node, opened: int, follows: bool) -> None:
         """``opened``: layers before the innermost part around it that has layers. ``follows``: that is its parent."""
-        nonlocal seen
         if node in layers:
-            seen += 1
-            ordinals.update((name, (float(seen),)) for name in _names(node))
+            number = numbers.setdefault(node.module, len(numbers) + 1)
+            ordinals.update((name, (float(number),)) for name in _names(node))
             return
+        seen = len(numbers)
         has_layers = any(below in layers for below in node.walk())
         opened = seen if has_layers else opened
         if seen == 0:

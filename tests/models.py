@@ -1,0 +1,77 @@
+"""Small models of timm and transformers with random weights, built where these are installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+if importlib.util.find_spec("torchvision"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # its CUDA build finds no operators beside a CPU build of torch; they only have to be declared
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+def timm_model(cls: str, **config: object) -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return getattr(timm.models, cls)(num_classes=5, **config)
+
+
+def vit(depth: int = 3, cls: str = "VisionTransformer", **config: object) -> nn.Module:
+    return timm_model(cls, img_size=16, patch_size=8, embed_dim=16, depth=depth, num_heads=2, mlp_ratio=2, **config)
+
+
+def swin() -> nn.Module:
+    return timm_model(
+        "SwinTransformer", img_size=32, patch_size=2, window_size=4, embed_dim=8, depths=(1, 2, 2), num_heads=(1, 2, 4)
+    )
+
+
+def convnext() -> nn.Module:
+    return timm_model("ConvNeXt", depths=(2, 1, 3, 2), dims=(8, 16, 24, 32))
+
+
+def resnet() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    return timm_model("ResNet", block=timm.models.resnet.BasicBlock, layers=(2, 1, 2, 1), channels=(8, 16, 24, 32))
+
+
+def transformers_model(cls: str, config_cls: str, **config: object) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    return getattr(transformers, cls)(getattr(transformers, config_cls)(**config))
+
+
+BERT = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+TOKENS = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def bert() -> nn.Module:
+    return transformers_model("BertForSequenceClassification", "BertConfig", vocab_size=50, **BERT)
+
+
+def gpt2() -> nn.Module:
+    return transformers_model("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=3, n_head=2, n_positions=8, **TOKENS)
+
+
+def llama() -> nn.Module:
+    return transformers_model("LlamaForCausalLM", "LlamaConfig", **BERT, **TOKENS)
+
+
+def t5() -> nn.Module:
+    return transformers_model(
+        "T5ForConditionalGeneration", "T5Config", vocab_size=50, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+
+
+TIMM: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin, "convnext": convnext, "resnet": resnet}
+TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "gpt2": gpt2, "llama": llama, "t5": t5}
