@@ -58,7 +58,7 @@ def give_up_on_triton(error: Exception) -> None:
 
 
 def triton_problem() -> str | None:
-    """Why Triton compiles nothing here, found by compiling a kernel (for sm_90 where there is no GPU); None if it does."""
+    """Why Triton compiles nothing here, None if it does: a kernel is tried, for sm_90 where there is no GPU."""
     missing = _broken or _triton_missing()
     if missing or interpreted():
         return missing or "TRITON_INTERPRET=1: kernels are interpreted"
@@ -82,3 +82,12 @@ def triton_problem() -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def triton_version() -> str | None:
+    """None if it is not installed."""
+    if _triton_missing():
+        return None
+    import triton
+
+    return triton.__version__

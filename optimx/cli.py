@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import os
 import platform
@@ -19,13 +18,13 @@ from torch import nn
 from . import _backend
 from ._table import aligned
 from .build import build
+from .build.explanation import is_function_of_step
 from .config import ConfigError
 from .config.errors import Problem
-from .config.loading import load
+from .config.loading import load, read_file
 from .convert import convert, to_toml
-from .lr_scheduler import ScheduleLR
-from .presets import PRESETS
-from .registry import OPTIMIZERS, SCHEDULERS
+from .presets import PRESETS, TREES
+from .registry import OPTIMIZERS, SCHEDULERS, matches
 
 __all__ = ["main"]
 
@@ -74,7 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="optimx", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    doctor = commands.add_parser("doctor", help="versions, devices, which backend each gets and why, whether Triton compiles")
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which backend each gets and why, whether Triton compiles"
+    )
     doctor.set_defaults(run=_doctor)
 
     explain = commands.add_parser("explain", help="the parameter groups and learning rates that a config gives a model")
@@ -92,8 +93,12 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("override", nargs="*", metavar="KEY=VALUE", help="set over it, such as optimizer.lr=3e-4")
 
     conversion = commands.add_parser("convert", help="a config of timm, detectron2 or Hugging Face as one of ours")
-    conversion.add_argument("config", metavar="FILE", help="timm's args.yaml, detectron2's YAML, TrainingArguments as JSON")
-    conversion.add_argument("--from", dest="project", metavar="PROJECT", help="timm, detectron2 or hf (default: by its keys)")
+    conversion.add_argument(
+        "config", metavar="FILE", help="timm's args.yaml, detectron2's YAML, TrainingArguments as JSON"
+    )
+    conversion.add_argument(
+        "--from", dest="project", metavar="PROJECT", help="timm, detectron2 or hf (default: by its keys)"
+    )
     conversion.add_argument("-o", "--output", type=Path, help="a .toml or .json file (default: TOML to the terminal)")
     conversion.set_defaults(run=_convert)
 
@@ -132,21 +137,27 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    built = build(_model(arguments.model), arguments.config, arguments.override)
-    for i, (title, rows, numbers) in enumerate(built.tables()):
-        print("\n" * (i > 0) + title)
-        _show(rows, numbers)
+    found = build(_model(arguments.model), arguments.config, arguments.override).explain()
+    _show(found.groups.table, range(6))
+    print(*found.groups.notes, "", found.backends.optimizer, sep="\n")
+    _show(found.backends.table, range(1, 4))
+    reasons = {row.reason: row.backend for row in found.backends.rows if row.reason}
+    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), found.scheduler, sep="\n")
+    if found.rates:
+        _show(found.table, range(3))
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    tree = load(arguments.config, arguments.override, {name: preset.config for name, preset in PRESETS.items()})
+    tree = load(arguments.config, arguments.override, TREES)
     if arguments.model is None:
         tree.pop("groups", None)
     model = nn.Linear(1, 1, bias=False) if arguments.model is None else _model(arguments.model)
     built = build(model, tree)
-    if not isinstance(built.scheduler, ScheduleLR) or getattr(built.scheduler, "after", None) is not None:
+    if not is_function_of_step(built.scheduler):
         kind = "there is none" if built.scheduler is None else f"{type(built.scheduler).__name__} is none"
-        raise ConfigError([Problem("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))])
+        raise ConfigError(
+            [Problem("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))]
+        )
     try:
         built.scheduler.plot(arguments.output, arguments.steps)
     except ImportError as error:
@@ -161,7 +172,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is not None and output.suffix not in (".toml", ".json"):
         raise _BadInput(f"output should end with .toml or .json but is: {output}")
-    conversion = convert(load(arguments.config, expand=False), arguments.project)
+    conversion = convert(read_file(Path(arguments.config)), arguments.project)
     as_json = output is not None and output.suffix == ".json"
     text = json.dumps(conversion.config, indent=2) + "\n" if as_json else to_toml(conversion.config)
     if output is None:
@@ -170,7 +181,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         try:
             output.write_text(text, encoding="utf-8")
         except OSError as error:
-            raise _BadInput(f"output should be a file that can be written ({error.strerror}) but is: {output}") from error
+            raise _BadInput(
+                f"output should be a file that can be written ({error.strerror}) but is: {output}"
+            ) from error
     for note in conversion.notes:
         print("optimx: note:", note, file=sys.stderr)
 

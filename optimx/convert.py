@@ -1,4 +1,4 @@
-"""Configs of other projects as ours: timm's arguments, detectron2's ``SOLVER``, Hugging Face's ``TrainingArguments``."""
+"""Configs of other projects as ours: timm's arguments, detectron2's SOLVER, Hugging Face's TrainingArguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config.errors import ConfigError, Problem, nearest
 
 __all__ = ["Conversion", "convert", "to_toml"]
 
-_NOTHING = (None, False, 0, "", (), [], {})
+_NOTHING: tuple[Any, ...] = (None, False, 0, "", (), [], {})
 
 
 @dataclass
@@ -131,10 +131,10 @@ def _timm(source: _Source) -> Conversion:
         groups["no_decay"] = []
     schedule = _timm_schedule(source, optimizer.get("lr"))
     if schedule and not source.take("sched_on_updates"):
-        notes.append("timm changes the learning rate once an epoch without sched_on_updates; here it changes every step")
-    return Conversion(
-        {"optimizer": optimizer, "groups": groups, "schedule": schedule, "batch_scaling": scaling}, notes
-    )
+        notes.append(
+            "timm changes the learning rate once an epoch without sched_on_updates; here it changes every step"
+        )
+    return Conversion({"optimizer": optimizer, "groups": groups, "schedule": schedule, "batch_scaling": scaling}, notes)
 
 
 def _timm_schedule(source: _Source, lr: float | None) -> dict[str, Any]:
@@ -177,7 +177,9 @@ def _timm_schedule(source: _Source, lr: float | None) -> dict[str, Any]:
 
 def _detectron2(source: _Source) -> Conversion:
     solver = _Source(source.take("SOLVER", {}))
-    notes = [f"{source.take('_BASE_')} is not read: what it sets is left at its default"] if source.take("_BASE_") else []
+    notes = (
+        [f"{source.take('_BASE_')} is not read: what it sets is left at its default"] if source.take("_BASE_") else []
+    )
     lr, decay = solver.take("BASE_LR", 1e-3), solver.take("WEIGHT_DECAY", 1e-4)
     optimizer = {
         "name": "sgd", "lr": lr, "momentum": solver.take("MOMENTUM", 0.9), "weight_decay": decay,
@@ -188,7 +190,9 @@ def _detectron2(source: _Source) -> Conversion:
         if clip.take("CLIP_TYPE", "value") == "full_model" and clip.take("NORM_TYPE", 2.0) == 2.0:
             optimizer["max_grad_norm"] = clip.take("CLIP_VALUE", 1.0)
         else:
-            notes.append(f"not converted: SOLVER.CLIP_GRADIENTS = {dict(clip.values)!r}, only full_model by the 2-norm is")
+            notes.append(
+                f"not converted: SOLVER.CLIP_GRADIENTS = {dict(clip.values)!r}, only full_model by the 2-norm is"
+            )
     norm, bias = solver.take("WEIGHT_DECAY_NORM", 0.0), solver.take("WEIGHT_DECAY_BIAS", decay)
     groups: dict[str, Any] = {}
     if norm == bias == decay:
@@ -256,8 +260,7 @@ def _hf(source: _Source) -> Conversion:
     if warmup and name != "constant":
         schedule["warmup"] = int(warmup) if warmup >= 1 else warmup
     notes = _hf_arguments(name, _Source(_table(source.take("lr_scheduler_kwargs", {}))), schedule, lr)
-    groups = {} if optimizer["weight_decay"] else {"no_decay": []}
-    return Conversion({"optimizer": optimizer, "groups": groups, "schedule": schedule}, notes)
+    return Conversion({"optimizer": optimizer, "schedule": schedule}, notes)
 
 
 def _hf_arguments(name: str, more: _Source, schedule: dict[str, Any], lr: float) -> list[str]:
@@ -280,7 +283,9 @@ def _hf_arguments(name: str, more: _Source, schedule: dict[str, Any], lr: float)
         rate, least = more.take("min_lr_rate"), more.take("min_lr")
         schedule["floor"] = rate if rate is not None else least / lr if least is not None else None
     if name in ("constant", "constant_with_warmup"):
-        schedule.pop("total") if not isinstance(schedule.get("warmup"), float) else None
+        # of which a warmup may be a fraction
+        if not isinstance(schedule.get("warmup"), float):
+            del schedule["total"]
     for key in [key for key, value in schedule.items() if value is None]:
         del schedule[key]
     return [f"not converted: lr_scheduler_kwargs.{key} = {more.values[key]!r}" for key in more.left(re.compile(""))]

@@ -1,7 +1,7 @@
 """Configs by name for what people train, with the source of their numbers.
 
-A preset is a beginning: ``optimx.build(model, {"preset": "gpt-pretrain", "schedule": {"total": 10_000}})``. What a source
-gives in epochs needs ``schedule.steps_per_epoch``.
+A preset is a beginning: ``optimx.build(model, {"preset": "gpt-pretrain", "schedule": {"total": 10_000}})``. Where a
+source has epochs, ``schedule.steps_per_epoch`` has to be given.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["PRESETS", "Preset"]
+__all__ = ["PRESETS", "TREES", "Preset"]
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,6 @@ PRESETS: dict[str, Preset] = {
         },
     ),
 }
+
+#: Their configs by name.
+TREES = {name: preset.config for name, preset in PRESETS.items()}

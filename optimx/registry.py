@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .config.errors import ConfigError, Problem, nearest
 
-__all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "register_optimizer",
-           "register_scheduler"]  # fmt: skip
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "matches",
+           "register_optimizer", "register_scheduler"]  # fmt: skip
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 
@@ -72,7 +72,12 @@ class Registry:
     def names(self, pattern: str = "*") -> list[str]:
         """All names, or those that match a glob such as ``"adam*"``, sorted."""
         self._complete_names()
-        return sorted(name for name in self._names.values() if fnmatch(name.lower(), pattern.lower()))
+        return sorted(name for name in self._names.values() if matches(name, pattern))
+
+    def place(self, name: str) -> str:
+        """Where the thing of a name is, as ``"package.module:Class"``; imports nothing."""
+        thing = self._things[_key(name)]
+        return thing.value if isinstance(thing, metadata.EntryPoint) else f"{thing.__module__}:{thing.__qualname__}"
 
     def get(self, name: str, path: str = "") -> Any:
         """What is registered under ``name``, or the ``Class`` of ``"package.module:Class"``.
@@ -124,6 +129,11 @@ class Registry:
     def _add(self, name: str, thing: Any) -> None:
         self._names[_key(name)] = name
         self._things[_key(name)] = thing
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name matches a glob, without regard to case."""
+    return fnmatch(name.lower(), pattern.lower())
 
 
 def _key(name: str) -> str:

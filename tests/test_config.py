@@ -94,7 +94,8 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
     "namespace": lambda _: argparse.Namespace(**copy.deepcopy(TREE), seed=1, data="here"),
     "dotted_namespace": lambda _: argparse.Namespace(
         **{"optimizer": "adamw", "optimizer.lr": 1e-3, "betas": (0.9, 0.95), "optimizer.eps": None,
-           "groups.layer_decay": 0.75, "groups.rules": TREE["groups"]["rules"], "schedule": "cosine", "total": 1000, "warmup": 0.05, "seed": 1}
+           "groups.layer_decay": 0.75, "groups.rules": TREE["groups"]["rules"],
+           "schedule": "cosine", "total": 1000, "warmup": 0.05, "seed": 1}
     ),
     "dataclass": lambda _: Theirs(TheirOptimizer(), TREE["groups"], TREE["schedule"]),
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import ConfigError, Problem, nearest
 
-__all__ = ["load", "merge", "parse_value"]
+__all__ = ["load", "merge", "parse_value", "read_file"]
 
 #: Sections that may be a name alone, and attributes of a flat namespace: where their value goes.
 FLAT = {
@@ -80,7 +80,7 @@ def _tree(cfg: Any) -> Any:
     if isinstance(cfg, str) and not Path(cfg).suffix and not os.path.exists(cfg):
         return {"preset": cfg}
     if isinstance(cfg, (str, os.PathLike)):
-        return _file(Path(cfg))
+        return read_file(Path(cfg))
     if type(cfg).__module__.partition(".")[0] == "omegaconf":
         return _omegaconf(cfg)
     if isinstance(cfg, Mapping) or (dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)):
@@ -137,7 +137,12 @@ def _omegaconf(cfg: Any) -> Any:
         raise _error("cfg", f"should resolve ({error})", cfg) from error
 
 
-def _file(path: Path) -> Any:
+def read_file(path: Path) -> dict[str, Any]:
+    """The table in a TOML, YAML or JSON file. No key is there twice; 1e-3 is a number in YAML too.
+
+    Raises:
+        ConfigError: It cannot be read, has another suffix or form, or is no table.
+    """
     readers: dict[str, Callable[[str], Any]] = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -154,11 +159,11 @@ def _file(path: Path) -> Any:
         raise _error(
             "cfg", f"should be {path.suffix[1:].upper()} ({' '.join(str(error).split())})", str(path)
         ) from error
-    return {} if tree is None else tree if isinstance(tree, dict) else _not_a_table(path, tree)
-
-
-def _not_a_table(path: Path, tree: Any) -> Any:
-    raise _error(str(path), "should be a table", tree)
+    # YAML's nothing
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise _error(str(path), "should be a table", tree)
+    return tree
 
 
 def _toml(text: str) -> Any:

@@ -16,7 +16,7 @@ from .values import Rule, above, at_least
 __all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
 
 #: ``"2ep"``, ``"0.5 epochs"``
-EPOCHS = re.compile(r"(\d+(?:\.\d+)?) ?ep(?:ochs?)?")
+EPOCHS = re.compile(r"(\d{1,9}(?:\.\d+)?) ?ep(?:ochs?)?")
 
 
 def _is_duration(value: int | float | str) -> bool:

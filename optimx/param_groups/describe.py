@@ -46,21 +46,30 @@ class GroupsDescription:
     left_out: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
 
-    def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """A row for each group, after one with the names of the columns."""
+        rows: list[tuple[str, ...]] = [
             ("group", "tensors", "elements", "lr", "lr_scale", "weight_decay", "others", "names")
         ]
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
             numbers = (_number(group.settings.get(name)) for name in SHOWN[2:])
             others = ", ".join(f"{name}={value}" for name, value in group.settings.items() if name not in SHOWN)
-            table.append((*counts, *numbers, others or "-", _few(group.names)))
-        lines = list(aligned(table, numbers=range(6)))
-        lines += [f"tied: {' = '.join(names)}" for names in self.tied]
+            rows.append((*counts, *numbers, others or "-", _few(group.names)))
+        return rows
+
+    @property
+    def notes(self) -> list[str]:
+        """What the table does not say: a line each."""
+        lines = [f"tied: {' = '.join(names)}" for names in self.tied]
         for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
             if names:
                 lines.append(f"{what}: {len(names):,} ({_few(names)})")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned(self.table, numbers=range(6)), *self.notes])
 
 
 def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDescription:
