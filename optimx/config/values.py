@@ -131,7 +131,7 @@ def check_arguments(
     skip: int = 1,
     complete: bool = True,
 ) -> dict[str, Any]:
-    """``arguments`` as the annotations of ``function`` want them.
+    """``arguments`` as the annotations of ``function`` want them; those with problems are left out.
 
     Args:
         function: Or class.
@@ -147,7 +147,11 @@ def check_arguments(
     converted: dict[str, Any] = {}
     for key, value in arguments.items():
         if key in named:
-            converted[key] = convert(value, hints.get(key, Any), join(path, key), problems)
+            own = Problems()
+            fitting = convert(value, hints.get(key, Any), join(path, key), own)
+            problems.extend(own)
+            if not own:
+                converted[key] = fitting
         elif takes_any:
             converted[key] = value
         else:
