@@ -90,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (explain, plot):
         command.add_argument("config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
-        command.add_argument("override", nargs="*", metavar="KEY=VALUE", help="set over it, such as optimizer.lr=3e-4")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                             help="over it, such as optimizer.lr=3e-4")  # fmt: skip
 
     conversion = commands.add_parser("convert", help="a config of timm, detectron2 or Hugging Face as one of ours")
     conversion.add_argument(
@@ -137,18 +138,20 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    found = build(_model(arguments.model), arguments.config, arguments.override).explain()
+    found = build(_model(arguments.model), arguments.config, arguments.set).explain()
     _show(found.groups.table, range(6))
     print(*found.groups.notes, "", found.backends.optimizer, sep="\n")
     _show(found.backends.table, range(1, 4))
     reasons = {row.reason: row.backend for row in found.backends.rows if row.reason}
-    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), found.scheduler, sep="\n")
+    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), sep="\n")
+    if found.scheduler:
+        print(found.scheduler)
     if found.rates:
         _show(found.table, range(3))
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    tree = load(arguments.config, arguments.override, TREES)
+    tree = load(arguments.config, arguments.set, TREES)
     if arguments.model is None:
         tree.pop("groups", None)
     model = nn.Linear(1, 1, bias=False) if arguments.model is None else _model(arguments.model)

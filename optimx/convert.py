@@ -45,7 +45,15 @@ def convert(theirs: Mapping[str, Any], project: str | None = None) -> Conversion
         raise ConfigError([Problem("project", f"should be one of {', '.join(_PROJECTS)}", project, near)])
     function, _, about_training = _PROJECTS[project]
     source = _Source(theirs)
-    conversion = function(source)
+    try:
+        conversion = function(source)
+    except ConfigError:
+        raise
+    # theirs is anybody's: a number that is a string, a table that is a number
+    except Exception as error:
+        raise ConfigError(
+            [Problem(project, f"cannot be converted ({type(error).__name__}: {error})", theirs)]
+        ) from error
     for key in source.left(about_training):
         conversion.notes.append(f"not converted: {key} = {source.values[key]!r}")
     conversion.config = {name: section for name, section in conversion.config.items() if section}
@@ -130,6 +138,10 @@ def _timm(source: _Source) -> Conversion:
     if source.take("filter_bias_and_bn", True) is False:
         groups["no_decay"] = []
     schedule = _timm_schedule(source, optimizer.get("lr"))
+    if "layer_decay" in groups and {"floor", "warmup"} & schedule.keys():
+        notes.append(
+            "warmup_lr and min_lr are the same for all layers in timm; here they are ratios of each group's lr"
+        )
     if schedule and not source.take("sched_on_updates"):
         notes.append(
             "timm changes the learning rate once an epoch without sched_on_updates; here it changes every step"

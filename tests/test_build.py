@@ -279,6 +279,11 @@ def test_torchs_schedulers(warmup: int | None) -> None:
     assert seen == pytest.approx(drops if warmup is None else [0.25, 0.5, 0.75, *drops[:7]])
 
 
+def test_the_length_of_an_epoch_is_no_schedule() -> None:
+    """A program may always tell it."""
+    assert optimx.build(linear(), "gan", {"schedule.steps_per_epoch": 10}).scheduler is None
+
+
 # optimizers
 
 
