@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -220,14 +221,18 @@ def _detectron2(source: _Source) -> Conversion:
     total, warmup = solver.take("MAX_ITER", 40_000), solver.take("WARMUP_ITERS", 1000)
     rescaled = solver.take("RESCALE_INTERVAL", False)
     schedule = {"name": ours, "total": total, "convention": "hf" if rescaled else "detectron2"}
-    shape, start = solver.take("WARMUP_METHOD", "linear"), solver.take("WARMUP_FACTOR", 1e-3)
-    if warmup:
-        schedule["warmup"] = {"steps": warmup, "shape": shape, "start": start}
     steps, gamma, end = solver.take("STEPS", (30_000,)), solver.take("GAMMA", 0.1), solver.take("BASE_LR_END", 0.0)
+    # a warmup begins at a ratio of the first value there, of the value that it ends with here
+    meets = 1.0
     if ours == "multi_step":
         schedule |= {"milestones": [step for step in steps if step <= total], "gamma": gamma}
-    elif end:
+    else:
         schedule["floor"] = end / lr
+        if not rescaled:
+            meets = end / lr + (1 - end / lr) * 0.5 * (1 + math.cos(math.pi * warmup / total))
+    shape, start = solver.take("WARMUP_METHOD", "linear"), solver.take("WARMUP_FACTOR", 1e-3)
+    if warmup:
+        schedule["warmup"] = {"steps": warmup, "shape": shape, "start": min(start / meets, 1.0)}
     notes += [f"not converted: SOLVER.{key} = {solver.values[key]!r}" for key in solver.left(_SOLVER)]
     return Conversion({"optimizer": optimizer, "groups": groups, "schedule": schedule}, notes)
 
