@@ -237,8 +237,40 @@ def downsampled() -> nn.Module:
     return nn.ModuleDict({"downs": downs, "stages": stages, "head": nn.Linear(16, 2)})
 
 
+def small_side_list() -> nn.Module:
+    """The same, with layers as deep as blocks that hold little of the model."""
+    downs = nn.ModuleList(Block(1) for _ in range(2))
+    return nn.ModuleDict({"downs": downs, "layers": nn.ModuleList(Experts() for _ in range(3))})
+
+
+def blocks_of_lists() -> nn.Module:
+    """Funnel's: lists of equal blocks in a list."""
+    return nn.ModuleDict({"stages": nn.ModuleList(nn.ModuleList(Block() for _ in range(2)) for _ in range(2))})
+
+
+class Pairs(nn.Module):
+    """EfficientNet's block: a sequence of pairs of modules."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        pairs = (nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width)) for _ in range(2))
+        self.pairs = nn.Sequential(*pairs)
+
+
+def list_of_two_kinds() -> nn.Module:
+    """Jamba's: one attention layer among the others."""
+    return nn.ModuleDict({"layers": nn.ModuleList([Block(), Experts(), Block()]), "head": nn.Linear(4, 2)})
+
+
 def encoder_decoder() -> nn.Module:
-    layers = {"dim_feedforward": 8, "nhead": 2, "d_model": 4, "num_encoder_layers": 2, "num_decoder_layers": 2}
+    layers = {
+        "dim_feedforward": 8,
+        "nhead": 2,
+        "d_model": 4,
+        "num_encoder_layers": 2,
+        "num_decoder_layers": 2,
+        "batch_first": True,
+    }
     return nn.Transformer(**layers)
 
 
@@ -266,6 +298,10 @@ def shared_layers() -> nn.Module:
             downsampled(),
             {"downs": 0, "stages.0.0": 1, "stages.0.1": 2, "stages.1.0": 3, "stages.1.1": 4, "head": 5},
         ),
+        (small_side_list(), {"downs": 0, "layers.0": 1, "layers.1": 2, "layers.2": 3}),
+        (blocks_of_lists(), {"stages.0.0": 0, "stages.0.1": 1, "stages.1.0": 2, "stages.1.1": 3}),
+        (nn.Sequential(Pairs(2), Pairs(3), nn.Linear(3, 2)), {"0": 0, "1": 1, "2": 2}),
+        (list_of_two_kinds(), {"layers.0": 0, "layers.1": 1, "layers.2": 2, "head": 3}),
         (
             encoder_decoder(),
             {"encoder.layers.0": 0, "encoder.layers.1": 1, "encoder.norm": 1, "decoder.layers.0": 2,
@@ -276,8 +312,8 @@ def shared_layers() -> nn.Module:
         (nn.Sequential(nn.Linear(2, 4), Block(), Block(), nn.Linear(4, 2)), {"0": 0, "1": 1, "2": 2, "3": 3}),
         (nn.ModuleDict({"a": Block(), "b": Block(), "c": nn.Sequential(nn.Linear(4, 2))}), {"a": 0, "b": 1, "c": 2}),
     ],
-    ids=["plain", "down-before", "down-after", "experts", "down-apart", "encoder-decoder", "shared", "mlp",
-         "sequential", "dict"],
+    ids=["plain", "down-before", "down-after", "experts", "down-apart", "side-list", "lists", "within",
+         "two-kinds", "encoder-decoder", "shared", "mlp", "sequential", "dict"],
 )  # fmt: skip
 def test_layers_of_the_structure(model: nn.Module, expected: dict[str, int]) -> None:
     for name, layer in layer_ids(model).items():
@@ -470,6 +506,7 @@ class Wrapper(nn.Module):
 WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["", "blocks", "blocks.0", "blocks.2", "blocks.1.fc1", "norm", "head"]),
                           st.sampled_from(WRAPPERS)), min_size=1, max_size=5))  # fmt: skip
 def test_wrappers_at_any_level(wrapped: list[tuple[str, str]]) -> None:
@@ -585,8 +622,10 @@ def test_describe() -> None:
             3        1         2  0.2         2             0  eps=1e-06  head.bias
         frozen: 2 (norm.weight, norm.bias)
         trainable, in no group: 7 (embed.weight, blocks.0.norm.weight, ...)""")
-    # an optimizer's groups say more
-    assert "momentum=0.9" in str(describe(model, torch.optim.SGD(groups, momentum=0.9).param_groups))
+    # an optimizer's groups say more, most of it the same in all of them
+    lines = str(describe(model, torch.optim.SGD(groups, momentum=0.9).param_groups)).splitlines()
+    assert [line for line in lines if "momentum" in line] == [lines[5]]
+    assert lines[5].startswith("in every group: momentum=0.9, ")
     with pytest.raises(ValueError, match=r"groups\[0\] should have parameters of the model only but has 1 others"):
         describe(model, [{"params": [Parameter(torch.zeros(1))]}])
 
@@ -665,6 +704,7 @@ ERRORS = {
     "rule-misspelled": (Model, {"rules": [{"match": "*", "lr_mul": 2}]}, ValueError, "'lr_mul', did you mean 'lr_m"),
     "rule-lr-scale": (Model, {"rules": [{"match": "*", "lr_scale": 2}]}, ValueError, "set 'lr_scale': did you mean "
                       "'lr_mult'"),
+    "rule-others": (Model, {"rules": [{"match": "*", "others": {"eps": 1}}]}, ValueError, r"did you mean '\*\*others'"),
     "rule-exempt": (Model, {"rules": [{"match": "*.bias", "weight_decay": 0.1}]}, ValueError, r"rules\[0\] sets weight "
                     "decay for parameters that no_decay exempts, such as 'blocks.0.fc1.bias': add '!blocks.0.fc1.b"),
 }  # fmt: skip

@@ -241,3 +241,38 @@ def test_a_backbone_within_a_model() -> None:
     assert whole["neck.weight"] == 4
     decays = settings(model, no_decay_groups(model, 0.1), "weight_decay")
     assert decays["backbone.pos_embed"] == (0.0,)
+
+
+def test_layer_decay_of_a_vit_is_one_row() -> None:
+    """28 groups of 12 layers share a bucket."""
+    groups = layer_decay_groups(vit(depth=12), 1e-3, 0.75, weight_decay=0.05)
+    assert len(groups) == 2 * 14
+    (row,) = optimx.explain(optimx.AdamW(groups)).rows
+    assert row.groups == 28
+
+
+@pytest.mark.interpreted
+def test_layer_decay_of_a_vit_is_one_launch(triton_backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.test_kernels import record_launches
+
+    launched = record_launches(monkeypatch)
+    model = vit(depth=12).to(triton_backend)
+    optimizer = optimx.AdamW(layer_decay_groups(model, 1e-3, 0.75, weight_decay=0.05), max_grad_norm=1.0)
+    assert len(optimizer.param_groups) == 28
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert launched == ["_norm_kernel", "_finish_kernel", "_adam_kernel"]
+
+
+def test_timms_schedulers_scale_once_more() -> None:
+    """As the docstring says: ``lr`` is scaled already, and timm's schedulers multiply by ``lr_scale``."""
+    from timm.scheduler import StepLRScheduler
+
+    for taken_out in (True, False):
+        groups = layer_decay_groups(vit(), 1e-3, 0.5, weight_decay=0.05)
+        scales = [group.pop("lr_scale") if taken_out else group["lr_scale"] for group in groups]
+        optimizer = optimx.AdamW(groups)
+        StepLRScheduler(optimizer, decay_t=10, decay_rate=0.1).step(10)
+        power = 1 if taken_out else 2
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4 * s**power for s in scales])

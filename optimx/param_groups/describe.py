@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .._table import aligned
 from .names import NamedParameter, module_tree, named_parameters
+from .rules import same
 
-#: Columns of the table beside what every group says.
-SHOWN = ("params", "param_names", "lr", "lr_scale", "weight_decay")
+#: The settings that have a column of their own.
+NUMBERS = ("lr", "lr_scale", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,21 @@ class GroupsDescription:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """A row for each group, after one with the names of the columns."""
-        rows: list[tuple[str, ...]] = [
-            ("group", "tensors", "elements", "lr", "lr_scale", "weight_decay", "others", "names")
-        ]
+        rows: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, "others", "names")]
+        common = self._common()
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
-            numbers = (_number(group.settings.get(name)) for name in SHOWN[2:])
-            others = ", ".join(f"{name}={value}" for name, value in group.settings.items() if name not in SHOWN)
-            rows.append((*counts, *numbers, others or "-", _few(group.names)))
+            numbers = (_number(group.settings.get(name)) for name in NUMBERS)
+            others = {name: value for name, value in group.settings.items() if name not in (*NUMBERS, *common)}
+            rows.append((*counts, *numbers, _settings(others) or "-", _few(group.names)))
         return rows
 
     @property
     def notes(self) -> list[str]:
-        """What the table does not say: a line each."""
-        lines = [f"tied: {' = '.join(names)}" for names in self.tied]
+        """What the table does not say, a line each."""
+        common = self._common()
+        lines = [f"in every group: {_settings(common)}"] if common else []
+        lines += [f"tied: {' = '.join(names)}" for names in self.tied]
         for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
             if names:
                 lines.append(f"{what}: {len(names):,} ({_few(names)})")
@@ -70,6 +72,17 @@ class GroupsDescription:
 
     def __str__(self) -> str:
         return "\n".join([*aligned(self.table, numbers=range(6)), *self.notes])
+
+    def _common(self) -> dict[str, Any]:
+        """Settings without a column that are the same in all groups."""
+        if not self.groups:
+            return {}
+        first, *rest = (group.settings for group in self.groups)
+        return {
+            name: value
+            for name, value in first.items()
+            if name not in NUMBERS and all(name in other and same(other[name], value) for other in rest)
+        }
 
 
 def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDescription:
@@ -92,7 +105,7 @@ def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDes
         strange = sum(param not in params for param in members)
         if strange:
             raise ValueError(f"groups[{i}] should have parameters of the model only but has {strange} others")
-        settings = {name: value for name, value in group.items() if name not in SHOWN[:2]}
+        settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         names = tuple(params[param].name for param in members)
         rows.append((set(members), GroupDescription(names, sum(param.numel() for param in members), settings)))
     grouped = set().union(*(members for members, _ in rows))
@@ -106,6 +119,10 @@ def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDes
 
 def _number(value: Any) -> str:
     return "-" if value is None else f"{float(value):.4g}"
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
 def _few(names: tuple[str, ...]) -> str:

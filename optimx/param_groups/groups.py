@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .layers import Layers, check_preset, number
 from .names import NamedParameter, PatternLike, module_tree, named_parameters
 from .no_decay import without_decay
-from .rules import Rule, as_rules, check_number, select_all
+from .rules import Rule, as_rules, check_number, same, select_all
 
 
 def param_groups(
@@ -206,16 +205,10 @@ def _settings(
 def _add(groups: list[dict[str, Any]], param: NamedParameter, settings: dict[str, Any]) -> None:
     """Into the group of these settings, a new one if there is none."""
     for group in groups:
-        if len(group) == len(settings) + 2 and all(k in group and _same(group[k], v) for k, v in settings.items()):
+        if len(group) == len(settings) + 2 and all(k in group and same(group[k], v) for k, v in settings.items()):
             break
     else:
         group = {"params": [], "param_names": [], **settings}
         groups.append(group)
     group["params"].append(param.param)
     group["param_names"].append(param.name)
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) or isinstance(other, Tensor):
-        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
-    return one == other

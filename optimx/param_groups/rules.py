@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .names import NamedParameter, PatternLike, compile_pattern, select
 
-#: Keys of a group that no rule may set.
-WRITTEN = {"params": "match", "param_names": "match", "lr_scale": "lr_mult"}
+#: What no rule may set, and what does what was meant.
+RESERVED = {"params": "match", "param_names": "match", "lr_scale": "lr_mult", "others": "**others"}
 
 
 @dataclass(frozen=True, init=False)
@@ -90,8 +91,8 @@ def as_patterns(match: PatternLike | Sequence[PatternLike]) -> Sequence[PatternL
 def _check_others(others: Mapping[str, Any], known: Sequence[str]) -> None:
     settings = [name for name in known if name != "others"]
     for name in others:
-        if name in WRITTEN:
-            raise ValueError(f"a rule should not set {name!r}: did you mean {WRITTEN[name]!r}?")
+        if name in RESERVED:
+            raise ValueError(f"a rule should not set {name!r}: did you mean {RESERVED[name]!r}?")
         near = difflib.get_close_matches(name, settings, 1, cutoff=0.8)
         if near:
             raise ValueError(f"unknown setting of a rule: {name!r}, did you mean {near[0]!r}?")
@@ -133,3 +134,10 @@ def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
         raise TypeError(f"{name} should be a number but is: {value!r}")
     if not 0 <= float(value) < math.inf:
         raise ValueError(f"{name} should be finite and >= 0 but is: {value}")
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equality of settings, tensors by value."""
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return one == other
