@@ -7,7 +7,7 @@ SOURCES := optimx triton_kernels tests bench
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test audit lint format bench demo gpu clean
+.PHONY: help test audit lint format bench demo plots gpu clean
 
 help:
 	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
@@ -15,6 +15,7 @@ help:
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks against torch.optim on this machine"
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
+	@echo "make plots   draw the README's picture of all schedules"
 	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT=$(OUT)"
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -43,6 +44,9 @@ bench: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo
+
+plots: .venv/.installed
+	$(BIN)/python -m bench.plots
 
 gpu:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit

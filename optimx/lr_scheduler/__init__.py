@@ -8,19 +8,15 @@ from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
 from ._schedule import Absolute, Schedule
+from .endless import Constant, Exponential, InverseSqrt, InverseTime, MultiStep, NaturalExponential, Noam, Piecewise
 from .greedy import GreedyLR
 from .hugging_face import get_scheduler
-from .named import (
-    REXLR,
+from .named_decays import REXLR, InverseTimeLR, LinearCosineLR, NaturalExpLR, PiecewiseConstantLR, TanhLR
+from .named_warmups import (
     SGDR,
     WSDLR,
     InverseSqrtLR,
-    InverseTimeLR,
-    LinearCosineLR,
-    NaturalExpLR,
     NoamLR,
-    PiecewiseConstantLR,
-    TanhLR,
     WarmupConstantLR,
     WarmupCosineLR,
     WarmupExponentialLR,
@@ -33,21 +29,13 @@ from .restarts import Cyclic, OneCycle, Restarts
 from .schedule_lr import ScheduleLR
 from .schedules import (
     REX,
-    Constant,
     Cosine,
     CosineWithHardRestarts,
-    Exponential,
-    InverseSqrt,
-    InverseTime,
     Linear,
     LinearCosine,
-    MultiStep,
-    NaturalExponential,
-    Noam,
     NormalizedExponential,
     OneMinusPower,
     OneMinusSqrt,
-    Piecewise,
     Polynomial,
     Tanh,
 )

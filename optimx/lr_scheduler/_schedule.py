@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 _Class = TypeVar("_Class", bound=type)
 
 #: Classes that a plain dict may name.
-_VALUES: dict[str, type] = {}
+_VALUES: dict[str, Any] = {}
 
 
 def serialisable(cls: _Class) -> _Class:
@@ -44,15 +44,16 @@ class Schedule:
     may be asked for in any order. Below step 0 they have their first value, past their end their last one.
     ``a >> b`` puts them in sequence (:class:`~optimx.lr_scheduler.Phases`), ``a * b`` multiplies them.
 
-    To write your own, make a frozen dataclass with ``steps`` (its length, None without one) and the method ``at``.
+    To write your own, make a frozen dataclass with ``steps`` (its length, None without one) and the method :meth:`at`.
     """
 
     steps: int | None
     #: Its first value is the peak, which a warmup before it has applied already; so it goes on from there.
     overlaps: bool = True
 
-    def __init_subclass__(cls) -> None:
-        serialisable(cls)
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if not abstract:
+            serialisable(cls)
 
     def __call__(self, step: float) -> float:
         """The factor at a step, counted from 0. (:class:`Absolute` values count as those of a group whose lr is 1.)"""
@@ -79,14 +80,11 @@ class Schedule:
         raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
 
     def __rshift__(self, after: Schedule) -> Schedule:
-        from .phases import in_sequence
-
-        return in_sequence(self, after)
+        # by name, as from_dict() finds it: the classes of composites know this one, not the other way round
+        return _VALUES["Phases"].in_sequence(self, after)
 
     def __mul__(self, other: Schedule) -> Schedule:
-        from .phases import Product
-
-        return Product((self, other))
+        return _VALUES["Product"]((self, other))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings: for JSON, YAML and ``torch.load(weights_only=True)``."""
@@ -130,7 +128,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, Mapping):
         arguments = {name: _decode(item) for name, item in value.items()}
-        cls: Any = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
+        cls = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
         for name in arguments:
             one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls)])
         try:
@@ -200,6 +198,8 @@ def check_milestones(schedule: Any) -> None:
 
 def check_schedules(name: str, values: Iterable[Any]) -> tuple[Schedule, ...]:
     """The values as a tuple; ValueError if there is none, TypeError for one that is no schedule."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} should be a Schedule, or several, but is: {values!r}")
     schedules = tuple(values)
     if not schedules:
         raise ValueError(f"{name} should be one or more schedules but is: ()")

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ._schedule import Schedule, as_steps, check_at_least, one_of
+from .endless import Constant, InverseSqrt
 from .greedy import GreedyLR
 from .phases import Convention, Phases, Warmup
 from .schedule_lr import ScheduleLR
-from .schedules import Constant, Cosine, CosineWithHardRestarts, Decay, InverseSqrt, Linear, OneMinusSqrt, Polynomial
+from .schedules import Cosine, CosineWithHardRestarts, Decay, Linear, OneMinusSqrt, Polynomial
 
 # Each function makes the schedule of one name. `warmup` and `training` are numbers of steps, `lr` is the optimizer's
 # default learning rate, to which Hugging Face relates absolute floors; the rest are its scheduler_specific_kwargs.
@@ -91,7 +92,7 @@ def _cosine_warmup_with_min_lr(
 ) -> Schedule:
     cosine = Cosine(_left(warmup, training), _min_lr_ratio(lr, min_lr, min_lr_rate), num_cycles=num_cycles)
     # from 1/N without a start, else from the start; the floor falls on the last step
-    convention = Convention("one" if warmup_lr_rate is None else "zero", "last", "last", "last")
+    convention = Convention("one" if warmup_lr_rate is None else "zero", "last", "before", "last")
     return _phases(Warmup(warmup, start=warmup_lr_rate or 0.0), cosine, convention=convention)
 
 

@@ -34,8 +34,9 @@ class Convention:
         warmup_from: ``"one"``: the first step has 1/W of a warmup from zero (one with a start factor begins with it);
             ``"zero"``: the first step has the start itself, so a warmup from zero wastes it.
         warmup_to: The warmup is complete on its ``"last"`` step, W - 1, or on the one ``"after"`` it, W.
-        decay_from: The decay's progress is 0 on the ``"last"`` step of the phase before, or on the one ``"after"``
-            it, the decay's own first step, or its clock runs from the ``"start"`` of the training.
+        decay_from: The decay's progress is 0 on the ``"last"`` step of the phase before (without one, on its own
+            first), or on the step ``"before"`` its first, with a phase there or not, or on the first, ``"after"`` the
+            last of the phase before, or its clock runs from the ``"start"`` of the training.
         decay_to: Its progress is 1 right ``"after"`` the last step, at N, or on the ``"last"`` one, N - 1.
         target: A warmup ``"meet"``s the value with which the next phase begins, rises to the ``"peak"`` whatever
             comes next, or is a ``"product"`` with what the next phase has at the same step.
@@ -43,14 +44,14 @@ class Convention:
 
     warmup_from: Literal["one", "zero"] = "one"
     warmup_to: Literal["last", "after"] = "last"
-    decay_from: Literal["last", "after", "start"] = "last"
+    decay_from: Literal["last", "before", "after", "start"] = "last"
     decay_to: Literal["after", "last"] = "after"
     target: Literal["meet", "peak", "product"] = "meet"
 
     def __post_init__(self) -> None:
         one_of("warmup_from", self.warmup_from, ("one", "zero"))
         one_of("warmup_to", self.warmup_to, ("last", "after"))
-        one_of("decay_from", self.decay_from, ("last", "after", "start"))
+        one_of("decay_from", self.decay_from, ("last", "before", "after", "start"))
         one_of("decay_to", self.decay_to, ("last", "after"))
         one_of("target", self.target, ("meet", "peak", "product"))
 
@@ -66,7 +67,7 @@ CONVENTIONS: dict[str, Convention] = {
     "torchtitan": Convention("one", "last", "after"),
     "deepspeed": _FROM_ZERO,
     # its cosine counts differently from its linear decay
-    "deepspeed-cosine": Convention("zero", "after", "last", "last"),
+    "deepspeed-cosine": Convention("zero", "after", "before", "last"),
     "beit": Convention("zero", "last", "after"),
     "timm": Convention("zero", "after", "start", target="peak"),
     "timm-prefix": _FROM_ZERO,
@@ -224,6 +225,15 @@ class Phases(Schedule):
     def overlaps(self) -> bool:  # type: ignore[override]
         return self.phases[0].overlaps
 
+    @classmethod
+    def in_sequence(cls, *schedules: Schedule) -> Phases:
+        """Phases of these schedules; phases among them are taken apart, if their conventions agree."""
+        conventions = {schedule.convention for schedule in schedules if isinstance(schedule, Phases)}
+        if len(conventions) > 1:
+            raise ValueError(f"phases in sequence should have one convention but have: {sorted(map(str, conventions))}")
+        parts = (schedule.phases if isinstance(schedule, Phases) else (schedule,) for schedule in schedules)
+        return cls(tuple(phase for part in parts for phase in part), *conventions)
+
     def with_convention(self, convention: str | Convention) -> Phases:
         """The same phases under another convention."""
         return replace(self, convention=convention)
@@ -250,7 +260,7 @@ class Phases(Schedule):
         phase, begin = self.phases[i], self._starts[i]
         if isinstance(phase, Warmup):
             return phase.ramp(step - begin, self._target(i, step, peak, base), self.resolved)
-        if begin:
+        if begin or self.resolved.decay_from == "before":
             lead = self._lead(i)
         if i < len(self.phases) - 1:
             tail = 0
@@ -264,7 +274,7 @@ class Phases(Schedule):
         """How many steps before its own first one a phase's clock begins."""
         if self.resolved.decay_from == "start":
             return self._starts[i] if all(isinstance(phase, Warmup) for phase in self.phases[:i]) else 0
-        return int(self.resolved.decay_from == "last" and self.phases[i].overlaps)
+        return int(self.resolved.decay_from in ("last", "before") and self.phases[i].overlaps)
 
     def _target(self, i: int, step: float, peak: float, base: float) -> float:
         """What a warmup rises to."""
@@ -287,16 +297,6 @@ class Phases(Schedule):
         if before < 0 or isinstance(self.phases[before], Warmup):
             return peak
         return self._phase(before, self._starts[i] - lead, peak, base, 0, 0)
-
-
-def in_sequence(*schedules: Schedule) -> Phases:
-    """Phases of these schedules; phases among them are taken apart, if their conventions agree."""
-    conventions = {schedule.convention for schedule in schedules if isinstance(schedule, Phases)}
-    if len(conventions) > 1:
-        raise ValueError(f"phases in sequence should have one convention but have: {sorted(map(str, conventions))}")
-    parts = (schedule.phases if isinstance(schedule, Phases) else (schedule,) for schedule in schedules)
-    phases = tuple(phase for part in parts for phase in part)
-    return Phases(phases, *conventions)
 
 
 @dataclass(frozen=True)

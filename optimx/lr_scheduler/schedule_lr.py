@@ -53,8 +53,8 @@ class ScheduleLR(LRScheduler):
         base_lrs: float | Sequence[float] | None = None,
         on_mismatch: Literal["error", "use_new", "use_checkpoint"] = "error",
     ) -> None:
-        # not super().__init__(): it replaces optimizer.step by a counting one, to warn of calls in the wrong order; that
-        # fails where step was replaced already, and warns falsely where a GradScaler skipped the first step
+        # not super().__init__(): to warn of calls in the wrong order it replaces optimizer.step by one that counts,
+        # which fails where step is no method any more, and warns falsely where a GradScaler skipped the first step
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer should be an Optimizer but is: {type(optimizer).__name__}")
         groups = optimizer.param_groups

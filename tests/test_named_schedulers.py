@@ -1,0 +1,570 @@
+"""The named schedulers: each in a training loop, against its formula; warmups around torch's; where torch's fail."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+from torch.optim import lr_scheduler as torchs
+
+import optimx
+from optimx.lr_scheduler import (
+    REXLR,
+    SGDR,
+    WSDLR,
+    Absolute,
+    Cosine,
+    Exponential,
+    GreedyLR,
+    Hold,
+    InverseSqrtLR,
+    InverseTimeLR,
+    Linear,
+    LinearCosineLR,
+    NaturalExpLR,
+    NoamLR,
+    PiecewiseConstantLR,
+    PlateauWithWarmup,
+    Restarts,
+    ScheduleLR,
+    TanhLR,
+    Warmup,
+    WarmupConstantLR,
+    WarmupCosineLR,
+    WarmupExponentialLR,
+    WarmupLinearLR,
+    WarmupLR,
+    WarmupMultiStepLR,
+    WarmupPolynomialLR,
+)
+from tests.test_schedule_lr import ORDERS, make_optimizer, save, train
+
+C = math.sqrt(0.5)
+
+
+def factors(scheduler: Any, steps: int) -> list[float]:
+    """What the learning rates of an optimizer with lr 1 become."""
+    return [row[-1] for row in train(scheduler.optimizer, scheduler, steps)]
+
+
+def approx(numbers: list[float]) -> Any:
+    return pytest.approx(numbers, rel=1e-9, abs=1e-9)
+
+
+Make = Callable[[Any], Any]
+
+#: A scheduler, and its first factors from the formulas.
+NAMED: dict[str, tuple[Make, list[float]]] = {
+    "WarmupCosineLR": (lambda o: WarmupCosineLR(o, 2, 5), [0.5, 1, (1 + C) / 2, 0.5, (1 - C) / 2, 0, 0]),
+    "WarmupCosineLR-floor": (
+        lambda o: WarmupCosineLR(o, 2, 5, 0.2),
+        [0.5, 1, 0.2 + 0.4 * (1 + C), 0.6, 0.2 + 0.4 * (1 - C), 0.2, 0.2],
+    ),
+    "WarmupCosineLR-hf": (
+        lambda o: WarmupCosineLR(o, 2, 6, convention="hf"),
+        [0, 0.5, 1, (1 + C) / 2, 0.5, (1 - C) / 2, 0],
+    ),
+    "WarmupCosineLR-torchtitan": (
+        lambda o: WarmupCosineLR(o, 2, 6, convention="torchtitan"),
+        [0.5, 1, 1, (1 + C) / 2, 0.5, (1 - C) / 2, 0],
+    ),
+    "WarmupCosineLR-deepspeed": (
+        lambda o: WarmupCosineLR(o, 2, 6, 1e-4, convention="deepspeed"),
+        [0, 0.5, *(1e-4 + (1 - 1e-4) * x for x in ((1 + C) / 2, 0.5, (1 - C) / 2)), 1e-4, 1e-4],
+    ),
+    "WarmupCosineLR-timm": (
+        lambda o: WarmupCosineLR(o, 2, 4, convention="timm"),
+        [0, 0.5, 0.5, (1 - C) / 2, 0, 0, 0],
+    ),
+    "WarmupLinearLR": (lambda o: WarmupLinearLR(o, 2, 5), [0.5, 1, 0.75, 0.5, 0.25, 0, 0]),
+    "WarmupLinearLR-hf": (lambda o: WarmupLinearLR(o, 2, 6, convention="hf"), [0, 0.5, 1, 0.75, 0.5, 0.25, 0]),
+    "WarmupLinearLR-deepspeed": (
+        lambda o: WarmupLinearLR(o, Warmup(4, "log"), 6, convention="deepspeed"),
+        [0, 0.5, math.log(3) / math.log(4), 1, 1, 0.5, 0],
+    ),
+    "WarmupPolynomialLR": (
+        lambda o: WarmupPolynomialLR(o, 2, 5, power=2.0),
+        [0.5, 1, 0.5625, 0.25, 0.0625, 0, 0],
+    ),
+    "WarmupConstantLR": (lambda o: WarmupConstantLR(o, 4), [0.25, 0.5, 0.75, 1, 1, 1]),
+    "WarmupExponentialLR": (lambda o: WarmupExponentialLR(o, 2, 0.5), [0.5, 1, 0.5, 0.25, 0.125]),
+    "WarmupExponentialLR-staircase": (
+        lambda o: WarmupExponentialLR(o, 2, 0.5, 2, staircase=True),
+        [0.5, 1, 1, 1, 0.5, 0.5, 0.25],
+    ),
+    "WarmupMultiStepLR": (
+        lambda o: WarmupMultiStepLR(o, [3, 5], warmup_factor=0.2, warmup_iters=4),
+        [0.2, 0.4, 0.6, 0.08, 0.1, 0.01, 0.01],
+    ),
+    "WarmupMultiStepLR-constant": (
+        lambda o: WarmupMultiStepLR(o, [3], 0.5, 0.2, 2, "constant"),
+        [0.2, 0.2, 1, 0.5, 0.5],
+    ),
+    "InverseSqrtLR": (lambda o: InverseSqrtLR(o, 2), [0.5, 1, math.sqrt(2 / 3), C, math.sqrt(2 / 5)]),
+    "InverseSqrtLR-hf": (
+        lambda o: InverseSqrtLR(o, 2, convention="hf"),
+        [0, 0.5, 1, math.sqrt(2 / 3), C, math.sqrt(2 / 5)],
+    ),
+    "InverseSqrtLR-timescale": (lambda o: InverseSqrtLR(o, 0, 1), [1, C, math.sqrt(1 / 3), 0.5]),
+    "NoamLR": (
+        lambda o: NoamLR(o, 2, d_model=4, scale=2.0),
+        [0.5 * 2 * min(n**-0.5, n * 2**-1.5) for n in range(1, 6)],
+    ),
+    "WSDLR": (lambda o: WSDLR(o, 2, 2, 3), [0.5, 1, 1, 1, 0.5, 1 - C, 1 - math.sqrt(0.75), 0, 0]),
+    "WSDLR-linear": (lambda o: WSDLR(o, 2, 1, 3, "linear", 0.2), [0.5, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2]),
+    "WSDLR-hf": (
+        lambda o: WSDLR(o, 2, 1, 2, "linear", 0.2, convention="hf"),
+        [0.2, 0.6, 1, 1, 0.6, 0.2, 0.2],
+    ),
+    "WSDLR-torchtitan": (
+        lambda o: WSDLR(o, 2, 1, 2, "linear", convention="torchtitan"),
+        [0.5, 1, 1, 1, 0.5, 0, 0],
+    ),
+    "SGDR": (lambda o: SGDR(o, 2, 2), [1, 0.5, 1, (1 + C) / 2, 0.5, (1 - C) / 2, 1]),
+    "SGDR-peak-decay": (
+        lambda o: SGDR(o, 2, 1.5, peak_decay=0.5, cycles=2),
+        [1, 0.5, 0.5, 0.375, 0.125, 0, 0, 0],
+    ),
+    "SGDR-warmup": (lambda o: SGDR(o, 2, warmup_steps=2), [0.5, 1, 0.75, 0.25, 1, 0.5, 1]),
+    "SGDR-warmup-each": (
+        lambda o: SGDR(o, 4, warmup_steps=2, warmup_each=True, peak_decay=0.5),
+        [0.5, 1, 0.75, 0.25, 0.25, 0.5, 0.375, 0.125],
+    ),
+    "LinearCosineLR": (
+        lambda o: LinearCosineLR(o, 4),
+        [1.001, 0.75 * (1 + C) / 2 + 0.001, 0.251, 0.25 * (1 - C) / 2 + 0.001, 0.001, 0.001],
+    ),
+    "NaturalExpLR": (lambda o: NaturalExpLR(o, math.log(4), 2), [1, 0.5, 0.25, 0.125]),
+    "InverseTimeLR": (lambda o: InverseTimeLR(o, 1.0, 2, True), [1, 1, 0.5, 0.5, 1 / 3]),
+    "PiecewiseConstantLR": (lambda o: PiecewiseConstantLR(o, [2, 3], [1, 0.5, 0.1]), [1, 1, 0.5, 0.1, 0.1]),
+    "PiecewiseConstantLR-tf": (
+        lambda o: PiecewiseConstantLR(o, [2, 3], [1, 0.5, 0.1], convention="tf"),
+        [1, 1, 1, 0.5, 0.1],
+    ),
+    "TanhLR": (lambda o: TanhLR(o, 4), [0.5 * (1 - math.tanh(x)) for x in (-7, -4.5, -2, 0.5)] + [0, 0]),
+    "REXLR": (lambda o: REXLR(o, 4, 0.2), [1, 0.2 + 0.8 * 6 / 7, 0.2 + 0.8 * 2 / 3, 0.52, 0.2, 0.2]),
+    "WarmupLR": (lambda o: WarmupLR(o, Linear(3), 2), [0.5, 1, 0.75, 0.5, 0.25, 0, 0]),
+    "WarmupLR-torch": (
+        lambda o: WarmupLR(o, torchs.ExponentialLR(o, 0.5), 2),
+        [0.5, 1, 0.5, 0.25, 0.125],
+    ),
+    "WarmupLR-torch-hf": (
+        lambda o: WarmupLR(o, torchs.ExponentialLR(o, 0.5), 2, convention="hf"),
+        [0, 0.5, 1, 0.5, 0.25, 0.125],
+    ),
+    "WarmupLR-torch-product": (
+        lambda o: WarmupLR(o, torchs.ExponentialLR(o, 0.5), 4, convention="product"),
+        [0, 0.125, 0.125, 0.09375, 0.0625, 0.03125],
+    ),
+    "WarmupLR-torch-sequential": (
+        lambda o: WarmupLR(o, torchs.SequentialLR(o, [torchs.ConstantLR(o, 0.5, 9), torchs.StepLR(o, 2)], [2]), 2),
+        [0.25, 0.5, 0.5, 1, 1, 0.1, 0.1],
+    ),
+}
+each_named = pytest.mark.parametrize(("make", "expected"), NAMED.values(), ids=NAMED)
+
+
+@each_named
+def test_numbers_in_training_and_two_groups_keep_their_ratio(make: Make, expected: list[float]) -> None:
+    optimizer = make_optimizer(cls=optimx.AdamW)
+    rows = train(optimizer, make(optimizer), len(expected))
+    assert [high for _, high in rows] == approx(expected)
+    assert [low for low, _ in rows] == approx([0.1 * factor for factor in expected])
+
+
+def test_every_named_class_is_tried() -> None:
+    named = {name for name in optimx.lr_scheduler.__all__ if name.endswith("LR") or name in ("SGDR",)}
+    tried = {name.split("-")[0] for name in NAMED}
+    assert named - set(torchs.__all__) - tried == {"GreedyLR", "ScheduleLR"}
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_named
+def test_resume(make: Make, expected: list[float], order: Any) -> None:
+    optimizer = make_optimizer()
+    scheduler = make(optimizer)
+    for done in range(len(expected) - 1):
+        resumed = order(make, save(optimizer, scheduler))
+        assert [high for _, high in train(*resumed, len(expected) - done)] == approx(expected[done:])
+        train(optimizer, scheduler, 1)
+
+
+@each_named
+def test_deepcopy_and_pickle(make: Make, expected: list[float]) -> None:
+    optimizer = make_optimizer()
+    scheduler = make(optimizer)
+    train(optimizer, scheduler, 3)
+    for duplicate in (copy.deepcopy(scheduler), pickle.loads(pickle.dumps(scheduler))):
+        assert factors(duplicate, len(expected) - 3) == approx(expected[3:])
+
+
+@each_named
+def test_tensor_lr(make: Make, expected: list[float]) -> None:
+    lr = torch.tensor(1.0, dtype=torch.float64)
+    optimizer = make_optimizer([lr])
+    assert factors(make(optimizer), len(expected)) == approx(expected)
+    assert optimizer.param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("eta_min", [0.0, 0.01])
+@pytest.mark.parametrize("T_mult", [1, 2, 3])
+@pytest.mark.parametrize("T_0", [1, 3, 10])
+def test_sgdr_is_torchs_with_the_defaults(T_0: int, T_mult: int, eta_min: float) -> None:
+    ours, stock = make_optimizer(), make_optimizer()
+    a = SGDR(ours, T_0, T_mult, eta_min)
+    b = torchs.CosineAnnealingWarmRestarts(stock, T_0, T_mult, eta_min)
+    for row, wanted in zip(train(ours, a, 40), train(stock, b, 40), strict=True):
+        assert row == approx(wanted)
+
+
+def test_absolute_floor_and_warmup_start() -> None:
+    optimizer = make_optimizer()
+    scheduler = WarmupLinearLR(optimizer, Warmup(2, start=Absolute(0.05)), 4, Absolute(0.02))
+    assert train(optimizer, scheduler, 5) == [
+        pytest.approx(row)
+        for row in (
+            [0.05, 0.05],
+            [0.1, 1],
+            [0.02 + 0.16 / 3, 0.02 + 1.96 / 3],
+            [0.02 + 0.08 / 3, 0.02 + 0.98 / 3],
+            [0.02, 0.02],
+        )
+    ]
+
+
+# a stable phase without a horizon
+
+
+def open_ended(optimizer: Any) -> WSDLR:
+    return WSDLR(optimizer, 2, None, 3, "linear")
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+def test_stable_phase_without_a_horizon(order: Any) -> None:
+    optimizer = make_optimizer()
+    scheduler = open_ended(optimizer)
+    assert factors(scheduler, 100) == approx([0.5] + [1] * 99)
+    optimizer, scheduler = order(open_ended, save(optimizer, scheduler))
+    scheduler.start_decay()
+    assert factors(scheduler, 2) == approx([1, 0.75])
+    optimizer, scheduler = order(open_ended, save(optimizer, scheduler))
+    assert factors(scheduler, 4) == approx([0.5, 0.25, 0, 0])
+    assert scheduler.preview(4, 100) == [approx([0.1 * f, f]) for f in (1, 0.75, 0.5, 0.25)]
+
+
+def test_start_decay_errors() -> None:
+    with pytest.raises(RuntimeError, match="stable_steps should be None"):
+        WSDLR(make_optimizer(), 2, 4, 3).start_decay()
+    with pytest.raises(RuntimeError, match="after the warmup but comes at step: 0"):
+        open_ended(make_optimizer()).start_decay()
+    decaying = open_ended(make_optimizer())
+    decaying.step(10)
+    decaying.start_decay()
+    other = WSDLR(make_optimizer(), 3, None, 3, "linear")
+    with pytest.raises(ValueError, match=r"phases\[0\].steps: 2 in the checkpoint, 3 here"):
+        other.load_state_dict(decaying.state_dict())
+    assert other.schedule.steps is None
+
+
+# around torch's schedulers
+
+
+def test_warmup_before_torchs_one_cycle() -> None:
+    """It overwrites initial_lr, so that SequentialLR's warmup goes to a 25th of what was meant; here to its first."""
+    optimizer = make_optimizer([1.0])
+    scheduler = WarmupLR(optimizer, torchs.OneCycleLR(optimizer, 1.0, total_steps=10), 2)
+    alone = make_optimizer([1.0])
+    cycle = factors(torchs.OneCycleLR(alone, 1.0, total_steps=10), 8)
+    assert factors(scheduler, 9) == approx([0.02, *cycle])
+
+
+def test_warmup_of_another_scheduler() -> None:
+    with pytest.raises(ValueError, match="around ExponentialLR but is of one around: StepLR"):
+        optimizer = make_optimizer()
+        state = WarmupLR(optimizer, torchs.StepLR(optimizer, 3), 2).state_dict()
+        optimizer = make_optimizer()
+        WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.9), 2).load_state_dict(state)
+
+
+def test_warmup_changed_on_resume() -> None:
+    optimizer = make_optimizer()
+    saved = save(optimizer, WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), 2))
+    optimizer = make_optimizer()
+    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), 4)
+    with pytest.raises(ValueError, match=r"phases\[0\].steps: 2 in the checkpoint, 4 here"):
+        scheduler.load_state_dict(saved["scheduler"])
+    scheduler = WarmupLR(optimizer, scheduler.after, 4, on_mismatch="use_new")
+    scheduler.load_state_dict(saved["scheduler"])
+    assert factors(scheduler, 4) == approx([0.25, 0.5, 0.75, 1])
+
+
+# a plateau
+
+
+def plateau(optimizer: Any, **options: Any) -> PlateauWithWarmup:
+    return PlateauWithWarmup(optimizer, 3, patience=0, factor=0.5, **options)
+
+
+def fed(scheduler: PlateauWithWarmup, metrics: list[float | None]) -> list[float]:
+    applied = []
+    for metric in metrics:
+        applied.append(scheduler.optimizer.param_groups[-1]["lr"])
+        scheduler.step(metric)
+    return applied
+
+
+@pytest.mark.parametrize(
+    ("during", "expected"),
+    [
+        (False, [1 / 3, 2 / 3, 1, 1, 1, 0.5, 0.25, 0.25]),
+        (True, [1 / 3, 2 / 3, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 1 / 32]),
+    ],
+    ids=["after", "inside"],
+)
+def test_plateau(during: bool, expected: list[float]) -> None:
+    scheduler = plateau(make_optimizer(cls=optimx.AdamW), during_warmup=during)
+    assert fed(scheduler, [1, 1, 1, 1, 1, 1, 0.5, 0.4]) == approx(expected)
+    low, high = scheduler.get_last_lr()
+    assert low == pytest.approx(high / 10)
+
+
+def test_plateau_by_epochs_with_a_warmup_by_steps() -> None:
+    scheduler = plateau(make_optimizer())
+    assert fed(scheduler, [None] * 4) == approx([1 / 3, 2 / 3, 1, 1])
+    scheduler.report(1.0)
+    assert fed(scheduler, [None] * 2) == approx([1, 1])
+    scheduler.report(1.0)
+    assert scheduler.last_epoch == 6
+    assert fed(scheduler, [None] * 2) == approx([0.5, 0.5])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@pytest.mark.parametrize("during", [False, True], ids=["after", "inside"])
+def test_plateau_resumes(during: bool, order: Any) -> None:
+    def make(optimizer: Any) -> PlateauWithWarmup:
+        return plateau(optimizer, during_warmup=during)
+
+    metrics: list[float | None] = [1, 1, 1, 1, 0.5, 0.5, 0.6, 0.4]
+    whole = fed(make(make_optimizer()), metrics)
+    for done in range(len(metrics)):
+        scheduler = make(make_optimizer())
+        fed(scheduler, metrics[:done])
+        _, resumed = order(make, save(scheduler.optimizer, scheduler))
+        assert fed(resumed, metrics[done:]) == approx(whole[done:])
+
+
+def test_random_access_is_refused_where_it_cannot_be() -> None:
+    optimizer = make_optimizer()
+    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.9), 3)
+    with pytest.raises(ValueError, match="goes step by step, but is: 7"):
+        scheduler.step(7)
+    with pytest.raises(TypeError, match="which ExponentialLR is not"):
+        scheduler.preview(3)
+
+
+# what torch gets wrong, and what to write instead
+
+
+def test_nested_sequences() -> None:
+    """SequentialLR with one inside: NotImplementedError at its milestone."""
+    optimizer = make_optimizer([1.0])
+    inner = torchs.SequentialLR(
+        optimizer, [torchs.ConstantLR(optimizer, 1.0), torchs.ExponentialLR(optimizer, 0.5)], [2]
+    )
+    outer = torchs.SequentialLR(optimizer, [torchs.LinearLR(optimizer, 0.5, total_iters=2), inner], [2])
+    with pytest.raises(NotImplementedError):
+        train(optimizer, outer, 4)
+    scheduler = ScheduleLR(make_optimizer([1.0]), Warmup(2) >> (Hold(2) >> Exponential(0.5)))
+    assert factors(scheduler, 7) == approx([0.5, 1, 1, 1, 0.5, 0.25, 0.125])
+
+
+def test_exponential_after_a_warmup_reaches_the_peak() -> None:
+    """SequentialLR goes on from where the warmup was: MultiplicativeLR never has the peak."""
+    optimizer = make_optimizer([1.0])
+    members = [torchs.LinearLR(optimizer, 0.1, total_iters=3), torchs.MultiplicativeLR(optimizer, lambda step: 0.9)]
+    assert max(factors(torchs.SequentialLR(optimizer, members, [3]), 6)) < 0.75
+    optimizer = make_optimizer([1.0])
+    assert factors(WarmupLR(optimizer, torchs.MultiplicativeLR(optimizer, lambda step: 0.9), 3), 5) == approx(
+        [1 / 3, 2 / 3, 1, 0.9, 0.81]
+    )
+
+
+def test_warmup_times_restarts() -> None:
+    """ChainedScheduler loses the warmup one way round, and rises to 3.9 the other."""
+    optimizer = make_optimizer([1.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        members: list[Any] = [torchs.CosineAnnealingWarmRestarts(optimizer, 4), torchs.LinearLR(optimizer, 0.1)]
+        assert max(factors(torchs.ChainedScheduler(members), 3)) > 2
+    product = Warmup(4) * Restarts(Cosine(4))
+    assert factors(ScheduleLR(make_optimizer([1.0]), product), 6) == approx(
+        [0.25, 0.5 * (1 + C) / 2, 0.75 * 0.5, (1 - C) / 2, 1, (1 + C) / 2]
+    )
+
+
+def test_no_steps_are_no_warmup() -> None:
+    """LinearLR(total_iters=0) stays at its start factor for ever."""
+    assert factors(torchs.LinearLR(make_optimizer([1.0]), 0.5, total_iters=0), 3) == [0.5, 0.5, 0.5]
+    assert factors(WarmupConstantLR(make_optimizer([1.0]), 0), 3) == [1, 1, 1]
+    assert factors(WarmupCosineLR(make_optimizer([1.0]), 0, 0, 0.5), 2) == [0.5, 0.5]
+
+
+def test_added_group() -> None:
+    """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, LinearLR multiplies the new group up."""
+    for make in (lambda o: torchs.LambdaLR(o, lambda step: 1.0), lambda o: torchs.CosineAnnealingWarmRestarts(o, 4)):
+        optimizer = make_optimizer([1.0])
+        scheduler = make(optimizer)
+        optimizer.step()
+        optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
+        with pytest.raises(ValueError, match="zip"):
+            scheduler.step()
+    optimizer = make_optimizer([1.0])
+    scheduler = SGDR(optimizer, 4)
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
+    scheduler.step()
+    assert train(optimizer, scheduler, 1) == [approx([(1 + C) / 2, (1 + C) / 4])]
+
+
+def test_stale_initial_lr() -> None:
+    """A second CosineAnnealingLR, made after the first one ended, stays at zero for a whole period."""
+    optimizer = make_optimizer([1.0])
+    train(optimizer, torchs.CosineAnnealingLR(optimizer, 4), 4)
+    assert max(factors(torchs.CosineAnnealingLR(optimizer, 4), 3)) < 1e-12
+    assert factors(ScheduleLR(optimizer, Cosine(4)), 3) == approx([1, (1 + C) / 2, 0.5])
+
+
+def test_milestones_out_of_order() -> None:
+    """SequentialLR takes them, and steps wrongly."""
+    optimizer = make_optimizer([1.0])
+    torchs.SequentialLR(optimizer, [torchs.ConstantLR(optimizer) for _ in range(3)], [5, 3])
+    with pytest.raises(ValueError, match=r"increasing but is: \[5, 3\]"):
+        WarmupMultiStepLR(make_optimizer(), [5, 3])
+
+
+def test_a_restart_that_torch_misses() -> None:
+    """step(1210) with T_0=10, T_mult=3: a logarithm rounded down, the learning rate is 0 instead of the peak."""
+    optimizer = make_optimizer([1.0])
+    stock = torchs.CosineAnnealingWarmRestarts(optimizer, 10, 3)
+    stock.step(1210)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0)
+    scheduler = SGDR(optimizer, 10, 3)
+    scheduler.step(1210)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_plateau_beside_a_warmup() -> None:
+    """Stepped side by side, LinearLR and ReduceLROnPlateau scale each other's values: the peak is never reached."""
+    optimizer = make_optimizer([1.0])
+    linear, stock = torchs.LinearLR(optimizer, 0.1, total_iters=5), torchs.ReduceLROnPlateau(optimizer, patience=0)
+    for _ in range(8):
+        optimizer.step()
+        linear.step()
+        stock.step(1.0)
+    assert optimizer.param_groups[0]["lr"] < 1e-4
+    scheduler = PlateauWithWarmup(make_optimizer([1.0]), 5, patience=0)
+    assert fed(scheduler, [1.0] * 8) == approx([0.2, 0.4, 0.6, 0.8, 1, 1, 1, 0.1])
+
+
+# greedy
+
+
+def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
+    scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=1, min_lr=0.1, **options)
+    numbers = []
+    for metric in metrics:
+        scheduler.step(metric)
+        numbers.append(scheduler.get_last_lr()[0])
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("metrics", "options", "expected"),
+    [
+        # two better ones in a row raise, two others lower
+        ([4, 3, 2, 2, 2, 2, 2], {}, [0.5, 1, 1, 1, 0.5, 0.5, 0.25]),
+        ([1, 2, 3, 3, 3], {"mode": "max"}, [0.5, 1, 1, 1, 0.5]),
+        ([4, 3, 2, 2, 2, 2, 2, 2], {"warmup": 2}, [0.5, 1, 1, 1, 1, 1, 0.5, 0.5]),
+        ([1] * 9, {"cooldown": 1}, [0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125, 0.125, 0.1]),
+        ([8, 7.9, 7.8, 1], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 0.5, 0.25, 0.25]),
+        ([4, 2, 3, 4, 4], {"smooth": True, "window_size": 2}, [0.5, 1, 1, 1, 0.5]),
+        ([1] * 13, {"reset_start": 2}, [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.5, 0.5, 0.5, 0.25, 0.25]),
+    ],
+    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset"],
+)
+def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[float]) -> None:
+    assert greedy_numbers(metrics, **options) == approx(expected)
+
+
+def test_greedy_resumes() -> None:
+    metrics = [4, 3, 2, 2, 2, 2, 2, 5, 4, 3, 2, 1]
+    whole = greedy_numbers([*map(float, metrics)])
+    for done in range(len(metrics)):
+        first = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=1, min_lr=0.1)
+        for metric in metrics[:done]:
+            first.step(metric)
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        again = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=1, min_lr=0.1)
+        again.load_state_dict(state)
+        assert again.get_last_lr() == first.get_last_lr() == [again.optimizer.param_groups[0]["lr"]]
+        for metric in metrics[done:]:
+            again.step(metric)
+        assert again.get_last_lr() == [whole[-1]]
+
+
+BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "warmup-longer": (lambda: WarmupCosineLR(make_optimizer(), 11, 10), ValueError, "<= total_steps, 10, but is: 11"),
+    "negative-warmup": (
+        lambda: WSDLR(make_optimizer(), -1, 2, 3),
+        ValueError,
+        "warmup_steps should be >= 0 but is: -1",
+    ),
+    "negative-total": (lambda: WarmupLinearLR(make_optimizer(), 0, -1), ValueError, "total_steps should be >= 0"),
+    "float-total": (lambda: WarmupLinearLR(make_optimizer(), 0, 1e3), TypeError, "total_steps should be an int"),  # type: ignore
+    "floor": (lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2), ValueError, "floor should be in .* but is: 1.2"),
+    "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr', the nearest is '1-sqrt'"),
+    "convention": (
+        lambda: WarmupLinearLR(make_optimizer(), 1, 3, convention="titan"),
+        ValueError,
+        "'titan', the nearest is 'torchtitan'",
+    ),
+    "eta-min": (lambda: SGDR(make_optimizer(), 3, eta_min=0.5), ValueError, "should be <= 0.1, the lr of .* is: 0.5"),
+    "T_0": (lambda: SGDR(make_optimizer(), 0), ValueError, "T_0 should be >= 1 but is: 0"),
+    "T_mult": (lambda: SGDR(make_optimizer(), 3, -1), ValueError, "T_mult should be > 0 but is: -1"),
+    "plateau": (
+        lambda: WarmupLR((o := make_optimizer()), torchs.ReduceLROnPlateau(o), 3),
+        ValueError,
+        "write PlateauWithWarmup instead",
+    ),
+    "another-optimizer": (
+        lambda: WarmupLR(make_optimizer(), torchs.StepLR(make_optimizer(), 3), 3),
+        ValueError,
+        "a scheduler of this optimizer",
+    ),
+    "no-scheduler": (lambda: WarmupLR(make_optimizer(), 3, 3), TypeError, "after should be .* but is: int"),  # type: ignore
+    "ahead": (
+        lambda: WarmupLR((o := make_optimizer()), torchs.StepLR(o, 3), 3, convention="timm"),
+        ValueError,
+        "but is: timm",
+    ),
+    "base-lrs": (
+        lambda: WarmupLR((o := make_optimizer()), torchs.StepLR(o, 3), 3, base_lrs=1),
+        TypeError,
+        "base_lrs should be given to the torch scheduler",
+    ),
+    "greedy-factor": (lambda: GreedyLR(make_optimizer(), factor=1.0), ValueError, r"factor should be in \(0, 1\)"),
+    "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim', the nearest is 'min'"),  # type: ignore
+    "greedy-bounds": (lambda: GreedyLR(make_optimizer(), min_lr=[0.1]), ValueError, "each of the 2 param_groups"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD.values(), ids=BAD)
+def test_bad_input(make: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
