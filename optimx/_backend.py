@@ -84,6 +84,13 @@ def triton_problem() -> str | None:
     return None
 
 
+def toolkit() -> str:
+    """What torch was built for."""
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+
+
 def triton_version() -> str | None:
     """None if it is not installed."""
     if _triton_missing():

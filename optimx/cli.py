@@ -121,7 +121,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
         ("python", platform.python_version()),
         ("platform", platform.platform()),
         ("torch", torch.__version__),
-        ("CUDA of torch", str(torch.version.cuda or torch.version.hip or "none")),
+        ("torch is built for", _backend.toolkit()),
         ("triton", _backend.triton_version() or "not installed"),
         ("triton compiles", "yes" if problem is None else f"no: {problem}"),
     ]
