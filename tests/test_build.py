@@ -479,7 +479,8 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         [r"optimizer.max_grad_norm \(value: 1.0\) is no key of Adafactor"],
     ),
     "rules": (
-        {"groups": {"rules": [{"match": "0.wieght", "lr_mult": 2}, {"match": "2.*", "lr_mul": 2}, {"match": "9", "lr": 1}]}},
+        {"groups": {"rules": [{"match": "0.wieght", "lr_mult": 2}, {"match": "2.*", "lr_mul": 2},
+                              {"match": "9", "lr": 1}]}},
         [r"groups.rules\[0\] is refused: rules\[0\].match '0.wieght'", r"groups.rules\[1\].lr_mul \(value: 2\) is no "
          "key of a rule for AdamW .* did you mean 'lr_mult'", r"groups.rules\[2\] is refused: rules\[2\].match '9'"],
     ),
@@ -597,15 +598,18 @@ def test_a_refused_config_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 # whatever a config is, it is built or refused
 
 SECTIONS: dict[str, list[str]] = {
-    "optimizer": ["name", "lr", "weight_decay", "max_grad_norm", "betas", "eps", "momentum", "nesterov", "args", "fused"],
-    "groups": ["no_decay", "layer_decay", "layers", "layer_preset", "min_lr_scale", "rules", "freeze", "include_frozen"],
+    "optimizer": ["name", "lr", "weight_decay", "max_grad_norm", "betas", "eps", "momentum", "nesterov", "args",
+                  "fused"],
+    "groups": ["no_decay", "layer_decay", "layers", "layer_preset", "min_lr_scale", "rules", "freeze",
+               "include_frozen"],
     "schedule": ["name", "phases", "total", "warmup", "floor", "steps_per_epoch", "convention", "power", "milestones",
                  "cycle", "decay", "shape", "steps", "step_size", "args"],
     "batch_scaling": ["batch", "reference", "rule"],
 }  # fmt: skip
 RULE = ["match", "lr", "lr_mult", "weight_decay", "wd_mult", "freeze", "betas", "eps"]
-NAMES = ["adamw", "sgd", "muon", "lion", "cosine", "linear", "wsd", "warmup", "hold", "StepLR", "restarts", "noam", "*", "0.*",
-         "*.weight", "2ep", "0.5 epochs", "auto", "beit", "timm", "hf", "sqrt", "torch.optim:SGD", "re:(", "1-sqrt"]  # fmt: skip
+NAMES = ["adamw", "sgd", "muon", "lion", "cosine", "linear", "wsd", "warmup", "hold", "StepLR", "restarts", "noam",
+         "*", "0.*", "*.weight", "2ep", "0.5 epochs", "auto", "beit", "timm", "hf", "sqrt", "torch.optim:SGD", "re:(",
+         "1-sqrt"]  # fmt: skip
 leaves = (
     st.none()
     | st.booleans()

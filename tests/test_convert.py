@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import tomllib
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +14,9 @@ import optimx
 from optimx import ConfigError
 from optimx.convert import convert, to_toml
 from optimx.lr_scheduler import get_scheduler
+
+# python 3.10 has none of its own
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 TIMM = {
     "opt": "adamw", "lr": 5e-4, "weight_decay": 0.05, "layer_decay": None, "sched": "cosine", "epochs": 30,
@@ -112,9 +115,10 @@ def test_detectron2() -> None:
 
 
 def test_detectron2s_options() -> None:
-    solver = {**DETECTRON2["SOLVER"], "LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 0.002, "BIAS_LR_FACTOR": 2.0,
-              "WEIGHT_DECAY_NORM": 1e-4, "NESTEROV": True, "WARMUP_METHOD": "constant", "NUM_DECAYS": 3,
-              "CLIP_GRADIENTS": {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 2.0, "NORM_TYPE": 2.0}}  # fmt: skip
+    clipping = {"ENABLED": True, "CLIP_TYPE": "full_model", "CLIP_VALUE": 2.0, "NORM_TYPE": 2.0}
+    solver = {**DETECTRON2["SOLVER"], "LR_SCHEDULER_NAME": "WarmupCosineLR", "BASE_LR_END": 0.002,
+              "BIAS_LR_FACTOR": 2.0, "WEIGHT_DECAY_NORM": 1e-4, "NESTEROV": True, "WARMUP_METHOD": "constant",
+              "NUM_DECAYS": 3, "CLIP_GRADIENTS": clipping}  # fmt: skip
     theirs = {"SOLVER": solver, "_BASE_": "base.yaml"}
     build = built(theirs)
     assert build.optimizer.max_grad_norm == 2.0
