@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,9 +71,17 @@ class Problems(list[Problem]):
         keys = f" ({', '.join(known)})" if known else ""
         self.add(join(path, key), f"is no key of {of}{keys}", value, nearest(key, known))
 
-    def raise_if_any(self, cause: BaseException | None = None) -> None:
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Add those of a :class:`ConfigError` that is raised within, and go on after it."""
+        try:
+            yield
+        except ConfigError as error:
+            self.extend(error.problems)
+
+    def raise_if_any(self) -> None:
         if self:
-            raise ConfigError(self) from cause
+            raise ConfigError(self)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
