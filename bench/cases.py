@@ -23,6 +23,7 @@ from bench.contestants import (
     torch_amp_step,
     torch_clip_step,
     torch_step,
+    vit_layer_decay,
 )
 from bench.shapes import Shape
 
@@ -116,6 +117,16 @@ def grouped(groups: Groups) -> dict[str, Callable[[Case], Run]]:
     return {name: partial(start, groups=groups) for name, start in STEP.items()}
 
 
+def beside_one_group(
+    name: str, tensors: Sequence[Shape], number: int, groups: Groups, bound: float, **more: Any
+) -> Case:
+    """What many groups cost: held against the same step with one."""
+    one = {f"{contestant}, one group": start for contestant, start in PLAIN.items()}
+    many = {f"{contestant}, {number} groups": partial(start, groups=groups) for contestant, start in PLAIN.items()}
+    target = Target(f"{OURS}, {number} groups", "speed", bound, f"{OURS}, one group")
+    return Case(name, tensors, one | many, f"{FUSED}, one group", targets=(target,), **more)
+
+
 def at_least(bound: float, contestant: str = OURS, against: str = FUSED) -> Target:
     return Target(contestant, "speed", bound, against)
 
@@ -141,6 +152,7 @@ def cpu_cases() -> list[Case]:
         Case("step-465-groups-layer-decay", many, grouped(layer_decay), FUSED, targets=(at_least(5),)),
         # from 17 elements on torch's operator opens a parallel region for every tensor
         Case("step-465-groups-of-64", [(64,)] * 465, grouped(layer_decay), FUSED),
+        beside_one_group("step-vit-s16-layer-decay", shapes.vit(384), 28, vit_layer_decay, 0.91),
         clip("clip-4x4M-below", LARGE, targets=(inside(1.1),)),
         clip("clip-4x4M-clipped", LARGE, grad_norm=CLIPPED, targets=(inside(1.1),)),
         clip("clip-1000x4-below", SMALL, targets=(inside(3),)),
@@ -188,13 +200,8 @@ def gpu_cases() -> list[Case]:
         )
 
     def groups(clock: str) -> Case:
-        each = {f"{name}, 465 groups": partial(start, groups=layer_decay) for name, start in PLAIN.items()}
-        one = {f"{name}, one group": start for name, start in PLAIN.items()}
-        ours, ours_one = f"{OURS}, 465 groups", f"{OURS}, one group"
-        targets = (Target(ours, "speed", 0.95, ours_one), Target(ours, "syncs", 0))
-        return Case(
-            f"groups-465-{clock}", deep_vit, one | each, f"{FUSED}, one group", "cuda", clock=clock, targets=targets
-        )
+        case = beside_one_group(f"groups-465-{clock}", deep_vit, 465, layer_decay, 0.95, device="cuda", clock=clock)
+        return replace(case, targets=(*case.targets, Target(f"{OURS}, 465 groups", "syncs", 0)))
 
     return [
         large(torch.float32, 4),

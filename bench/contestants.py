@@ -66,6 +66,16 @@ def layer_decay(params: Params) -> list[dict[str, Any]]:
     return [{"params": [p], "lr": 1e-3 * 0.99 ** (len(params) - i)} for i, p in enumerate(params)]
 
 
+def vit_layer_decay(params: Params) -> list[dict[str, Any]]:
+    """Layer-wise decay on ``shapes.vit()``: the matrices of a layer, and its vectors, 28 groups for 12 blocks."""
+    layers = [params[:4], *(params[i : i + 12] for i in range(4, len(params) - 4, 12)), params[-4:]]
+    return [
+        {"params": [p for p in layer if (p.ndim > 1) == decays], "lr": 1e-3 * 0.75 ** (len(layers) - 1 - i), **settings}
+        for i, layer in enumerate(layers)
+        for decays, settings in ((True, {}), (False, {"weight_decay": 0.0}))
+    ]
+
+
 def optimizer_of(
     case: "Case", module: ModuleType, model: Model, groups: Groups = one_group, **options: Any
 ) -> torch.optim.Optimizer:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from torch.nn import Parameter
 
 import optimx
 from optimx.param_groups import Rule, describe, layer_decay_groups, layer_ids, no_decay_groups, param_groups
+
+ROOT = Path(__file__).parents[1]
 
 
 class Block(nn.Module):
@@ -533,9 +536,10 @@ def test_real_wrappers(wrap: Callable[[nn.Module], nn.Module]) -> None:
     assert list(layer_ids(wrap(model))) == names
 
 
-def test_a_child_called_module_among_others_is_no_wrapper() -> None:
-    model = nn.ModuleDict({"module": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
-    assert "module.weight" in layer_ids(model, lambda name: int("other" in name))
+def test_a_child_of_that_name_among_others_is_no_wrapper() -> None:
+    for name in WRAPPERS:
+        model = nn.ModuleDict({name: nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+        assert f"{name}.weight" in layer_ids(model, lambda name: int("other" in name))
 
 
 FSDP = """
@@ -574,7 +578,7 @@ except ValueError as error:
 def test_distributed_models() -> None:
     """FSDP1 leaves flat shards, where only FSDP knows how many dimensions there were; without the original
     parameters nothing can be told apart."""
-    run = subprocess.run([sys.executable, "-c", FSDP], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", FSDP], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     assert "_flat_param holds many parameters that FSDP has flattened" in run.stdout
     assert "use_orig_params=True" in run.stdout
@@ -673,10 +677,10 @@ ERRORS = {
     "min-alone": (Model, {"min_lr_scale": 0.1}, ValueError, "layer_decay should be given with min_lr_scale"),
     "min": (Model, {**DECAY, "min_lr_scale": 2}, ValueError, "min_lr_scale should be <= 1 but is: 2"),
     "preset": (Model, {"layer_preset": "biet"}, ValueError, "layer_preset should be one of beit, mae, timm, electra"),
-    "linear": (lambda: nn.Linear(2, 2), DECAY, ValueError, "needs several layers but all parameters are in one in the "
-               "model's structure: give layers="),
+    "linear": (lambda: nn.Linear(2, 2), DECAY, ValueError, "needs several layers but all parameters are in one, by the "
+               "model's protocol or structure: give layers="),
     "one-block": (lambda: Model(1), DECAY, ValueError, "all parameters are in one"),
-    "one-layer": (Model, {**DECAY, "layers": lambda name: 3}, ValueError, "are in one in what was given as layers"),
+    "one-layer": (Model, {**DECAY, "layers": lambda name: 3}, ValueError, "are in one, by what was given as layers"),
     "layers-value": (Model, {**DECAY, "layers": lambda name: None}, ValueError, r"layers\('token'\) should be an int"),
     "layers-type": (Model, {**DECAY, "layers": "blocks.*"}, TypeError, "layers should be a function, a list"),
     "layers-match": (Model, {**DECAY, "layers": ["blocsk.*"]}, ValueError, r"layers\[0\] 'blocsk.\*' matches no"),

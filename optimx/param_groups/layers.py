@@ -57,9 +57,9 @@ def number(
     of_name = _of_names(root, names, layers, preset)
     ids = {param: min(of_name[name] for name in param.names) for param in params}
     if len(set(ids.values())) < 2:
-        found = "in what was given as layers" if layers is not None else "in the model's structure"
+        found = "by what was given as layers" if layers is not None else "by the model's protocol or structure"
         raise ValueError(
-            f"layer_decay needs several layers but all parameters are in one {found}: give layers=, a function from a "
+            f"layer_decay needs several layers but all parameters are in one, {found}: give layers=, a function from a "
             "parameter's name to its layer or a list of patterns from the input to the output"
         )
     return ids
@@ -95,7 +95,7 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
     (node,) = nodes
     within = {name: below for name in names if (below := node.relative(name)) is not None}
     module: Any = node.module
-    if hasattr(module, "group_matcher"):
+    if callable(getattr(module, "group_matcher", None)):
         matcher = module.group_matcher(coarse=False)
         if callable(matcher):
             ordinals = {below: _as_ordinal(matcher(below)) for below in within.values()}
@@ -105,7 +105,7 @@ def _from_model(root: Node, names: Sequence[str], preset: str) -> dict[str, int]
         places = {name: ordinals[within[name]] if name in within else TOP for name in names}
         return _number(_as_preset(places, preset), preset)
     depths = {name: module.get_layer_depth(below) for name, below in within.items()}
-    top = max(total for _, total in depths.values()) - 1
+    top = max((total for _, total in depths.values()), default=1) - 1
     return {
         name: _checked_layer(depths[name][0], f"get_layer_depth({within[name]!r})") if name in within else top
         for name in names

@@ -16,7 +16,7 @@ from .. import _compat
 PatternLike = str | re.Pattern[str]
 
 #: Under these names data parallelism, ``torch.compile``, FSDP and activation checkpointing keep what they wrap.
-WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 @dataclass(eq=False)
@@ -55,7 +55,7 @@ class Node:
 def module_tree(model: nn.Module) -> Node:
     """The model's modules without wrappers.
 
-    A child called ``module`` is taken for wrapped if it is all that its parent has.
+    A child of one of the wrappers' names is taken for wrapped if it is all that its parent has.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -88,11 +88,8 @@ def _check(name: str, param: nn.Parameter) -> None:
 
 
 def _unwrap(node: Node, path: str) -> Node:
-    while node.children:
-        name, child = next(iter(node.children.items()))
-        if name not in WRAPPED and not (name == "module" and len(node.children) == 1 and not node.params):
-            break
-        node = child
+    while len(node.children) == 1 and not node.params and (names := node.children.keys() & WRAPPED):
+        node = node.children[names.pop()]
     node.path = path
     node.children = {name: _unwrap(child, f"{path}.{name}" if path else name) for name, child in node.children.items()}
     return node

@@ -12,8 +12,8 @@ from .names import NamedParameter, Node, PatternLike, select
 
 #: The norm layers of torch.nn.
 NORMS = tuple(cls for name, cls in vars(nn).items() if isinstance(cls, type) and "Norm" in name)
-#: Norm layers that torch.nn lacks go by their name. ``NormalizedLinear`` and the like are something else, and so is
-#: whatever these classes are the base of.
+#: Norm layers that torch.nn lacks go by their name. ``NormalizedLinear`` is none, nor is what has a class of
+#: ``NO_NORMS`` as its base, whatever its name.
 NORM_NAME = re.compile(r"norm(?!al|ed)|grn$", re.IGNORECASE)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 NO_NORMS = (
