@@ -171,10 +171,49 @@ NAMED: dict[str, tuple[Make, list[float]]] = {
 each_named = pytest.mark.parametrize(("make", "expected"), NAMED.values(), ids=NAMED)
 
 
+def micro_steps(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]]:
+    """Gradients of four backward passes a step."""
+    applied = []
+    for micro in range(1, 4 * steps + 1):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                (p * torch.ones_like(p)).sum().backward()
+        if micro % 4 == 0:
+            applied.append([group["lr"] for group in optimizer.param_groups])
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+    return applied
+
+
+def scaled_steps(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]]:
+    """Under a GradScaler that skips the first and the fourth step."""
+    scaler = optimx.GradScaler("cpu", init_scale=4.0)
+    applied = []
+    with warnings.catch_warnings():
+        # torch's own schedulers warn of the skipped step
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        for step in range(steps):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = torch.full_like(p, float("inf") if step in (0, 3) else 1.0)
+            applied.append([group["lr"] for group in optimizer.param_groups])
+            scaler.scale(torch.zeros(()))
+            before = optimizer.param_groups[0]["params"][0].detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            # an lr of zero changes nothing either
+            moved = not torch.equal(optimizer.param_groups[0]["params"][0], before)
+            assert moved == (step not in (0, 3) and applied[-1][0] > 0)
+            scheduler.step()
+    return applied
+
+
+@pytest.mark.parametrize("loop", [train, scaled_steps, micro_steps], ids=["plain", "scaler", "accumulation"])
 @each_named
-def test_numbers_in_training_and_two_groups_keep_their_ratio(make: Make, expected: list[float]) -> None:
+def test_numbers_in_training_and_two_groups_keep_their_ratio(make: Make, expected: list[float], loop: Any) -> None:
     optimizer = make_optimizer(cls=optimx.AdamW)
-    rows = train(optimizer, make(optimizer), len(expected))
+    rows = loop(optimizer, make(optimizer), len(expected))
     assert [high for _, high in rows] == approx(expected)
     assert [low for low, _ in rows] == approx([0.1 * factor for factor in expected])
 
@@ -293,6 +332,25 @@ def test_warmup_of_another_scheduler() -> None:
         WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.9), 2).load_state_dict(state)
 
 
+def test_a_checkpoint_can_be_loaded_twice() -> None:
+    """CyclicLR takes a key out of what it loads."""
+
+    def make(optimizer: Any) -> WarmupLR:
+        return WarmupLR(optimizer, torchs.CyclicLR(optimizer, 0.5, 1.0, 2, cycle_momentum=False), 2)
+
+    optimizer = make_optimizer([1.0])
+    scheduler = make(optimizer)
+    whole = factors(scheduler, 3) + factors(scheduler, 4)
+    assert whole == approx([0.25, 0.5, 0.75, 1, 0.75, 0.5, 0.75])
+    scheduler = make(make_optimizer([1.0]))
+    factors(scheduler, 3)
+    state = scheduler.state_dict()
+    for _ in range(2):
+        scheduler = make(make_optimizer([1.0]))
+        scheduler.load_state_dict(state)
+        assert factors(scheduler, 4) == approx(whole[3:])
+
+
 def test_warmup_changed_on_resume() -> None:
     optimizer = make_optimizer()
     saved = save(optimizer, WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), 2))
@@ -360,11 +418,14 @@ def test_plateau_resumes(during: bool, order: Any) -> None:
         assert fed(resumed, metrics[done:]) == approx(whole[done:])
 
 
-def test_random_access_is_refused_where_it_cannot_be() -> None:
-    optimizer = make_optimizer()
-    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.9), 3)
-    with pytest.raises(ValueError, match="goes step by step, but is: 7"):
-        scheduler.step(7)
+def test_torchs_schedulers_go_forwards_only() -> None:
+    optimizer = make_optimizer([1.0])
+    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), 3)
+    optimizer.step()
+    scheduler.step(5)
+    assert scheduler.get_last_lr() == approx([0.125])
+    with pytest.raises(ValueError, match=r"epoch should be > 5, as ExponentialLR does not go back, but is: 4"):
+        scheduler.step(4)
     with pytest.raises(TypeError, match="which ExponentialLR is not"):
         scheduler.preview(3)
 
@@ -495,8 +556,14 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
         ([8, 7.9, 7.8, 1], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 0.5, 0.25, 0.25]),
         ([4, 2, 3, 4, 4], {"smooth": True, "window_size": 2}, [0.5, 1, 1, 1, 0.5]),
         ([1] * 13, {"reset_start": 2}, [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.5, 0.5, 0.5, 0.25, 0.25]),
+        # at the bound twice, but raised between
+        (
+            [9] * 7 + [8, 7] + [9] * 4,
+            {"reset_start": 2},
+            [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.5],
+        ),
     ],
-    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset"],
+    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset", "reset-anew"],
 )
 def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[float]) -> None:
     assert greedy_numbers(metrics, **options) == approx(expected)
@@ -540,7 +607,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "plateau": (
         lambda: WarmupLR((o := make_optimizer()), torchs.ReduceLROnPlateau(o), 3),
         ValueError,
-        "write PlateauWithWarmup instead",
+        "for ReduceLROnPlateau write PlateauWithWarmup",
     ),
     "another-optimizer": (
         lambda: WarmupLR(make_optimizer(), torchs.StepLR(make_optimizer(), 3), 3),
@@ -560,6 +627,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "greedy-factor": (lambda: GreedyLR(make_optimizer(), factor=1.0), ValueError, r"factor should be in \(0, 1\)"),
     "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim', the nearest is 'min'"),  # type: ignore
+    "greedy-after": (
+        lambda: WarmupLR((o := make_optimizer()), GreedyLR(o), 3),
+        ValueError,
+        "needs no metric .* but is: GreedyLR",
+    ),
     "greedy-bounds": (lambda: GreedyLR(make_optimizer(), min_lr=[0.1]), ValueError, "each of the 2 param_groups"),
 }
 

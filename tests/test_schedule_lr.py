@@ -476,6 +476,13 @@ def test_changed_learning_rates() -> None:
         assert train(optimizer, scheduler, 3) == expected(Linear(10), 3, lrs, start=5)
 
 
+def test_a_field_is_scheduled_no_longer() -> None:
+    optimizer = make_optimizer()
+    state = ScheduleLR(optimizer, {"lr": Linear(10), "weight_decay": Hold()}).state_dict()
+    with pytest.raises(ValueError, match="schedule of weight_decay: Hold in the checkpoint, none here"):
+        ScheduleLR(make_optimizer(), Linear(10)).load_state_dict(state)
+
+
 def test_torchs_checkpoint() -> None:
     """Of its step alone, and only when told to."""
     optimizer = make_optimizer()

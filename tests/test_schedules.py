@@ -125,6 +125,62 @@ def test_convention(convention: str) -> None:
     assert schedule(12) == schedule(1000) == schedule(10)
 
 
+def cosine_to(low: float, p: float) -> float:
+    return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * p))
+
+
+# t: step, w: warmup steps, n: all steps, low: floor; from the projects' own definitions
+PROJECTS: dict[str, tuple[str, Callable[[int, int, int, float], float]]] = {
+    "hf": ("hf", lambda t, w, n, low: t / w if t < w else cosine_to(low, (t - w) / max(1, n - w))),
+    # num_steps <= warmup_steps is the ramp
+    "megatron": ("megatron", lambda t, w, n, low: t / w if w > 0 and t <= w else cosine_to(low, (t - w) / (n - w))),
+    # CosineDecay(warmup_target=1, warmup_steps=w, decay_steps=n - w, alpha=low)
+    "tf": ("tf", lambda t, w, n, low: t / w if t < w else cosine_to(low, min(t - w, n - w) / (n - w))),
+    # n - w steps of decay after one virtual stable step
+    "torchtitan": (
+        "torchtitan",
+        lambda t, w, n, low: (t + 1) / w if t < w else 1.0 if t < w + 1 else cosine_to(low, (t + 1 - w - 1) / (n - w)),
+    ),
+    "timm": ("timm", lambda t, w, n, low: t / w if t < w else cosine_to(low, t / n)),
+    "timm-prefix": ("timm-prefix", lambda t, w, n, low: t / w if t < w else cosine_to(low, (t - w) / (n - w))),
+    "deepspeed": (
+        "deepspeed-cosine",
+        lambda t, w, n, low: t / w if t < w else cosine_to(low, (t - w + 1) / (n - w)),
+    ),
+    # a line from 0 to what the scheduler has at w / n, then the scheduler
+    "detectron2": (
+        "detectron2",
+        lambda t, w, n, low: t / w * cosine_to(low, w / n) if t < w else cosine_to(low, t / n),
+    ),
+    "detectron2-old": (
+        "product",
+        lambda t, w, n, low: min(1.0, t / max(w, 1)) * cosine_to(low, t / n) if w else cosine_to(low, t / n),
+    ),
+    "beit": (
+        "beit",
+        lambda t, w, n, low: t / max(1, w - 1) if t < w else cosine_to(low, (t - w) / (n - w)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("convention", "formula"), PROJECTS.values(), ids=PROJECTS)
+@given(st.integers(0, 20), st.integers(1, 40), st.sampled_from([0.0, 0.1]))
+def test_projects_numbers(
+    convention: str, formula: Callable[[int, int, int, float], float], warmup: int, decay: int, low: float
+) -> None:
+    schedule = (Warmup(warmup) >> Cosine(decay, low)).with_convention(convention)
+    total = warmup + decay
+    assert values(schedule, total) == approx([formula(t, warmup, total, low) for t in range(total)])
+
+
+@given(st.integers(2, 30), st.integers(1, 30))
+def test_deepspeeds_logarithm_and_linear_decay(warmup: int, decay: int) -> None:
+    schedule = (Warmup(warmup, "log") >> Linear(decay)).with_convention("deepspeed")
+    rise = [math.log(t + 1) / math.log(warmup) for t in range(warmup)]
+    fall = [(decay - t) / decay for t in range(decay + 1)]
+    assert values(schedule, warmup + decay + 1) == approx(rise + fall)
+
+
 def test_convention_with_its_floor_on_the_last_step() -> None:
     """And no rise after it, which Hugging Face's has."""
     schedule = (Warmup(2) >> Cosine(8, 0.1)).with_convention(Convention("one", "last", "last", "last"))
@@ -264,6 +320,9 @@ def test_restarts_end_where_the_last_cycle_does() -> None:
 def test_restarts_by_lengths_and_shrinking() -> None:
     assert values(Restarts(Linear(2), lengths=(1, 2, 4)), 9) == approx([1, 1, 0.5, 1, 0.75, 0.5, 0.25, 0, 0])
     assert values(Restarts(Linear(4), mult=0.5), 9) == approx([1, 0.75, 0.5, 0.25, 1, 0.5, 1, 1, 1])
+    # cycles of one step each are not counted one by one
+    assert Restarts(Linear(4), mult=0.5)(10**15) == 1
+    assert Restarts(Linear(4))(10**15 + 2) == 0.5
     assert values(Restarts(Linear(2), mult=1.5), 10) == approx(
         [1, 0.5, 1, 2 / 3, 1 / 3, 1, 0.75, 0.5, 0.25, 1]
     )  # lengths 2, 3, 4 (4.5 rounds to even), 7

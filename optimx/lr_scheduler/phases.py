@@ -321,6 +321,13 @@ class Product(Schedule):
         lengths = [factor.steps for factor in self.factors if factor.steps is not None]
         return max(lengths) if len(lengths) == len(self.factors) else None
 
+    @property
+    def overlaps(self) -> bool:  # type: ignore[override]
+        return all(factor.overlaps for factor in self.factors)
+
+    def resized(self, steps: int) -> Schedule:
+        return replace(self, factors=tuple(factor.resized(steps) for factor in self.factors))
+
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         for factor in self.factors:
             peak = factor.at(step, peak, base, lead, tail)

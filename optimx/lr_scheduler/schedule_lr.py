@@ -69,7 +69,8 @@ class ScheduleLR(LRScheduler):
             field.refresh(groups)
             if name == "lr" and bases is not None:
                 field.set_bases(groups, bases)
-        self._initial_step()
+        self._step_count = 0
+        self.step()
 
     def _set_schedules(self, by_field: Mapping[str, Schedules]) -> None:
         """Take other schedules, whose values come with the next step."""
@@ -184,6 +185,9 @@ class ScheduleLR(LRScheduler):
             self._write()
 
     def _differences(self, state: Mapping[str, Any]) -> Iterator[str]:
+        for name in state.get("schedules", {}):
+            if name not in self._fields:
+                yield f"schedule of {name}: {_brief(state['schedules'][name])} in the checkpoint, none here"
         for name, field in self._fields.items():
             saved = state.get("schedules", {}).get(name)
             yield from _differences(f"schedule of {name}", saved, _plain(field.schedules))

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ._field import current_lrs, write
 from ._schedule import Schedule, as_steps
+from .greedy import GreedyLR
 from .phases import Convention, Hold, Phases, Warmup
 from .schedule_lr import ScheduleLR
 
@@ -57,8 +58,11 @@ class WarmupLR(ScheduleLR):
         if isinstance(after, Schedule):
             super().__init__(optimizer, Phases((warmup, after), convention), **options)
             return
-        if isinstance(after, ReduceLROnPlateau):
-            raise ValueError("after should be a scheduler without a metric: write PlateauWithWarmup instead")
+        if isinstance(after, (ReduceLROnPlateau, GreedyLR)):
+            raise ValueError(
+                "after should be a scheduler that needs no metric (for ReduceLROnPlateau write PlateauWithWarmup) "
+                f"but is: {type(after).__name__}"
+            )
         if not isinstance(after, LRScheduler):
             raise TypeError(f"after should be a Schedule or a torch scheduler but is: {type(after).__name__}")
         if after.optimizer is not optimizer:
@@ -103,25 +107,27 @@ class WarmupLR(ScheduleLR):
         return super().preview(n, start, field)
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        if self.after is not None and epoch not in (None, 0, self.last_epoch + 1):
-            raise ValueError(f"epoch should be None, as {type(self.after).__name__} goes step by step, but is: {epoch}")
+        if self.after is not None and epoch is not None and self._due(epoch) < self._after_epoch:
+            raise ValueError(
+                f"epoch should be > {self.last_epoch}, as {type(self.after).__name__} does not go back, but is: {epoch}"
+            )
         super()._update_lr(epoch)
 
     def _write(self) -> None:
         if self.after is None:
             super()._write()
             return
-        while self._after_epoch < self._due():
+        while self._after_epoch < self._due(self.last_epoch):
             self._step_after()
         self._write_product()
 
-    def _due(self) -> int:
+    def _due(self, step: int) -> int:
         """The step that the wrapped scheduler should be at."""
         convention = self._ramp.resolved
         if convention.decay_from == "start":
-            return self.last_epoch
-        early = convention.decay_from == "last" and self.warmup_steps > 0
-        return max(self.last_epoch - self.warmup_steps + early, 0)
+            return step
+        early = convention.decay_from == "before" or (convention.decay_from == "last" and self.warmup_steps > 0)
+        return max(step - self.warmup_steps + early, 0)
 
     def _step_after(self, *metrics: Any) -> None:
         """Step the wrapped scheduler as if there were no warmup."""
@@ -199,7 +205,7 @@ class PlateauWithWarmup(WarmupLR):
         after = ReduceLROnPlateau(optimizer, **plateau)
         self._wrap(optimizer, after, as_warmup(warmup_steps), convention, on_mismatch=on_mismatch)
 
-    def _due(self) -> int:
+    def _due(self, step: int) -> int:
         """Metrics are what steps it."""
         return self._after_epoch
 
