@@ -17,8 +17,7 @@ from torch import nn
 
 from . import _backend
 from ._table import aligned
-from .build import build
-from .build.explanation import is_function_of_step
+from .build import build, is_function_of_step
 from .config import ConfigError
 from .config.errors import Problem
 from .config.loading import load, read_file

@@ -168,7 +168,7 @@ def _schedulers() -> Iterable[tuple[str, Any]]:
     yield from (("1-sqrt", package.OneMinusSqrt), ("1-square", package.OneMinusPower))
     # found there by name, as an installed package's would be: nothing here imports what uses it
     for name in ("wsd", "warmup_stable_decay"):
-        yield name, metadata.EntryPoint(name, f"{__package__}.build.schedule:wsd", "optimx.schedulers")
+        yield name, metadata.EntryPoint(name, f"{__package__}.resolve.schedule:wsd", "optimx.schedulers")
 
 
 OPTIMIZERS = Registry("optimizer", "optimx.optimizers", _optimizers)

@@ -91,7 +91,7 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
     "yml": written(".yml", YAML),
     "json": written(".json", json.dumps(TREE)),
     "text_path": lambda folder: str(written(".toml", TOML)(folder)),
-    "namespace": lambda _: argparse.Namespace(**copy.deepcopy(TREE), seed=1, data="here"),
+    "namespace": lambda _: argparse.Namespace(**copy.deepcopy(TREE), seed=1, data="here", local=2, model="vit"),
     "dotted_namespace": lambda _: argparse.Namespace(
         **{"optimizer": "adamw", "optimizer.lr": 1e-3, "betas": (0.9, 0.95), "optimizer.eps": None,
            "groups.layer_decay": 0.75, "groups.rules": TREE["groups"]["rules"],

@@ -84,9 +84,9 @@ class Problems(list[Problem]):
             raise ConfigError(self)
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The one of ``known`` that is most like ``name``, if one is."""
-    close = difflib.get_close_matches(name, list(known), 1)
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``known`` that is most like ``name``, if one is (``cutoff``: from 0, anything, to 1, the same)."""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff)
     return close[0] if close else None
 
 

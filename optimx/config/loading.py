@@ -32,9 +32,8 @@ def load(
 
     Args:
         cfg: A mapping, a dataclass, an :class:`argparse.Namespace`, an OmegaConf object, the path of a ``.toml``,
-            ``.yaml``, ``.yml`` or ``.json`` file, or the name of a preset. Of a namespace, dotted attributes
-            (``--optimizer.lr``), sections and a few plain names (``lr``, ``warmup``, ...) that are not None are read;
-            others belong to the program.
+            ``.yaml``, ``.yml`` or ``.json`` file, or the name of a preset. Of a namespace, dotted attributes, sections
+            and :data:`FLAT` that are not None are read; others belong to the program.
         overrides: ``{"optimizer.lr": 0.1}`` or ``["optimizer.lr=0.1"]``, set over it. In strings, values are JSON, and
             what is not JSON is a string.
         presets: Trees that a key ``preset`` can name, over which the config is laid.
@@ -122,7 +121,7 @@ def _namespace(namespace: argparse.Namespace) -> dict[str, Any]:
         elif name in FLAT:
             _set(tree, FLAT[name], _plain(value, name))
         # the program has attributes of its own, but none is called wieght_decay
-        elif len(name) > 4 and (near := nearest(name, FLAT)) and abs(len(near) - len(name)) < 2:
+        elif near := nearest(name, FLAT, 0.85):
             raise ConfigError([Problem(name, "is no attribute that a config has", value, near)])
     return tree
 

@@ -170,9 +170,7 @@ def _rule(table: Mapping[str, Any], plan: OptimizerPlan | None, scale: float, pa
     return attempt(lambda: Rule(**arguments), {}, path)
 
 
-def _options(
-    others: Mapping[str, Any], settings: Collection[str], plan: OptimizerPlan, path: str
-) -> dict[str, Any]:
+def _options(others: Mapping[str, Any], settings: Collection[str], plan: OptimizerPlan, path: str) -> dict[str, Any]:
     """A rule's options beside its settings, as the optimizer wants them."""
     problems = Problems()
     own, takes_any = parameters_of(plan.factory)

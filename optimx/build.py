@@ -5,23 +5,54 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..config import Config, ScheduleConfig
-from ..config.errors import Problems
-from ..config.loading import load
-from ..config.values import read
-from ..presets import TREES
-from .checks import attempt
-from .explanation import BuildExplanation, explain_build
-from .optimizer import plan_groups, plan_optimizer
-from .schedule import plan_schedule
+from ._table import aligned
+from .config import Config, ScheduleConfig
+from .config.errors import Problems
+from .config.loading import load
+from .config.values import read
+from .explain import Explanation, explain
+from .lr_scheduler import ScheduleLR
+from .param_groups import GroupsDescription, describe
+from .presets import TREES
+from .resolve import attempt, plan_groups, plan_optimizer, plan_schedule
 
-__all__ = ["Build", "build"]
+__all__ = ["Build", "BuildExplanation", "build", "is_function_of_step"]
+
+
+@dataclass(frozen=True)
+class BuildExplanation:
+    """What :meth:`Build.explain` found; prints as tables.
+
+    Attributes:
+        groups: The parameter groups; the learning rates are those that the schedule's factors are of.
+        backends: What their steps run on.
+        scheduler: Its class, empty if there is none.
+        rates: Step, least and greatest learning rate of the groups: at the beginning, at the end of the warmup, in
+            the middle, on the last step and after it. Empty for a scheduler that is no function of the step.
+    """
+
+    groups: GroupsDescription
+    backends: Explanation
+    scheduler: str
+    rates: tuple[tuple[int, float, float], ...]
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """The learning rates as texts, after a row with the names of the columns."""
+        rows = [(f"{step:,}", f"{least:.4g}", f"{greatest:.4g}") for step, least, greatest in self.rates]
+        return [("step", "least lr", "greatest lr"), *rows]
+
+    def __str__(self) -> str:
+        parts = [str(self.groups), str(self.backends)]
+        if self.scheduler:
+            parts.append("\n".join([self.scheduler, *(aligned(self.table, range(3)) if self.rates else ())]))
+        return "\n\n".join(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +78,13 @@ class Build:
 
     def explain(self) -> BuildExplanation:
         """Parameter groups, what their steps run on, and learning rates over the schedule; ``print`` it."""
-        return explain_build(self.model, self.optimizer, self.scheduler, self.config.schedule)
+        groups = [_before_any_schedule(group) for group in self.optimizer.param_groups]
+        name = "" if self.scheduler is None else type(self.scheduler).__name__
+        rates: tuple[tuple[int, float, float], ...] = ()
+        if self.config.schedule is not None and is_function_of_step(self.scheduler):
+            steps = _milestones(self.scheduler, self.config.schedule)
+            rates = tuple(_rate(self.scheduler, step) for step in steps)
+        return BuildExplanation(describe(self.model, groups), explain(self.optimizer), name, rates)
 
     def state_dict(self) -> dict[str, Any]:
         """Of optimizer and scheduler (None without one) together."""
@@ -100,7 +137,10 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     Args:
         model: The model; its parameters on the device and of the dtype that they are trained in.
         cfg: A :class:`~optimx.Config` (which says what there is), a dict or dataclass of the same names, the path of a
-            TOML, YAML or JSON file, the name of a preset, an :class:`argparse.Namespace`, or an OmegaConf object.
+            TOML, YAML or JSON file, the name of a preset, an :class:`argparse.Namespace`, or an OmegaConf object. Of a
+            namespace, dotted attributes (``--optimizer.lr``), sections, and ``optimizer``, ``lr``, ``weight_decay``,
+            ``betas``, ``eps``, ``momentum``, ``max_grad_norm``, ``no_decay``, ``layer_decay``, ``schedule``, ``total``,
+            ``warmup``, ``floor`` and ``steps_per_epoch`` are read; others are the program's own.
         overrides: Set over it: ``{"schedule.steps_per_epoch": len(loader)}`` or ``["optimizer.lr=3e-4"]``.
 
     Returns:
@@ -137,3 +177,26 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
         return Build(made, None, resolved, model)
     scheduler = attempt(lambda: schedule.make(made), {}, "schedule")
     return Build(made, scheduler, replace(resolved, schedule=schedule.config), model)
+
+
+def is_function_of_step(scheduler: LRScheduler | None) -> TypeGuard[ScheduleLR]:
+    """Whether its values can be foretold: :class:`ScheduleLR`, but around no scheduler of torch's."""
+    return isinstance(scheduler, ScheduleLR) and getattr(scheduler, "after", None) is None
+
+
+def _before_any_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group at the learning rate that the schedule's factors are of."""
+    told = dict(group)
+    told["lr"] = told.pop("initial_lr", told.get("lr"))
+    return told
+
+
+def _milestones(scheduler: Any, section: ScheduleConfig) -> list[int]:
+    warmup = section.warmup["steps"] if isinstance(section.warmup, dict) else int(section.warmup or 0)
+    total = scheduler.schedule.steps if section.total is None else int(section.total)
+    return sorted({0, warmup, *(() if not total else (total // 2, total - 1, total))})
+
+
+def _rate(scheduler: Any, step: int) -> tuple[int, float, float]:
+    (rates,) = scheduler.preview(1, step)
+    return step, min(rates), max(rates)
