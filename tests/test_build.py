@@ -245,11 +245,26 @@ def rates(section: dict[str, Any], steps: int = 30) -> list[float]:
         ),
         ({"name": "WarmupCosineLR", "total": 30, "warmup": 0.2, "floor": 0.1}, Warmup(6) >> Cosine(24, 0.1)),
         (
+            {"name": "WarmupCosineLR", "total": 30, "warmup": {"steps": 6, "shape": "cosine"}},
+            Warmup(6, "cosine") >> Cosine(24),
+        ),
+        (
             {"phases": [{"name": "linear", "steps": 10, "floor": 0.5}, {"name": "cooldown"}], "total": 30},
             optimx.lr_scheduler.Linear(10, 0.5) >> optimx.lr_scheduler.Cooldown(20),
         ),
     ],
-    ids=["warmup", "arguments", "class", "path", "endless", "timescale", "convention", "named_class", "phases"],
+    ids=[
+        "warmup",
+        "arguments",
+        "class",
+        "path",
+        "endless",
+        "timescale",
+        "convention",
+        "named_class",
+        "its_warmup",
+        "phases",
+    ],
 )
 def test_schedules(section: dict[str, Any], expected: Any) -> None:
     assert rates(section) == pytest.approx([expected(step) for step in range(30)])

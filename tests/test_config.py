@@ -27,7 +27,7 @@ from optimx.config import (
     Problem,
     ScheduleConfig,
 )
-from optimx.config.errors import Problems
+from optimx.config.errors import MISSING, Problems
 from optimx.config.loading import load, merge
 from optimx.config.values import above, at_least, check_arguments, convert, read
 
@@ -430,9 +430,10 @@ def test_all_problems_at_once() -> None:
 
 
 def test_errors_pickle() -> None:
-    error = ConfigError([Problem("a.b", "should be > 0", -1, "c")])
+    error = ConfigError([Problem("a.b", "should be > 0", -1, "c"), Problem("a.d", "is missing", MISSING)])
     again = pickle.loads(pickle.dumps(error))
-    assert str(again) == str(error) == "a.b should be > 0 but is: -1; did you mean 'c'?"
+    assert str(again) == str(error)
+    assert str(error).splitlines()[1:] == ["  a.b should be > 0 but is: -1; did you mean 'c'?", "  a.d is missing"]
     assert again.problems == error.problems
     assert isinstance(error, ValueError)
 

@@ -7,12 +7,20 @@ import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 __all__ = ["MISSING", "ConfigError", "Problem", "Problems", "join", "nearest"]
 
+
+class _Missing(Enum):
+    """Stays itself in a pickle."""
+
+    MISSING = "missing"
+
+
 #: The value of what is not there.
-MISSING = object()
+MISSING = _Missing.MISSING
 
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 80

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
-from .values import Rule, above, at_least
+from .values import Condition, above, at_least
 
 __all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
 
@@ -29,7 +29,7 @@ def _is_duration(value: int | float | str) -> bool:
 #: 50 steps, a fraction of the total such as 0.05, or epochs such as "2ep" (needs ``steps_per_epoch``).
 Duration = Annotated[
     int | float | str,
-    Rule('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration),
+    Condition('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration),
 ]
 
 
@@ -71,10 +71,10 @@ class GroupsConfig:
     """
 
     no_decay: str | tuple[str, ...] | None = "auto"
-    layer_decay: Annotated[float, Rule("should be > 0 and <= 1", lambda value: 0 < value <= 1)] | None = None
+    layer_decay: Annotated[float, Condition("should be > 0 and <= 1", lambda value: 0 < value <= 1)] | None = None
     layers: Any = None
     layer_preset: str = "beit"
-    min_lr_scale: Annotated[float, Rule("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.0
+    min_lr_scale: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.0
     rules: tuple[dict[str, Any], ...] = ()
     freeze: tuple[str, ...] = ()
     include_frozen: bool = False
@@ -106,7 +106,7 @@ class ScheduleConfig:
     phases: tuple[dict[str, Any], ...] = ()
     total: Duration | None = None
     warmup: Duration | dict[str, Any] | None = None
-    floor: Annotated[float, Rule("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | None = None
+    floor: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | None = None
     steps_per_epoch: Annotated[int, at_least(1)] | None = None
     convention: str | None = None
     args: dict[str, Any] = field(default_factory=dict)

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from .errors import MISSING, Problem, Problems, join, nearest
 
-__all__ = ["Rule", "above", "at_least", "check_arguments", "convert", "hints_of", "parameters_of", "read"]
+__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "hints_of", "parameters_of", "read"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A condition on a value of the right type, for ``Annotated[float, Rule(...)]``.
+class Condition:
+    """A condition on a value of the right type, for ``Annotated[float, Condition(...)]``.
 
     Attributes:
         text: ``"should be > 0"``.
@@ -33,14 +33,14 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def at_least(minimum: float) -> Rule:
+def at_least(minimum: float) -> Condition:
     """Finite and >= ``minimum``."""
-    return Rule(f"should be >= {minimum:g} and finite", lambda value: bool(minimum <= value < math.inf))
+    return Condition(f"should be >= {minimum:g} and finite", lambda value: bool(minimum <= value < math.inf))
 
 
-def above(minimum: float) -> Rule:
+def above(minimum: float) -> Condition:
     """> ``minimum``, perhaps infinite."""
-    return Rule(f"should be > {minimum:g}", lambda value: bool(value > minimum))
+    return Condition(f"should be > {minimum:g}", lambda value: bool(value > minimum))
 
 
 def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
@@ -53,7 +53,7 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         before = len(problems)
         converted = convert(value, arguments[0], path, problems)
         for rule in arguments[1:]:
-            if len(problems) == before and isinstance(rule, Rule) and not rule.holds(converted):
+            if len(problems) == before and isinstance(rule, Condition) and not rule.holds(converted):
                 problems.add(path, rule.text, value)
         return converted
     if origin in (typing.Union, types.UnionType):

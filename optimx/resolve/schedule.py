@@ -256,12 +256,14 @@ def _scheduler(
         own = next((name for name in names if name in named), None)
         if value is None:
             continue
-        if own is not None and not isinstance(value, dict):
-            arguments.setdefault(own, value)
-        elif key == "warmup":
+        if key == "warmup" and (own is None or isinstance(value, dict)):
             table = value if isinstance(value, dict) else {"steps": value}
             with problems.collected():
-                around = _phase({"name": "warmup", **table}, "schedule.warmup", clock)
+                value = _phase({"name": "warmup", **table}, "schedule.warmup", clock)
+        if own is not None:
+            arguments.setdefault(own, value)
+        elif key == "warmup":
+            around = value
         # a total that a fraction was taken of has been used
         elif key != "total" or not clock.used:
             problems.unknown("schedule", name, key, value, named)
