@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 from optimx.lr_scheduler import GreedyLR, ReduceLROnPlateau, get_scheduler
-from tests.test_named_schedulers import ORDERS, save, train
+from tests.training import each_order, save, train
 
 LR = 0.2
 
@@ -203,10 +203,10 @@ def test_greedy_against_transformers() -> None:
             assert a.get_last_lr() == pytest.approx(b.get_last_lr())
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 @each_case
 def test_resume(name: str, options: dict[str, Any], formula: Formula, order: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("tests.test_schedule_lr.make_optimizer", make_optimizer)
+    monkeypatch.setattr("tests.training.make_optimizer", make_optimizer)
 
     def make(optimizer: Any) -> Any:
         return get_scheduler(name, optimizer, 2, 10, options)

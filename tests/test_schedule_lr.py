@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -12,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import Parameter
 from torch.optim import lr_scheduler as torchs
 
@@ -33,6 +30,10 @@ from optimx.lr_scheduler import (
     ScheduleLR,
     Warmup,
 )
+from tests.training import LRS, each_order, make_optimizer, resume_documented, resume_scheduler_only, save, train
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 SCHEDULES: dict[str, Schedule] = {
     "cosine": Warmup(3) >> Cosine(7, 0.1),
@@ -45,26 +46,6 @@ SCHEDULES: dict[str, Schedule] = {
     "product": (Warmup(3) >> Hold()) * Exponential(0.9),
 }
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
-LRS = [0.1, 1.0]
-
-
-def make_optimizer(lrs: list[Any] | None = None, cls: Any = torch.optim.AdamW, **options: Any) -> Any:
-    torch.manual_seed(0)
-    groups = [{"params": [Parameter(torch.randn(3))], "lr": lr} for lr in (LRS if lrs is None else lrs)]
-    return cls(groups, **options)
-
-
-def train(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]]:
-    """The learning rates that each step was taken with."""
-    applied = []
-    for _ in range(steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.ones_like(p)
-        applied.append([float(group["lr"]) for group in optimizer.param_groups])
-        optimizer.step()
-        scheduler.step()
-    return applied
 
 
 def expected(schedule: Schedule, steps: int, lrs: list[float] | None = None, start: int = 0) -> list[Any]:
@@ -91,51 +72,6 @@ def test_groups_keep_their_ratio() -> None:
 # resuming, in the four orders
 
 
-def resume_documented(make: Callable[[Any], Any], saved: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-    optimizer = make_optimizer(**options)
-    scheduler = make(optimizer)
-    optimizer.load_state_dict(saved["optimizer"])
-    scheduler.load_state_dict(saved["scheduler"])
-    return optimizer, scheduler
-
-
-def resume_optimizer_first(make: Callable[[Any], Any], saved: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-    optimizer = make_optimizer(**options)
-    optimizer.load_state_dict(saved["optimizer"])
-    scheduler = make(optimizer)
-    scheduler.load_state_dict(saved["scheduler"])
-    return optimizer, scheduler
-
-
-def resume_scheduler_only(make: Callable[[Any], Any], saved: dict[str, Any], **options: Any) -> tuple[Any, Any]:
-    optimizer = make_optimizer(**options)
-    scheduler = make(optimizer)
-    scheduler.load_state_dict(saved["scheduler"])
-    return optimizer, scheduler
-
-
-def resume_scheduler_before_optimizer(
-    make: Callable[[Any], Any], saved: dict[str, Any], **options: Any
-) -> tuple[Any, Any]:
-    optimizer = make_optimizer(**options)
-    scheduler = make(optimizer)
-    scheduler.load_state_dict(saved["scheduler"])
-    optimizer.load_state_dict(saved["optimizer"])
-    return optimizer, scheduler
-
-
-ORDERS = [resume_documented, resume_optimizer_first, resume_scheduler_only, resume_scheduler_before_optimizer]
-each_order = pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__.removeprefix("resume_"))
-
-
-def save(optimizer: Any, scheduler: Any) -> dict[str, Any]:
-    """Through a file, as checkpoints go."""
-    file = io.BytesIO()
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @each_order
 @each_schedule
 def test_resume_at_every_step(schedule: Schedule, order: Any) -> None:
@@ -159,8 +95,8 @@ def test_resume_by_last_epoch(schedule: Schedule) -> None:
         train(optimizer, scheduler, 1)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(0, 20), st.lists(st.integers(0, 40), max_size=5), st.sampled_from(sorted(SCHEDULES)))
+@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.given(st.integers(0, 20), st.lists(st.integers(0, 40), max_size=5), st.sampled_from(sorted(SCHEDULES)))
 def test_random_access_equals_stepping(steps: int, jumps: list[int], name: str) -> None:
     optimizer = make_optimizer()
     scheduler = ScheduleLR(optimizer, SCHEDULES[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pickle
@@ -10,8 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import optimx
 from optimx.lr_scheduler import (
@@ -46,6 +45,13 @@ from optimx.lr_scheduler import (
     Tanh,
     Warmup,
 )
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+# a busy machine is slow now and then
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
+given = hypothesis.given
 
 
 def values(schedule: Schedule, n: int) -> list[float]:
@@ -297,6 +303,22 @@ def test_product() -> None:
     assert values(schedule, 6) == approx([0.25, 0.45, 0.75 * 0.81, 0.729, 0.6561, 0.59049])
     assert (Linear(4) * Linear(6)).steps == 6
     assert (Linear(4) * Hold()).steps is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Stairs(Schedule):
+    """A schedule as a user writes one."""
+
+    steps: int
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        return peak * (1 - int(step) // 2 * 2 / self.steps) if step < self.steps else 0.0
+
+
+def test_a_schedule_of_ones_own() -> None:
+    schedule = Warmup(2) >> Stairs(4)
+    assert values(schedule, 8) == approx([0.5, 1, 1, 1, 0.5, 0.5, 0, 0])
+    assert Schedule.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
 
 
 # cycles

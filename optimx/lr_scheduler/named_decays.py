@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, one_of
+from ._schedule import Absolute, as_steps, check_ratio, one_of
 from .endless import InverseTime, NaturalExponential, Piecewise
 from .phases import CONVENTIONS
 from .schedule_lr import ScheduleLR
@@ -35,7 +35,11 @@ class LinearCosineLR(ScheduleLR):
         beta: float = 0.001,
         **options: Any,
     ) -> None:
-        super().__init__(optimizer, LinearCosine(total_steps, num_cycles=num_cycles, alpha=alpha, beta=beta), **options)
+        super().__init__(
+            optimizer,
+            LinearCosine(as_steps("total_steps", total_steps), num_cycles=num_cycles, alpha=alpha, beta=beta),
+            **options,
+        )
 
 
 class _RateLR(ScheduleLR):
@@ -121,7 +125,9 @@ class TanhLR(ScheduleLR):
         upper: float = 3.0,
         **options: Any,
     ) -> None:
-        super().__init__(optimizer, Tanh(total_steps, min_lr_ratio, lower=lower, upper=upper), **options)
+        check_ratio("min_lr_ratio", min_lr_ratio)
+        steps = as_steps("total_steps", total_steps)
+        super().__init__(optimizer, Tanh(steps, min_lr_ratio, lower=lower, upper=upper), **options)
 
 
 class REXLR(ScheduleLR):
@@ -137,4 +143,5 @@ class REXLR(ScheduleLR):
     def __init__(
         self, optimizer: Optimizer, total_steps: int, min_lr_ratio: float | Absolute = 0.0, **options: Any
     ) -> None:
-        super().__init__(optimizer, REX(total_steps, min_lr_ratio), **options)
+        check_ratio("min_lr_ratio", min_lr_ratio)
+        super().__init__(optimizer, REX(as_steps("total_steps", total_steps), min_lr_ratio), **options)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, Schedule, as_steps, check_above, check_at_least, one_of
+from ._schedule import Absolute, Schedule, as_steps, check_above, check_at_least, check_ratio, one_of
 from .endless import Constant, Exponential, InverseSqrt, MultiStep, Noam
 from .phases import Convention, Hold, Phases, Warmup
 from .restarts import Restarts
@@ -38,6 +38,7 @@ class _WarmupDecayLR(ScheduleLR):
         total = as_steps("total_steps", total_steps)
         if warmup.steps > total:
             raise ValueError(f"warmup_steps should be <= total_steps, {total}, but is: {warmup.steps}")
+        check_ratio("min_lr_ratio", min_lr_ratio)
         decay = self.decay(total - warmup.steps, min_lr_ratio, **shape)
         super().__init__(optimizer, Phases((warmup, decay), convention), **options)
 
@@ -154,6 +155,7 @@ class WarmupExponentialLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
+        check_ratio("min_lr_ratio", min_lr_ratio)
         decay = Exponential(gamma, decay_steps=decay_steps, staircase=staircase, floor=min_lr_ratio)
         super().__init__(optimizer, Phases((as_warmup(warmup_steps), decay), convention), **options)
 
@@ -181,7 +183,8 @@ class WarmupMultiStepLR(ScheduleLR):
         warmup_method: str = "linear",
         **options: Any,
     ) -> None:
-        warmup = Warmup(warmup_iters, warmup_method, warmup_factor)
+        check_ratio("warmup_factor", warmup_factor)
+        warmup = Warmup(as_steps("warmup_iters", warmup_iters), warmup_method, warmup_factor)
         super().__init__(optimizer, Phases((warmup, MultiStep(tuple(milestones), gamma)), "product"), **options)
 
 
@@ -261,11 +264,12 @@ class WSDLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
+        check_ratio("min_lr_ratio", min_lr_ratio)
         warmup = as_warmup(warmup_steps)
         if convention == "hf" and not isinstance(warmup_steps, Warmup):
             warmup = replace(warmup, start=min_lr_ratio)
-        self._decay = DECAYS[one_of("decay", decay, DECAYS)](decay_steps, min_lr_ratio)
-        hold = Hold(stable_steps)
+        self._decay = DECAYS[one_of("decay", decay, DECAYS)](as_steps("decay_steps", decay_steps), min_lr_ratio)
+        hold = Hold(None if stable_steps is None else as_steps("stable_steps", stable_steps))
         phases = (warmup, hold) if hold.steps is None else (warmup, hold, self._decay)
         super().__init__(optimizer, Phases(phases, convention), **options)
 

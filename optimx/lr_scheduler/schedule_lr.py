@@ -25,6 +25,8 @@ class ScheduleLR(LRScheduler):
     state was not saved; ``step(n)`` goes to any step; a group added later joins at its own learning rate; tensors are
     updated in place; and as a member of :class:`~torch.optim.lr_scheduler.SequentialLR` it does what it says.
 
+    It does not touch ``optimizer.step``, so unlike torch's it does not warn when it is stepped first.
+
     A group's factor 1 is its ``initial_lr``, which torch's schedulers share: the learning rate that it had when the
     first scheduler came. To begin anew with others on a used optimizer, give ``base_lrs``.
 

@@ -108,9 +108,8 @@ class WarmupLR(ScheduleLR):
 
     def _update_lr(self, epoch: int | None = None) -> None:
         if self.after is not None and epoch is not None and self._due(epoch) < self._after_epoch:
-            raise ValueError(
-                f"epoch should be > {self.last_epoch}, as {type(self.after).__name__} does not go back, but is: {epoch}"
-            )
+            after = type(self.after).__name__
+            raise ValueError(f"epoch should be >= {self.last_epoch}, as {after} does not go back, but is: {epoch}")
         super()._update_lr(epoch)
 
     def _write(self) -> None:
@@ -137,10 +136,14 @@ class WarmupLR(ScheduleLR):
         self._after_epoch += 1
 
     def _write_product(self) -> None:
-        factor = self._ramp(self.last_epoch)
+        ramp = self._ramp
         # of a group that was added later
         self._after_lrs += current_lrs(self.optimizer.param_groups[len(self._after_lrs) :])
-        self._set_lrs([lr * factor for lr in self._after_lrs])
+        if ramp.absolutes:
+            self._set_lrs([ramp.value(self.last_epoch, float(lr)) for lr in self._after_lrs])
+        else:
+            factor = ramp(self.last_epoch)
+            self._set_lrs([lr * factor for lr in self._after_lrs])
         self._last_lr = current_lrs(self.optimizer.param_groups)
 
     def _set_lrs(self, lrs: Sequence[float | Tensor]) -> None:
