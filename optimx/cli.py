@@ -151,8 +151,8 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 def _plot(arguments: argparse.Namespace) -> None:
     tree = load(arguments.config, arguments.set, TREES)
-    if arguments.model is None:
-        tree.pop("groups", None)
+    if arguments.model is None and tree.pop("groups", None):
+        print("optimx: note: groups are of a model (--model), so one group is drawn", file=sys.stderr)
     model = nn.Linear(1, 1, bias=False) if arguments.model is None else _model(arguments.model)
     built = build(model, tree)
     if not is_function_of_step(built.scheduler):
