@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .config.errors import ConfigError, Problem, nearest
 
-__all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "matches",
+__all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "matches", "normalized",
            "register_optimizer", "register_scheduler"]  # fmt: skip
 
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -52,7 +52,7 @@ class Registry:
         for each in (name, *aliases):
             if not isinstance(each, str):
                 raise TypeError(f"a name of {self.kind} should be a string but is: {each!r}")
-            if not _key(each) or ":" in each:
+            if not normalized(each) or ":" in each:
                 raise ValueError(f"a name of {self.kind} should have a letter and no ':' but is: {each!r}")
 
         def decorate(thing: Factory) -> Factory:
@@ -60,7 +60,7 @@ class Registry:
                 raise TypeError(f"{self.kind} {name!r} should be a class or function but is: {thing!r}")
             self._complete_names()
             for each in (name, *aliases):
-                taken = self._things.get(_key(each))
+                taken = self._things.get(normalized(each))
                 if taken is not None and not _same(taken, thing):
                     raise ValueError(f"{self.kind} {each!r} should be a new name but is: {taken!r}")
             for each in (name, *aliases):
@@ -76,7 +76,7 @@ class Registry:
 
     def place(self, name: str) -> str:
         """Where the thing of a name is, as ``"package.module:Class"``; imports nothing."""
-        thing = self._things[_key(name)]
+        thing = self._things[normalized(name)]
         return thing.value if isinstance(thing, metadata.EntryPoint) else f"{thing.__module__}:{thing.__qualname__}"
 
     def get(self, name: str, path: str = "") -> Any:
@@ -93,9 +93,9 @@ class Registry:
         if ":" in name:
             return self._imported(name, path)
         self._complete_names()
-        thing = self._things.get(_key(name))
+        thing = self._things.get(normalized(name))
         if thing is None:
-            near = nearest(_key(name), self._names)
+            near = nearest(normalized(name), self._names)
             rule = f"should be a name of optimx.list_{self.kind}s()"
             raise ConfigError([Problem(path, rule, name, near and self._names[near])])
         return self._imported(thing.value, path) if isinstance(thing, metadata.EntryPoint) else thing
@@ -123,12 +123,12 @@ class Registry:
             self._add(name, thing)
         for entry_point in metadata.entry_points(group=self._entry_points):
             # a plugin cannot replace what others mean by a name; "its.module:Class" still reaches it
-            if _key(entry_point.name) not in self._things:
+            if normalized(entry_point.name) not in self._things:
                 self._add(entry_point.name, entry_point)
 
     def _add(self, name: str, thing: Any) -> None:
-        self._names[_key(name)] = name
-        self._things[_key(name)] = thing
+        self._names[normalized(name)] = name
+        self._things[normalized(name)] = thing
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -136,7 +136,8 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatch(name.lower(), pattern.lower())
 
 
-def _key(name: str) -> str:
+def normalized(name: str) -> str:
+    """Without what does not count."""
     return name.lower().replace("-", "").replace("_", "")
 
 

@@ -325,6 +325,7 @@ def test_every_registered_optimizer_is_checked_or_built() -> None:
 
 
 def test_other_ways_to_name_one() -> None:
+    assert type(optimx.build(linear(), {"optimizer": torch.optim.SGD}).optimizer) is torch.optim.SGD
     for name in (torch.optim.SGD, "torch.optim:SGD", "torch.optim.sgd:SGD"):
         assert type(optimx.build(linear(), {"optimizer": {"name": name, "lr": 0.1}}).optimizer) is torch.optim.SGD
     half = lambda params, lr: torch.optim.SGD(params, lr=lr / 2)  # noqa: E731
@@ -669,6 +670,13 @@ def built_or_refused(model: nn.Module, cfg: Any) -> None:
         texts = [str(build.explain())]
     assert texts
     assert all(texts)
+
+
+@given(st.text() | leaves | st.binary() | st.lists(leaves))
+def test_what_is_no_config_is_refused(cfg: Any) -> None:
+    for suffix in ("", ".toml"):
+        with pytest.raises(ConfigError):
+            optimx.build(nn.Linear(1, 1), cfg + suffix if isinstance(cfg, str) else cfg)
 
 
 BASES: list[dict[str, Any]] = [

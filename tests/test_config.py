@@ -91,7 +91,9 @@ FORMATS: dict[str, Callable[[Path], Any]] = {
     "yml": written(".yml", YAML),
     "json": written(".json", json.dumps(TREE)),
     "text_path": lambda folder: str(written(".toml", TOML)(folder)),
-    "namespace": lambda _: argparse.Namespace(**copy.deepcopy(TREE), seed=1, data="here", local=2, model="vit"),
+    "namespace": lambda _: argparse.Namespace(
+        **copy.deepcopy(TREE), seed=1, data="here", local=2, model="vit", **{"data.path": 3}
+    ),
     "dotted_namespace": lambda _: argparse.Namespace(
         **{"optimizer": "adamw", "optimizer.lr": 1e-3, "betas": (0.9, 0.95), "optimizer.eps": None,
            "groups.layer_decay": 0.75, "groups.rules": TREE["groups"]["rules"],
@@ -243,6 +245,7 @@ def test_bad_files(suffix: str, text: str, message: str, tmp_path: Path) -> None
         (Config, "cfg should be a table"),
         ({1: 2}, "cfg should have strings as keys but is: 1"),
         ({"groups": {"rules": [{2: 3}]}}, r"cfg.groups.rules\[0\] should have strings as keys but is: 2"),
+        (argparse.Namespace(**{"optimzer.lr": 0.1}), r"optimzer.lr \(value: 0.1\) is no attribute .* 'optimizer'\?"),
         (argparse.Namespace(wieght_decay=0.1), r"wieght_decay \(value: 0.1\) is no attribute .* 'weight_decay'\?"),
     ],
     ids=str,
@@ -276,13 +279,14 @@ BASE = {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}, "schedule": {"
     [
         ({}, BASE),
         ({"optimizer": {"lr": 0.2}}, {**BASE, "optimizer": {"name": "sgd", "lr": 0.2, "momentum": 0.9}}),
-        ({"optimizer": {"name": "sgd"}}, BASE),
+        ({"optimizer": {"name": "SGD"}}, {**BASE, "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9}}),
+        ({"optimizer": {"name": optimx.SGD}}, {**BASE, "optimizer": {"name": optimx.SGD}}),
         ({"optimizer": {"name": "lion"}}, {**BASE, "optimizer": {"name": "lion"}}),
         ({"schedule": {"phases": []}}, {**BASE, "schedule": {"phases": []}}),
         ({"schedule": None}, {**BASE, "schedule": None}),
         ({"groups": {"layer_decay": 0.5}}, {**BASE, "groups": {"layer_decay": 0.5}}),
     ],
-    ids=["nothing", "key", "same_name", "other_name", "phases", "removed", "more"],
+    ids=["nothing", "key", "same_name", "class", "other_name", "phases", "removed", "more"],
 )
 def test_over_a_preset(over: dict, merged: dict) -> None:
     before = copy.deepcopy(BASE)

@@ -7,14 +7,16 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..registry import normalized
 from .errors import ConfigError, Problem, nearest
 
 __all__ = ["load", "merge", "parse_value", "read_file"]
 
+SECTIONS = ("preset", "optimizer", "groups", "schedule", "batch_scaling")
 #: Sections that may be a name alone, and attributes of a flat namespace: where their value goes.
 FLAT = {
     "optimizer": "optimizer.name", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
@@ -59,10 +61,14 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for section, new in over.items():
         old = merged.get(section)
         if isinstance(old, dict) and isinstance(new, Mapping):
-            other = any(key in new and new[key] != old.get(key) for key in ("name", "phases"))
+            other = "phases" in new or not _same(new.get("name", old.get("name")), old.get("name"))
             new = dict(new) if other else {**old, **new}
         merged[section] = new
     return merged
+
+
+def _same(name: Any, other: Any) -> bool:
+    return normalized(name) == normalized(other) if isinstance(name, str) and isinstance(other, str) else name is other
 
 
 def parse_value(text: str) -> Any:
@@ -105,23 +111,24 @@ def _plain(value: Any, path: str) -> Any:
 def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     """``{"optimizer": "adamw"}`` is short for its name."""
     for section in ("optimizer", "schedule"):
-        if isinstance(tree.get(section), (str, type)):
+        if isinstance(tree.get(section), str) or callable(tree.get(section)):
             tree[section] = {"name": tree[section]}
     return tree
 
 
 def _namespace(namespace: argparse.Namespace) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    sections = ("preset", "optimizer", "groups", "schedule", "batch_scaling")
     for name, value in vars(namespace).items():
+        section, dot, _ = name.partition(".")
+        known: Collection[str] = SECTIONS if dot else {*FLAT, *SECTIONS}
         if value is None:
             continue
-        if "." in name or (name in sections and not (isinstance(value, str) and name in FLAT)):
-            _set(tree, name, _plain(value, name))
-        elif name in FLAT:
+        if not dot and name in FLAT and (name not in SECTIONS or isinstance(value, str)):
             _set(tree, FLAT[name], _plain(value, name))
+        elif section in SECTIONS:
+            _set(tree, name, _plain(value, name))
         # the program has attributes of its own, but none is called wieght_decay
-        elif near := nearest(name, FLAT, 0.85):
+        elif near := nearest(section, known, 0.85):
             raise ConfigError([Problem(name, "is no attribute that a config has", value, near)])
     return tree
 
