@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import torch
 from torch.nn import Parameter
 
 import optimx
+from optimx.lr_scheduler import Schedule
 from optimx.registry import OPTIMIZERS, SCHEDULERS, Registry
 from tests.cases import CASES
 
@@ -130,6 +132,42 @@ def test_installed_plugins_are_found() -> None:
     optimizer = OPTIMIZERS.get("Plugin-SGD")([Parameter(torch.ones(2))], lr=0.1)
     assert isinstance(optimizer, torch.optim.SGD)
     assert type(optimizer).__module__ == "optimx_plugin"
+
+
+@pytest.mark.usefixtures("plugin")
+def test_configs_can_name_a_plugin() -> None:
+    cfg = {"optimizer": {"name": "plugin_sgd", "lr": 1.0}, "schedule": {"name": "plugin_schedule", "half_life": 2}}
+    optimizer, scheduler = optimx.build(torch.nn.Linear(2, 2), cfg)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25]
+    with pytest.raises(optimx.ConfigError, match=r"schedule.half_lif .* did you mean 'half_life'\?"):
+        optimx.build(torch.nn.Linear(2, 2), {"schedule": {"name": "plugin_schedule", "half_lif": 2, "half_life": 1}})
+
+
+def test_configs_can_name_what_a_program_registers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule that is a class, and a function that makes one."""
+    for field in ("_names", "_things"):
+        monkeypatch.setattr(SCHEDULERS, field, dict(getattr(SCHEDULERS, field)))
+
+    @optimx.register_scheduler("halving")
+    @dataclasses.dataclass(frozen=True)
+    class Halving(Schedule):
+        steps: int
+        every: int = 1
+
+        def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+            return peak * 0.5 ** (min(step, self.steps) // self.every)
+
+    @optimx.register_scheduler("halving_twice")
+    def halving_twice(steps: int) -> Schedule:
+        return Halving(steps, every=steps // 2)
+
+    for name, more, expected in (("halving", {"every": 2}, [1, 1, 0.5, 0.5, 0.25]), ("halving_twice", {}, [1, 1, 0.5])):
+        cfg = {"optimizer": {"lr": 1.0}, "schedule": {"name": name, "total": 4, **more}}
+        scheduler = optimx.build(torch.nn.Linear(1, 1, bias=False), cfg).scheduler
+        assert [rates[0] for rates in scheduler.preview(len(expected))] == expected
 
 
 @pytest.mark.usefixtures("plugin")
