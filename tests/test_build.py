@@ -333,12 +333,17 @@ def test_other_ways_to_name_one() -> None:
     assert build.optimizer.defaults["lr"] == 0.25
 
 
-def test_tensor_lr() -> None:
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_tensor_lr(warmup: int) -> None:
+    """Which schedulers write into, so that nothing may share it."""
     lr = torch.tensor(0.5)
-    build = optimx.build(linear(), Config(OptimizerConfig("adamw", lr=lr), schedule=ScheduleConfig("linear", total=4)))
+    schedule = ScheduleConfig("linear", total=4 + warmup, warmup=warmup)
+    build = optimx.build(linear(), Config(OptimizerConfig("adamw", lr=lr), schedule=schedule))
     assert all(isinstance(group["lr"], Tensor) for group in build.optimizer.param_groups)
+    rates = [step[0] for step in build.scheduler.preview(4)]
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125] if not warmup else [0.25, 0.5, 0.4, 0.3])
     train(build, 2)
-    assert build.optimizer.param_groups[0]["lr"] == 0.25
+    assert build.optimizer.param_groups[0]["lr"].item() == pytest.approx(rates[2])
     assert lr == 0.5
 
 

@@ -45,8 +45,16 @@ class OptimizerPlan:
 
     def rehearse(self, groups: list[dict[str, Any]]) -> Optimizer:
         """One with the same groups, each of one small parameter: to try out on it what takes an optimizer."""
-        small = [{key: value for key, value in group.items() if key != "param_names"} for group in groups]
-        return self.factory([{**group, "params": [_small(self.like)]} for group in small], **self.arguments)
+        # schedulers write into a tensor lr
+        copies = [
+            {
+                k: v.clone() if isinstance(v, Tensor) else v
+                for k, v in group.items()
+                if k not in ("params", "param_names")
+            }
+            for group in groups
+        ]
+        return self.factory([{**group, "params": [_small(self.like)]} for group in copies], **self.arguments)
 
 
 def plan_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> OptimizerPlan:
