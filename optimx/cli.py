@@ -21,7 +21,8 @@ from .build import build, is_function_of_step
 from .config import ConfigError
 from .config.errors import Problem
 from .config.loading import load, read_file
-from .convert import convert, to_toml
+from .config.writing import to_toml
+from .convert import convert
 from .presets import PRESETS, TREES
 from .registry import OPTIMIZERS, SCHEDULERS, matches
 

@@ -12,7 +12,8 @@ from torch import nn
 
 import optimx
 from optimx import ConfigError
-from optimx.convert import convert, to_toml
+from optimx.config.writing import to_toml
+from optimx.convert import convert
 from optimx.lr_scheduler import get_scheduler
 
 # python 3.10 has none of its own
