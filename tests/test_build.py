@@ -495,7 +495,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     ),
     "both": ({"optimizer": {"lr": 1, "args": {"eps": 1e-8}, "eps": 1e-8}}, ["optimizer.eps should be given once"]),
     "clip": (
-        {"optimizer": {"name": "adafactor", "max_grad_norm": 1.0}},
+        {"optimizer": {"name": "torch.optim:Adafactor", "max_grad_norm": 1.0}},
         [r"optimizer.max_grad_norm \(value: 1.0\) is no key of Adafactor"],
     ),
     "rules": (
