@@ -20,7 +20,7 @@ help:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,bench,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,trainers,config,bench,lint]"
 	@touch $@
 
 test: .venv/.installed

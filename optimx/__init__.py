@@ -18,13 +18,16 @@ from .adam import Adam
 from .adamax import Adamax
 from .adamw import AdamW
 from .asgd import ASGD
+from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .config import Config, ConfigError
 from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
 from .nadam import NAdam
 from .radam import RAdam
+from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
@@ -34,15 +37,23 @@ __version__ = "0.1.0"
 __all__ = sorted(
     {
         *_torch.__all__,
+        "Build",
+        "Config",
+        "ConfigError",
         "GradScaler",
         "LAMB",
         "Lion",
+        "build",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",
         "explain",
         "get_total_norm",
+        "list_optimizers",
+        "list_schedulers",
         "lr_scheduler",
+        "register_optimizer",
+        "register_scheduler",
         "param_groups",
         "swa_utils",
     }

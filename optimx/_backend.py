@@ -55,3 +55,46 @@ def give_up_on_triton(error: Exception) -> None:
         _broken = f"Triton failed: {type(error).__name__}: {error}"
         message = f"optimx: a Triton kernel did not compile, torch's own steps are used instead. {_broken}"
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def triton_problem() -> str | None:
+    """Why Triton compiles nothing here, None if it does: a kernel is tried, for sm_90 where there is no GPU."""
+    missing = _broken or _triton_missing()
+    if missing or interpreted():
+        return missing or "TRITON_INTERPRET=1: kernels are interpreted"
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime import driver
+
+        from .triton_kernels.grad_norm import _finish_kernel
+
+        pointers = {"partials_ptr": "*fp64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "norm_ptr": "*fp32",
+                    "control_ptr": "*fp64"}  # fmt: skip
+        constants = {"NORM_TYPE": 2, "CLIP": True, "CLAMP": True, "HAS_SCALE": False, "HAS_FOUND_INF": False,
+                     "CHECK_FINITE": False, "BLOCK_SIZE": 128}  # fmt: skip
+        signature = {**pointers, "n_partials": "i32", "max_norm": "fp32", **dict.fromkeys(constants, "constexpr")}
+        signature = {p.name: signature[p.name] for p in _finish_kernel.params}
+        target = driver.active.get_current_target() if torch.cuda.is_available() else GPUTarget("cuda", 90, 32)
+        triton.compile(ASTSource(_finish_kernel, signature, constants), target=target)
+    # whatever goes wrong in a compiler is the answer
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def toolkit() -> str:
+    """What torch was built for."""
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "CPU"
+
+
+def triton_version() -> str | None:
+    """None if it is not installed."""
+    if _triton_missing():
+        return None
+    import triton
+
+    return triton.__version__

@@ -44,13 +44,18 @@ class Explanation:
     optimizer: str
     rows: tuple[ExplanationRow, ...]
 
-    def __str__(self) -> str:
-        table = [("backend", "tensors", "elements", "groups", "device", "dtypes")]
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """The rows as texts, after one with the names of the columns."""
+        rows: list[tuple[str, ...]] = [("backend", "tensors", "elements", "groups", "device", "dtypes")]
         for row in self.rows:
             counts = (f"{row.tensors:,}", f"{row.elements:,}", f"{row.groups:,}")
-            table.append((row.backend, *counts, row.device, _dtypes(row.dtypes)))
+            rows.append((row.backend, *counts, row.device, _dtypes(row.dtypes)))
+        return rows
+
+    def __str__(self) -> str:
         lines = [self.optimizer]
-        for i, line in enumerate(aligned(table, numbers=range(1, 4))):
+        for i, line in enumerate(aligned(self.table, numbers=range(1, 4))):
             lines.append(line)
             if i and self.rows[i - 1].reason:
                 lines.append(f"  because: {self.rows[i - 1].reason}")

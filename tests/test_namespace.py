@@ -105,6 +105,7 @@ def test_modules_as_in_torch() -> None:
     assert optimx.swa_utils.AveragedModel is torch.optim.swa_utils.AveragedModel
     assert all(inspect.isclass(getattr(optimx, case.cls.__name__)) for case in CASES)
     assert inspect.isfunction(optimx.explain)
+    assert inspect.isfunction(optimx.build)
     assert inspect.isfunction(optimx.param_groups.param_groups)
     assert optimx.Optimizer is torch.optim.Optimizer
 
@@ -247,7 +248,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_import_is_light() -> None:
     more = loaded_by("import optimx") - loaded_by("import torch, torch.optim, torch.amp")
-    heavy = {"triton", "torch._dynamo", "torch._inductor", "numpy", "yaml", "cuda", "matplotlib"}
+    heavy = {"triton", "torch._dynamo", "torch._inductor", "numpy", "yaml", "rich", "matplotlib", "omegaconf", "cuda"}
     assert more & heavy == set()
     assert not any(name.startswith(("triton.", "optimx.triton_kernels", "torch._dynamo")) for name in more)
 
@@ -305,15 +306,24 @@ def test_tensor_table_needs_no_triton() -> None:
     assert not any(name.startswith("triton") for name in names)
 
 
+#: Python 3.10 has no tomllib.
+EXTRAS = {
+    "optimx/_backend.py": ("triton",),
+    "optimx/cli.py": ("rich",),
+    "optimx/config/loading.py": ("omegaconf", "tomli", "tomllib", "yaml"),
+    "optimx/lr_scheduler/_plot.py": ("matplotlib",),
+}
+
+
 @pytest.mark.parametrize("path", OPTIMX, ids=file_id)
 def test_optimx_imports_torch_only(path: Path) -> None:
-    """The one run-time dependency; a picture needs matplotlib, when it is drawn."""
+    """The one run-time dependency; what else there is, one file imports, in the function that needs it."""
     tree = parse(path)
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    drawing = {id(node) for function in functions for node in ast.walk(function)} if path.name == "_plot.py" else set()
+    within = {id(node) for function in functions for node in ast.walk(function)}
     for node, name in imports(tree):
         top = name.split(".")[0]
-        allowed = ("", "torch", "matplotlib") if id(node) in drawing else ("", "torch")
+        allowed = ("", "torch", *(EXTRAS.get(file_id(path), ()) if id(node) in within else ()))
         assert top in allowed or top in sys.stdlib_module_names, name
 
 
@@ -371,12 +381,12 @@ def test_only_backend_asks_for_the_backend(path: Path) -> None:
 
 @pytest.mark.parametrize("path", OPTIMX, ids=file_id)
 def test_engine_does_not_know_algorithms(path: Path) -> None:
-    """``adamw.py`` imports ``_step``, never the other way round; only ``__init__`` imports ``build``."""
+    """``adamw.py`` imports ``_step``, never the other way round; what users call alone imports ``build``."""
     names = {name.lstrip(".").split(".")[0] for _, name in imports(parse(path)) if name.startswith(".")}
-    if path.stem.startswith("_") and path.stem != "__init__":
+    if path.stem.startswith("_") and path.stem not in ("__init__", "__main__"):
         public = {module for module in own_modules() if not module.startswith("_")}
         assert names & public == set()
-    if path.stem != "__init__":
+    if path.stem not in ("__init__", "cli"):
         assert "build" not in names
 
 

@@ -47,22 +47,31 @@ class GroupsDescription:
     left_out: tuple[str, ...]
     tied: tuple[tuple[str, ...], ...]
 
-    def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, "others", "names")]
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """A row for each group, after one with the names of the columns."""
+        rows: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, "others", "names")]
         common = self._common()
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
             numbers = (_number(group.settings.get(name)) for name in NUMBERS)
             others = {name: value for name, value in group.settings.items() if name not in (*NUMBERS, *common)}
-            table.append((*counts, *numbers, _settings(others) or "-", _few(group.names)))
-        lines = list(aligned(table, numbers=range(6)))
-        if common:
-            lines.append(f"in every group: {_settings(common)}")
+            rows.append((*counts, *numbers, _settings(others) or "-", _few(group.names)))
+        return rows
+
+    @property
+    def notes(self) -> list[str]:
+        """What the table does not say, a line each."""
+        common = self._common()
+        lines = [f"in every group: {_settings(common)}"] if common else []
         lines += [f"tied: {' = '.join(names)}" for names in self.tied]
         for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
             if names:
                 lines.append(f"{what}: {len(names):,} ({_few(names)})")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        return "\n".join([*aligned(self.table, numbers=range(6)), *self.notes])
 
     def _common(self) -> dict[str, Any]:
         """Settings without a column that are the same in all groups."""

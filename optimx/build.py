@@ -1,0 +1,202 @@
+"""From a model and a config to an optimizer and a scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypeGuard
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from ._table import aligned
+from .config import Config, ScheduleConfig
+from .config.errors import Problems
+from .config.loading import load
+from .config.values import read
+from .explain import Explanation, explain
+from .lr_scheduler import ScheduleLR
+from .param_groups import GroupsDescription, describe
+from .presets import TREES
+from .resolve import attempt, plan_groups, plan_optimizer, plan_schedule
+
+__all__ = ["Build", "BuildExplanation", "build", "is_function_of_step"]
+
+
+@dataclass(frozen=True)
+class BuildExplanation:
+    """What :meth:`Build.explain` found; prints as tables.
+
+    Attributes:
+        groups: The parameter groups; the learning rates are those that the schedule's factors are of.
+        backends: What their steps run on.
+        scheduler: Its class, empty if there is none.
+        rates: Step, least and greatest learning rate of the groups: at the beginning, at the end of the warmup, in
+            the middle, on the last step and after it. Empty for a scheduler that is no function of the step.
+    """
+
+    groups: GroupsDescription
+    backends: Explanation
+    scheduler: str
+    rates: tuple[tuple[int, float, float], ...]
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """The learning rates as texts, after a row with the names of the columns."""
+        rows = [(f"{step:,}", f"{least:.4g}", f"{greatest:.4g}") for step, least, greatest in self.rates]
+        return [("step", "least lr", "greatest lr"), *rows]
+
+    def __str__(self) -> str:
+        parts = [str(self.groups), str(self.backends)]
+        if self.scheduler:
+            parts.append("\n".join([self.scheduler, *(aligned(self.table, range(3)) if self.rates else ())]))
+        return "\n\n".join(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Build:
+    """What :func:`build` made. ``optimizer, scheduler = optimx.build(model, cfg)`` works too.
+
+    Attributes:
+        optimizer: A :class:`torch.optim.Optimizer`.
+        scheduler: A :class:`torch.optim.lr_scheduler.LRScheduler`, to be stepped after every optimizer step; None if
+            the config has no schedule.
+        config: Fully resolved: learning rates scaled with the batch size, lengths in steps, all of the optimizer's
+            arguments. It builds the same again.
+        model: The model.
+    """
+
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    config: Config
+    model: nn.Module
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.optimizer, self.scheduler))
+
+    def explain(self) -> BuildExplanation:
+        """Parameter groups, what their steps run on, and learning rates over the schedule; ``print`` it."""
+        groups = [_before_any_schedule(group) for group in self.optimizer.param_groups]
+        name = "" if self.scheduler is None else type(self.scheduler).__name__
+        rates: tuple[tuple[int, float, float], ...] = ()
+        if self.config.schedule is not None and is_function_of_step(self.scheduler):
+            steps = _milestones(self.scheduler, self.config.schedule)
+            rates = tuple(_rate(self.scheduler, step) for step in steps)
+        return BuildExplanation(describe(self.model, groups), explain(self.optimizer), name, rates)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of optimizer and scheduler (None without one) together."""
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: It has other keys, or a scheduler's state where there is no scheduler or none where there is
+                one; or the optimizer or the scheduler refuses its part.
+        """
+        if set(state_dict) != {"optimizer", "scheduler"}:
+            raise ValueError(f"state_dict should have 'optimizer' and 'scheduler' but has: {sorted(state_dict)}")
+        has, needs = state_dict["scheduler"] is not None, self.scheduler is not None
+        if has != needs:
+            words = {True: "a scheduler's state", False: "none"}
+            raise ValueError(f"state_dict['scheduler'] should be {words[needs]} but is: {words[has]}")
+        before = self.optimizer.state_dict()
+        self.optimizer.load_state_dict(dict(state_dict["optimizer"]))
+        if self.scheduler is not None:
+            try:
+                self.scheduler.load_state_dict(dict(state_dict["scheduler"]))
+            # both or none
+            except BaseException:
+                self.optimizer.load_state_dict(before)
+                raise
+
+    def as_lightning(self, **lr_scheduler: Any) -> dict[str, Any]:
+        """What ``LightningModule.configure_optimizers`` returns: the scheduler goes on every step, not every epoch.
+
+        Args:
+            lr_scheduler: More keys of Lightning's ``lr_scheduler``, such as ``monitor="val_loss"`` and
+                ``interval="epoch"`` for a scheduler that follows a metric.
+        """
+        if self.scheduler is None:
+            return {"optimizer": self.optimizer}
+        return {
+            "optimizer": self.optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler, "interval": "step", "frequency": 1, **lr_scheduler},
+        }
+
+
+def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Build:
+    """An optimizer with parameter groups and a schedule, from a model and a config.
+
+    The config is checked as a whole before anything is built; it and the model are not changed.
+
+    Args:
+        model: The model; its parameters on the device and of the dtype that they are trained in.
+        cfg: A :class:`~optimx.Config` (which says what there is), a dict or dataclass of the same names, the path of a
+            TOML, YAML or JSON file, the name of a preset, an :class:`argparse.Namespace`, or an OmegaConf object. Of a
+            namespace, dotted attributes (``--optimizer.lr``), sections, and ``optimizer``, ``lr``, ``weight_decay``,
+            ``betas``, ``eps``, ``momentum``, ``max_grad_norm``, ``no_decay``, ``layer_decay``, ``schedule``, ``total``,
+            ``warmup``, ``floor`` and ``steps_per_epoch`` are read; others are the program's own.
+        overrides: Set over it: ``{"schedule.steps_per_epoch": len(loader)}`` or ``["optimizer.lr=3e-4"]``.
+
+    Returns:
+        A :class:`Build`.
+
+    Raises:
+        ConfigError: Everything that is wrong with the config, a line each.
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module but is: {type(model).__name__}")
+    problems = Problems()
+    config: Config = read(Config, load(cfg, overrides, TREES), "", problems)
+    scale = 1.0 if config.batch_scaling is None else config.batch_scaling.factor
+    optimizer = groups = schedule = None
+    with problems.collected():
+        optimizer = plan_optimizer(config.optimizer, model, scale)
+    with problems.collected():
+        groups = plan_groups(config.groups, model, optimizer, scale)
+    rehearse = None
+    if optimizer is not None and groups is not None:
+        rehearse = partial(optimizer.rehearse, groups[0])
+    # how long an epoch is, is no schedule yet
+    section = config.schedule
+    if section is not None and section != ScheduleConfig(steps_per_epoch=section.steps_per_epoch):
+        with problems.collected():
+            schedule = plan_schedule(section, rehearse)
+    problems.raise_if_any()
+    assert optimizer is not None
+    assert groups is not None
+    made = attempt(lambda: optimizer.factory(groups[0], **optimizer.arguments), {}, "optimizer")
+    resolved = Config(optimizer.config, groups[1])
+    if schedule is None:
+        return Build(made, None, resolved, model)
+    scheduler = attempt(lambda: schedule.make(made), {}, "schedule")
+    return Build(made, scheduler, replace(resolved, schedule=schedule.config), model)
+
+
+def is_function_of_step(scheduler: LRScheduler | None) -> TypeGuard[ScheduleLR]:
+    """Whether its values can be foretold: :class:`ScheduleLR`, but around no scheduler of torch's."""
+    return isinstance(scheduler, ScheduleLR) and getattr(scheduler, "after", None) is None
+
+
+def _before_any_schedule(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The group at the learning rate that the schedule's factors are of."""
+    told = dict(group)
+    told["lr"] = told.pop("initial_lr", told.get("lr"))
+    return told
+
+
+def _milestones(scheduler: Any, section: ScheduleConfig) -> list[int]:
+    warmup = section.warmup["steps"] if isinstance(section.warmup, dict) else int(section.warmup or 0)
+    total = scheduler.schedule.steps if section.total is None else int(section.total)
+    return sorted({0, warmup, *(() if not total else (total // 2, total - 1, total))})
+
+
+def _rate(scheduler: Any, step: int) -> tuple[int, float, float]:
+    (rates,) = scheduler.preview(1, step)
+    return step, min(rates), max(rates)

@@ -1,0 +1,244 @@
+"""The command ``optimx``: what is installed, what a config does to a model, what names there are."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from . import _backend
+from ._table import aligned
+from .build import build, is_function_of_step
+from .config import ConfigError
+from .config.errors import Problem
+from .config.loading import load, read_file
+from .config.writing import to_toml
+from .convert import convert
+from .presets import PRESETS, TREES
+from .registry import OPTIMIZERS, SCHEDULERS, matches
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line on bad input, not the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments (default: those of the process).
+
+    Returns:
+        The exit code: 0, or 2 on bad input, which one line on stderr tells.
+    """
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ConfigError as error:
+        _fail("; ".join(map(str, error.problems)))
+        return 2
+    except _BadInput as error:
+        _fail(str(error))
+        return 2
+    except BrokenPipeError:
+        # `optimx list | head`: nobody reads on; python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(message: str) -> None:
+    print("optimx: error:", " ".join(message.split()), file=sys.stderr)
+
+
+class _BadInput(Exception):
+    """What the user gave cannot be used."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="optimx", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser(
+        "doctor", help="versions, devices, which backend each gets and why, whether Triton compiles"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    explain = commands.add_parser("explain", help="the parameter groups and learning rates that a config gives a model")
+    explain.add_argument("--model", required=True, metavar="PACKAGE.MODULE:FACTORY", help="what makes the model")
+    explain.set_defaults(run=_explain)
+
+    plot = commands.add_parser("plot", help="the learning rate of each group over the steps, as an image")
+    plot.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the model (default: one group)")
+    plot.add_argument("-o", "--output", default="schedule.png", type=Path, help="the image (default: schedule.png)")
+    plot.add_argument("--steps", type=int, help="how many (default: all of the schedule)")
+    plot.set_defaults(run=_plot)
+
+    for command in (explain, plot):
+        command.add_argument("config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
+        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                             help="over it, such as optimizer.lr=3e-4")  # fmt: skip
+
+    conversion = commands.add_parser("convert", help="a config of timm, detectron2 or Hugging Face as one of ours")
+    conversion.add_argument(
+        "config", metavar="FILE", help="timm's args.yaml, detectron2's YAML, TrainingArguments as JSON"
+    )
+    conversion.add_argument(
+        "--from", dest="project", metavar="PROJECT", help="timm, detectron2 or hf (default: by its keys)"
+    )
+    conversion.add_argument("-o", "--output", type=Path, help="a .toml or .json file (default: TOML to the terminal)")
+    conversion.set_defaults(run=_convert)
+
+    names = commands.add_parser("list", help="names that configs can use")
+    names.add_argument("pattern", nargs="?", default="*", help="a glob, such as 'adam*'")
+    names.set_defaults(run=_list)
+    return parser
+
+
+# commands
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from . import __version__
+
+    problem = _backend.triton_problem()
+    versions = [
+        ("optimx", __version__),
+        ("python", platform.python_version()),
+        ("platform", platform.platform()),
+        ("torch", torch.__version__),
+        ("torch is built for", _backend.toolkit()),
+        ("triton", _backend.triton_version() or "not installed"),
+        ("triton compiles", "yes" if problem is None else f"no: {problem}"),
+    ]
+    _show([("what", "is"), *versions])
+    print()
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rows = [("device", "name", "backend", "why")]
+    whys = {_backend.TRITON: "whole steps in a few launches", _backend.NATIVE: "torch's own fused CPU operators"}
+    for device in devices:
+        backend, reason = _backend.choose(device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        rows.append((str(device), name, backend, reason or whys[backend]))
+    _show(rows)
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    found = build(_model(arguments.model), arguments.config, arguments.set).explain()
+    _show(found.groups.table, range(6))
+    print(*found.groups.notes, "", found.backends.optimizer, sep="\n")
+    _show(found.backends.table, range(1, 4))
+    reasons = {row.reason: row.backend for row in found.backends.rows if row.reason}
+    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), sep="\n")
+    if found.scheduler:
+        print(found.scheduler)
+    if found.rates:
+        _show(found.table, range(3))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    tree = load(arguments.config, arguments.set, TREES)
+    if arguments.model is None and tree.pop("groups", None):
+        print("optimx: note: groups are of a model (--model), so one group is drawn", file=sys.stderr)
+    model = nn.Linear(1, 1, bias=False) if arguments.model is None else _model(arguments.model)
+    built = build(model, tree)
+    if not is_function_of_step(built.scheduler):
+        kind = "there is none" if built.scheduler is None else f"{type(built.scheduler).__name__} is none"
+        raise ConfigError(
+            [Problem("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))]
+        )
+    try:
+        built.scheduler.plot(arguments.output, arguments.steps)
+    except ImportError as error:
+        raise _BadInput(f"plot needs {error.name}: pip install 'torch-optimx[bench]'") from error
+    # an endless schedule, a number of steps below 1, a file that cannot be written, a suffix that is no image's
+    except (ValueError, OSError) as error:
+        raise _BadInput(f"plot: {error}") from error
+    print(arguments.output)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    output: Path | None = arguments.output
+    if output is not None and output.suffix not in (".toml", ".json"):
+        raise _BadInput(f"output should end with .toml or .json but is: {output}")
+    conversion = convert(read_file(Path(arguments.config)), arguments.project)
+    as_json = output is not None and output.suffix == ".json"
+    text = json.dumps(conversion.config, indent=2) + "\n" if as_json else to_toml(conversion.config)
+    if output is None:
+        print(text, end="")
+    else:
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise _BadInput(
+                f"output should be a file that can be written ({error.strerror}) but is: {output}"
+            ) from error
+    for note in conversion.notes:
+        print("optimx: note:", note, file=sys.stderr)
+
+
+def _list(arguments: argparse.Namespace) -> None:
+    rows = [("kind", "name", "what")]
+    for registry in (OPTIMIZERS, SCHEDULERS):
+        rows += [(registry.kind, name, registry.place(name)) for name in registry.names(arguments.pattern)]
+    presets = {name: preset for name, preset in PRESETS.items() if matches(name, arguments.pattern)}
+    rows += [("preset", name, preset.summary) for name, preset in presets.items()]
+    if len(rows) == 1:
+        raise _BadInput(f"no name matches: {arguments.pattern!r}")
+    _show(rows)
+
+
+def _model(path: str) -> nn.Module:
+    """The model that ``package.module:factory`` makes, looked for in the current folder too."""
+    module, colon, name = path.partition(":")
+    if not colon:
+        raise _BadInput(f"--model should be PACKAGE.MODULE:FACTORY but is: {path!r}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        factory: Any = importlib.import_module(module)
+        for part in name.split("."):
+            factory = getattr(factory, part)
+        model = factory if isinstance(factory, nn.Module) else factory()
+    # it is not there, does not import, needs arguments, or fails in a way of its own
+    except Exception as error:
+        raise _BadInput(f"--model {path!r} does not make a model: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise _BadInput(f"--model should make a torch.nn.Module but {path!r} made: {type(model).__name__}")
+    return model
+
+
+# tables
+
+
+def _show(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> None:
+    """A table, the first row of which is its head: drawn in a terminal where rich is installed, else plain text."""
+    if sys.stdout.isatty():
+        try:
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            pass
+        else:
+            table = Table()
+            for i, name in enumerate(rows[0]):
+                table.add_column(name, justify="right" if i in numbers else "left")
+            for row in rows[1:]:
+                table.add_row(*row)
+            Console().print(table)
+            return
+    print(*aligned(rows, numbers), sep="\n")

@@ -1,0 +1,14 @@
+"""A typed config: its sections, every format it comes in, and all that is wrong with one at once."""
+
+from .errors import ConfigError, Problem
+from .sections import BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
+
+__all__ = [
+    "BatchScalingConfig",
+    "Config",
+    "ConfigError",
+    "GroupsConfig",
+    "OptimizerConfig",
+    "Problem",
+    "ScheduleConfig",
+]

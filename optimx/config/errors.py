@@ -1,0 +1,102 @@
+"""What is wrong with a config, all of it at once."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+__all__ = ["MISSING", "ConfigError", "Problem", "Problems", "join", "nearest"]
+
+
+class _Missing(Enum):
+    """Stays itself in a pickle."""
+
+    MISSING = "missing"
+
+
+#: The value of what is not there.
+MISSING = _Missing.MISSING
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        path: Where: ``"groups.rules[0].lr_mult"``.
+        rule: What it should be: ``"should be > 0"``, or what is wrong with it: ``"is no key of ..."``.
+        value: What it is, or :data:`MISSING`.
+        nearest: The valid name that is most like it, if it is a name.
+    """
+
+    path: str
+    rule: str
+    value: Any
+    nearest: str | None = None
+
+    def __str__(self) -> str:
+        if self.value is MISSING:
+            return f"{self.path} {self.rule}"
+        value = _repr.repr(self.value)
+        text = f"{self.rule} but is: {value}" if self.rule.startswith("should") else f"(value: {value}) {self.rule}"
+        hint = f"; did you mean {self.nearest!r}?" if self.nearest is not None else ""
+        return f"{self.path} {text}{hint}"
+
+
+class ConfigError(ValueError):
+    """A config that nothing can be built from. Its text has a line for every problem.
+
+    Attributes:
+        problems: The :class:`Problem` of every line.
+    """
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems]
+        super().__init__(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
+        return type(self), (self.problems,)
+
+
+class Problems(list[Problem]):
+    """Collects them."""
+
+    def add(self, path: str, rule: str, value: Any, nearest: str | None = None) -> None:
+        self.append(Problem(path, rule, value, nearest))
+
+    def unknown(self, path: str, of: str, key: str, value: Any, known: Iterable[str]) -> None:
+        """``key`` under ``path`` is none of the ``known`` keys of ``of``."""
+        known = sorted(known)
+        keys = f" ({', '.join(known)})" if known else ""
+        self.add(join(path, key), f"is no key of {of}{keys}", value, nearest(key, known))
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Add those of a :class:`ConfigError` that is raised within, and go on after it."""
+        try:
+            yield
+        except ConfigError as error:
+            self.extend(error.problems)
+
+    def raise_if_any(self) -> None:
+        if self:
+            raise ConfigError(self)
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """The one of ``known`` that is most like ``name``, if one is (``cutoff``: from 0, anything, to 1, the same)."""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return close[0] if close else None
+
+
+def join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

@@ -1,0 +1,266 @@
+"""Every format of a config, as one tree of plain dicts and lists."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..registry import normalized
+from .errors import ConfigError, Problem, nearest
+
+__all__ = ["load", "merge", "parse_value", "read_file"]
+
+SECTIONS = ("preset", "optimizer", "groups", "schedule", "batch_scaling")
+#: Sections that may be a name alone, and attributes of a flat namespace: where their value goes.
+FLAT = {
+    "optimizer": "optimizer.name", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
+    "betas": "optimizer.betas", "eps": "optimizer.eps", "momentum": "optimizer.momentum",
+    "max_grad_norm": "optimizer.max_grad_norm", "no_decay": "groups.no_decay", "layer_decay": "groups.layer_decay",
+    "schedule": "schedule.name", "total": "schedule.total", "warmup": "schedule.warmup", "floor": "schedule.floor",
+    "steps_per_epoch": "schedule.steps_per_epoch",
+}  # fmt: skip
+
+
+def load(
+    cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = (), presets: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The tree of a config. What it is made from is not changed and not shared, but for leaves.
+
+    Args:
+        cfg: A mapping, a dataclass, an :class:`argparse.Namespace`, an OmegaConf object, the path of a ``.toml``,
+            ``.yaml``, ``.yml`` or ``.json`` file, or the name of a preset. Of a namespace, dotted attributes, sections
+            and :data:`FLAT` that are not None are read; others belong to the program.
+        overrides: ``{"optimizer.lr": 0.1}`` or ``["optimizer.lr=0.1"]``, set over it. In strings, values are JSON, and
+            what is not JSON is a string.
+        presets: Trees that a key ``preset`` can name, over which the config is laid.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+    try:
+        tree = _expand(_plain(_tree(cfg), "cfg"))
+        for path, value in _pairs(overrides):
+            _set(tree, path, _plain(value, path))
+    except RecursionError as error:
+        raise _error("cfg", "should not contain itself", cfg) from error
+    return _over_preset(_expand(tree), presets or {})
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, section by section and key by key.
+
+    A section of another ``name`` (or of ``phases``) replaces the whole: the old one's arguments mean nothing to it.
+    """
+    merged: dict[str, Any] = {key: _plain(value, key) for key, value in base.items()}
+    for section, new in over.items():
+        old = merged.get(section)
+        if isinstance(old, dict) and isinstance(new, Mapping):
+            other = "phases" in new or not _same(new.get("name", old.get("name")), old.get("name"))
+            new = dict(new) if other else {**old, **new}
+        merged[section] = new
+    return merged
+
+
+def _same(name: Any, other: Any) -> bool:
+    return normalized(name) == normalized(other) if isinstance(name, str) and isinstance(other, str) else name is other
+
+
+def parse_value(text: str) -> Any:
+    """``"1e-3"``, ``"true"``, ``"null"``, ``"[0.9, 0.95]"`` as JSON, anything else as the string it is."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _tree(cfg: Any) -> Any:
+    if isinstance(cfg, argparse.Namespace):
+        return _namespace(cfg)
+    if isinstance(cfg, str) and not Path(cfg).suffix and not os.path.exists(cfg):
+        return {"preset": cfg}
+    if isinstance(cfg, (str, os.PathLike)):
+        return read_file(Path(cfg))
+    if type(cfg).__module__.partition(".")[0] == "omegaconf":
+        return _omegaconf(cfg)
+    if isinstance(cfg, Mapping) or (dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)):
+        return cfg
+    raise _error("cfg", "should be a table, a Config, a namespace, a path or the name of a preset", cfg)
+
+
+def _plain(value: Any, path: str) -> Any:
+    """New dicts and lists all the way down; other values as they are. None in a dataclass means not given."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        value = {name: field for name, field in fields.items() if field is not None}
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise _error(path, "should have strings as keys", key)
+        return {str(key): _plain(item, f"{path}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    return value
+
+
+def _expand(tree: dict[str, Any]) -> dict[str, Any]:
+    """``{"optimizer": "adamw"}`` is short for its name."""
+    for section in ("optimizer", "schedule"):
+        if isinstance(tree.get(section), str) or callable(tree.get(section)):
+            tree[section] = {"name": tree[section]}
+    return tree
+
+
+def _namespace(namespace: argparse.Namespace) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, value in vars(namespace).items():
+        section, dot, _ = name.partition(".")
+        known: Collection[str] = SECTIONS if dot else {*FLAT, *SECTIONS}
+        if value is None:
+            continue
+        if not dot and name in FLAT and (name not in SECTIONS or isinstance(value, str)):
+            _set(tree, FLAT[name], _plain(value, name))
+        elif section in SECTIONS:
+            _set(tree, name, _plain(value, name))
+        # the program has attributes of its own, but none is called wieght_decay
+        elif near := nearest(section, known, 0.85):
+            raise ConfigError([Problem(name, "is no attribute that a config has", value, near)])
+    return tree
+
+
+def _omegaconf(cfg: Any) -> Any:
+    from omegaconf import OmegaConf, SCMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, structured_config_mode=SCMode.DICT)
+    except OmegaConfBaseException as error:
+        raise _error("cfg", f"should resolve ({error})", cfg) from error
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The table in a TOML, YAML or JSON file. No key is there twice; 1e-3 is a number in YAML too.
+
+    Raises:
+        ConfigError: It cannot be read, has another suffix or form, or is no table.
+    """
+    readers: dict[str, Callable[[str], Any]] = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise _error("cfg", f"should end with {', '.join(readers)} or be the name of a preset", str(path))
+    try:
+        tree = reader(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise _error("cfg", f"should be a file that can be read ({error.strerror})", str(path)) from error
+    except ImportError as error:
+        message = f"should not need {error.name}, which is not installed (pip install 'torch-optimx[config]'),"
+        raise _error("cfg", message, str(path)) from error
+    # the parsers' own errors, and text that is not UTF-8
+    except ValueError as error:
+        raise _error(
+            "cfg", f"should be {path.suffix[1:].upper()} ({' '.join(str(error).split())})", str(path)
+        ) from error
+    # YAML's nothing
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise _error(str(path), "should be a table", tree)
+    return tree
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ModuleNotFoundError:
+        import tomli as tomllib  # python 3.10
+
+    return tomllib.loads(text)
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_without_duplicates)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.2's numbers (in 1.1, 1e-3 is a string), and no key twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            self.flatten_mapping(node)
+            pairs = [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
+            return _without_duplicates(pairs)
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    table: dict[Any, Any] = {}
+    for key, value in pairs:
+        if not isinstance(key, str):
+            raise ValueError(f"keys should be strings but one is: {key!r}")
+        if key in table:
+            raise ValueError(f"the key {key!r} is there twice")
+        table[key] = value
+    return table
+
+
+def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        yield from overrides.items()
+        return
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise _error("overrides", 'should be {"optimizer.lr": 0.1} or ["optimizer.lr=0.1"]', overrides)
+    for override in overrides:
+        if not isinstance(override, str) or "=" not in override:
+            raise _error("overrides", 'should be like "optimizer.lr=0.1"', override)
+        path, _, text = override.partition("=")
+        yield path.strip(), parse_value(text.strip())
+
+
+def _set(tree: dict[str, Any], path: Any, value: Any) -> None:
+    """``tree["groups"]["rules"][0]["lr"] = value`` for ``"groups.rules[0].lr"``; tables on the way are made."""
+    keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".") if isinstance(path, str) else []
+    if not keys or not all(keys):
+        raise _error("overrides", 'should have paths like "optimizer.lr" or "groups.rules[0].lr"', path)
+    at: Any = tree
+    for i, key in enumerate(keys):
+        last = i == len(keys) - 1
+        if isinstance(at, list):
+            if not key.isdigit() or int(key) >= len(at):
+                raise _error(path, f"should count from 0 to {len(at) - 1} at {key!r}", value)
+            if last:
+                at[int(key)] = value
+            at = at[int(key)]
+        elif isinstance(at, dict):
+            if last:
+                at[key] = value
+            elif at.get(key) is None:
+                at[key] = {}
+            at = at[key]
+        else:
+            raise _error(path, f"should lead to a table, but there is {at!r} before {key!r},", value)
+
+
+def _over_preset(tree: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    name = tree.pop("preset", None)
+    if name is None:
+        return tree
+    if not isinstance(name, str) or name not in presets:
+        near = nearest(name, presets) if isinstance(name, str) else None
+        raise ConfigError([Problem("preset", f"should be one of {', '.join(sorted(presets))}", name, near)])
+    return merge(presets[name], tree)
+
+
+def _error(path: str, rule: str, value: Any) -> ConfigError:
+    return ConfigError([Problem(path, rule, value)])

@@ -1,0 +1,179 @@
+"""What a config can say: one dataclass a section, the same names in every format."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from torch import Tensor
+
+from .values import Condition, above, at_least
+
+__all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
+
+#: ``"2ep"``, ``"0.5 epochs"``
+EPOCHS = re.compile(r"(\d{1,9}(?:\.\d+)?) ?ep(?:ochs?)?")
+
+
+def _is_duration(value: int | float | str) -> bool:
+    if isinstance(value, str):
+        return EPOCHS.fullmatch(value) is not None
+    # 1.0 might be one step or all of them
+    return 0 <= value < 1 or (value >= 1 and isinstance(value, int)) or (value > 1 and float(value).is_integer())
+
+
+#: 50 steps, a fraction of the total such as 0.05, or epochs such as "2ep" (needs ``steps_per_epoch``).
+Duration = Annotated[
+    int | float | str,
+    Condition('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration),
+]
+
+
+@dataclass
+class OptimizerConfig:
+    """Section ``optimizer``. In files its ``args`` are keys beside the others.
+
+    Attributes:
+        name: A name of :func:`optimx.list_optimizers`, ``"package.module:Class"``, or the class itself.
+        lr: Learning rate (default: the class's own).
+        weight_decay: Of parameters that decay (default: the class's own).
+        max_grad_norm: Clip the gradients of all groups to this norm inside the step (default: no clipping).
+        args: Other arguments of the class: ``betas``, ``momentum``, ...
+    """
+
+    name: str | Callable[..., Any] = "adamw"
+    lr: Annotated[float, at_least(0)] | Tensor | None = None
+    weight_decay: Annotated[float, at_least(0)] | Tensor | None = None
+    max_grad_norm: Annotated[float, above(0)] | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class GroupsConfig:
+    """Section ``groups``: the arguments of :func:`optimx.param_groups.param_groups`.
+
+    Attributes:
+        no_decay: Who gets no weight decay: ``"auto"`` (norms, biases, 0-D and 1-D parameters, the model's own hints),
+            patterns of names, of which none is nobody (default: ``"auto"``).
+        layer_decay: The lr of a layer over that of the next layer up, in (0, 1] (default: None, all the same).
+        layers: Which layer a parameter is in, where the model's structure does not say it: a function of its name, or
+            ordered patterns.
+        layer_preset: How layers are numbered: ``"beit"``, ``"timm"`` or ``"electra"`` (default: ``"beit"``).
+        min_lr_scale: Least factor that ``layer_decay`` gives (default: 0).
+        rules: Settings by name, in order: tables of ``match`` and ``lr``, ``lr_mult``, ``weight_decay``, ``wd_mult``,
+            ``freeze`` or an argument of the optimizer that groups can have.
+        freeze: Patterns of names that are left out of the optimizer.
+        include_frozen: Parameters that do not require gradients get groups too (default: False).
+    """
+
+    no_decay: str | tuple[str, ...] | None = "auto"
+    layer_decay: Annotated[float, Condition("should be > 0 and <= 1", lambda value: 0 < value <= 1)] | None = None
+    layers: Any = None
+    layer_preset: str = "beit"
+    min_lr_scale: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.0
+    rules: tuple[dict[str, Any], ...] = ()
+    freeze: tuple[str, ...] = ()
+    include_frozen: bool = False
+
+    def __post_init__(self) -> None:
+        # no file but YAML and JSON has a null
+        self.no_decay = () if self.no_decay is None else self.no_decay
+
+
+@dataclass
+class ScheduleConfig:
+    """Section ``schedule``. In files its ``args`` are keys beside the others.
+
+    Attributes:
+        name: A name of :func:`optimx.list_schedulers`, ``"package.module:Class"``, or the class itself.
+        phases: Instead of a name, tables of ``name``, ``steps`` and what else the schedule of that name takes, one
+            after the other. One of them may leave its ``steps`` out and gets what is left of ``total``.
+        total: Optimizer steps of the whole training, or epochs: ``"3ep"``.
+        warmup: Steps of a linear warmup before it, within ``total``; or a table, ``{steps = 50, ...}``, of what
+            :class:`optimx.lr_scheduler.Warmup` takes (default: none).
+        floor: Where it ends, a ratio of each group's lr (default: the schedule's own).
+        steps_per_epoch: Optimizer steps of an epoch, for what is given in epochs.
+        convention: Where warmup and decay lie on the steps, a name of :data:`optimx.lr_scheduler.CONVENTIONS`
+            (default: ``"every-step"``).
+        args: Other arguments of the schedule.
+    """
+
+    name: str | Callable[..., Any] | None = None
+    phases: tuple[dict[str, Any], ...] = ()
+    total: Duration | None = None
+    warmup: Duration | dict[str, Any] | None = None
+    floor: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | None = None
+    steps_per_epoch: Annotated[int, at_least(1)] | None = None
+    convention: str | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BatchScalingConfig:
+    """Section ``batch_scaling``: ``lr`` was found with one batch size and is used with another.
+
+    It multiplies the optimizer's lr and every lr of ``groups.rules`` before anything reads them.
+
+    Attributes:
+        batch: Samples of an optimizer step: batch size x accumulation x processes.
+        reference: Those for which the config's learning rates are meant.
+        rule: ``"linear"``: by ``batch / reference`` (https://arxiv.org/abs/1706.02677, SGD); ``"sqrt"``: by its square
+            root (https://arxiv.org/abs/2205.10287, adaptive optimizers).
+    """
+
+    batch: Annotated[int, at_least(1)]
+    reference: Annotated[int, at_least(1)]
+    rule: Literal["linear", "sqrt"] = "linear"
+
+    @property
+    def factor(self) -> float:
+        """What multiplies the learning rates."""
+        return (self.batch / self.reference) ** (0.5 if self.rule == "sqrt" else 1.0)
+
+
+@dataclass
+class Config:
+    """What :func:`optimx.build` needs, or part of it. The same names are the keys of TOML, YAML and JSON files.
+
+    Attributes:
+        optimizer: Which one, and its arguments.
+        groups: Parameter groups (default: no weight decay for norms and biases, nothing else).
+        schedule: Of the learning rate (default: none).
+        batch_scaling: Of the learning rate with the batch size (default: none).
+        preset: Name of a preset that this is laid over: ``"bert-finetune"``, ... (:mod:`optimx.presets`).
+    """
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    groups: GroupsConfig = field(default_factory=GroupsConfig)
+    schedule: ScheduleConfig | None = None
+    batch_scaling: BatchScalingConfig | None = None
+    preset: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain tables that a file can hold: without what is not given, ``args`` beside the other keys.
+
+        A class is written as ``"package.module:Class"``; a function that has no such name stays one.
+        """
+        return _to_dict(self)
+
+
+def _to_dict(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        table = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        # of what is empty only the exceptional is said: nobody is without decay
+        empty = {name for name, item in table.items() if item == () and name != "no_decay"}
+        table |= table.pop("args", {})
+        value = {key: item for key, item in table.items() if item is not None and key not in empty}
+    if isinstance(value, Mapping):
+        return {key: _to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_to_dict(item) for item in value]
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if inspect.isclass(value) or (inspect.isfunction(value) and "<" not in value.__qualname__):
+        return f"{value.__module__}:{value.__qualname__}"
+    return value

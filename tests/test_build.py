@@ -1,0 +1,797 @@
+"""From a model and a config to optimizer and scheduler."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import optimx
+from optimx import Build, Config, ConfigError
+from optimx.config import OptimizerConfig, ScheduleConfig
+from optimx.lr_scheduler import WSDLR, Cosine, ScheduleLR, Warmup
+from optimx.presets import PRESETS
+from tests.cases import CASES
+
+TRAIN = """
+[optimizer]
+name = "adamw"
+lr = 1e-3
+weight_decay = 0.05
+betas = [0.9, 0.95]
+max_grad_norm = 1.0
+[groups]
+no_decay = "auto"          # norms, biases, 0/1-D, the model's own hints
+layer_decay = 0.75
+rules = [{ match = "head.*", lr_mult = 2.0 }]
+[schedule]
+name = "cosine"
+total = 1000
+warmup = 0.05              # a fraction of total; 50 and "1ep" work too
+floor = 0.1                # ratio of each group's lr
+[batch_scaling]
+batch = 2048
+reference = 256
+rule = "sqrt"
+"""
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.norm(x))
+
+
+class ViT(nn.Module):
+    """Of a ViT what parameter groups see: stem, position, blocks, norm, head."""
+
+    def __init__(self, depth: int = 12, width: int = 8) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1, width))
+        self.patch_embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x) + self.pos_embed[0]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+
+def train(build: Build, steps: int) -> None:
+    for step in range(steps):
+        build.optimizer.zero_grad()
+        torch.manual_seed(step)
+        build.model(torch.randn(5, 3)).square().mean().backward()
+        build.optimizer.step()
+        if build.scheduler is not None:
+            build.scheduler.step()
+
+
+def problems(model: nn.Module, cfg: Any, **kwargs: Any) -> list[str]:
+    with pytest.raises(ConfigError) as raised:
+        optimx.build(model, cfg, **kwargs)
+    return [str(problem) for problem in raised.value.problems]
+
+
+def snapshot(model: nn.Module) -> list[Any]:
+    return [(name, p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()]
+
+
+# a config from end to end
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "train.toml"
+    path.write_text(TRAIN)
+    return path
+
+
+def test_a_file(toml: Path) -> None:
+    model = ViT()
+    before = snapshot(model)
+    build = optimx.build(model, toml)
+    assert type(build.optimizer) is optimx.AdamW
+    assert build.optimizer.defaults["betas"] == (0.9, 0.95)
+    assert build.optimizer.max_grad_norm == 1.0
+    assert isinstance(build.scheduler, ScheduleLR)
+    lr = 1e-3 * 8**0.5
+    by_name = {
+        name: group for group in build.optimizer.param_groups for name in group["param_names"]
+    }  # fmt: skip
+    expected = {
+        "pos_embed": (lr * 0.75**13, 0.05),
+        "patch_embed.bias": (lr * 0.75**13, 0.0),
+        "blocks.0.mlp.weight": (lr * 0.75**12, 0.05),
+        "blocks.11.mlp.weight": (lr * 0.75, 0.05),
+        "blocks.11.norm.weight": (lr * 0.75, 0.0),
+        "norm.weight": (lr, 0.0),
+        "head.weight": (2 * lr, 0.05),
+        "head.bias": (2 * lr, 0.0),
+    }
+    for name, (peak, decay) in expected.items():
+        assert by_name[name]["initial_lr"] == pytest.approx(peak), name
+        assert by_name[name]["weight_decay"] == decay, name
+    assert len(by_name) == len(before)
+    assert len(build.optimizer.param_groups) >= 26
+    # warmup over 50 steps, then down to a tenth of each group's own
+    rates = build.scheduler.preview(1001)
+    for step, factor in [(0, 1 / 50), (24, 0.5), (49, 1.0), (1000, 0.1)]:
+        assert rates[step] == pytest.approx([g["initial_lr"] * factor for g in build.optimizer.param_groups])
+    after = snapshot(model)
+    assert all(a[0] == b[0] and torch.equal(a[1], b[1]) and a[2] == b[2] for a, b in zip(before, after, strict=True))
+
+
+def test_unpacks(toml: Path) -> None:
+    optimizer, scheduler = optimx.build(ViT(), toml)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert isinstance(scheduler, torch.optim.lr_scheduler.LRScheduler)
+    optimizer, scheduler = optimx.build(ViT(), {})
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert scheduler is None
+
+
+def test_explains(toml: Path) -> None:
+    text = str(optimx.build(ViT(), toml, ['groups.freeze=["patch_embed.*"]']).explain())
+    assert "AdamW\nbackend " in text
+    assert "patch_embed" in text
+    assert "ScheduleLR\n step   least lr  greatest lr" in text
+    assert [line.split()[0] for line in text.splitlines()[-5:]] == ["0", "50", "500", "999", "1,000"]
+    plain = optimx.build(linear(), {"schedule": {"name": "StepLR", "step_size": 3}}).explain()
+    assert str(plain).endswith("StepLR")
+    assert not optimx.build(linear(), {}).explain().scheduler
+
+
+def test_what_is_resolved_builds_the_same(toml: Path) -> None:
+    first = optimx.build(ViT(), toml)
+    assert first.config.optimizer.lr == pytest.approx(1e-3 * 8**0.5)
+    assert first.config.optimizer.args["eps"] == 1e-8
+    assert (first.config.schedule.warmup, first.config.batch_scaling) == (50, None)  # type: ignore[union-attr]
+    for again in (optimx.build(ViT(), first.config), optimx.build(ViT(), first.config.to_dict())):
+        assert again.config.to_dict() == first.config.to_dict()
+        for mine, theirs in zip(first.optimizer.param_groups, again.optimizer.param_groups, strict=True):
+            assert {k: v for k, v in mine.items() if k != "params"} == {
+                k: v for k, v in theirs.items() if k != "params"
+            }
+        assert again.scheduler.schedule == first.scheduler.schedule
+
+
+RESOLVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "epochs": (
+        {"name": "multi_step", "total": "9ep", "milestones": ["3ep", "6ep"], "steps_per_epoch": 10},
+        {"name": "multi_step", "total": 90, "milestones": [30, 60], "steps_per_epoch": 10},
+    ),
+    "phases": (
+        {"phases": [{"name": "warmup", "steps": 0.1}, {"name": "hold"}, {"name": "1-sqrt", "steps": 20}], "total": 200},
+        {"phases": [{"name": "warmup", "steps": 20}, {"name": "hold", "steps": 160}, {"name": "1-sqrt", "steps": 20}],
+         "total": 200},
+    ),
+    "wsd": (
+        {"name": "wsd", "total": 200, "warmup": 20, "decay": 0.25},
+        {"name": "wsd", "total": 200, "warmup": 20, "decay": 50},
+    ),
+    "wsd_default": ({"name": "wsd", "total": 200}, {"name": "wsd", "total": 200, "decay": 20}),
+    "warmup_table": (
+        {"name": "linear", "total": 100, "warmup": {"steps": 0.2, "shape": "cosine", "start": 0.1}},
+        {"name": "linear", "total": 100, "warmup": {"steps": 20, "shape": "cosine", "start": 0.1}},
+    ),
+    "steps": ({"name": "linear", "steps": 100}, {"name": "linear", "steps": 100}),
+    "noam": ({"name": "noam", "total": 100, "warmup": 0.1}, {"name": "noam", "total": 100, "warmup": 10}),
+    "restarts": (
+        {"name": "restarts", "mult": 2, "steps_per_epoch": 5,
+         "cycle": {"name": "phases", "phases": [{"name": "warmup", "steps": 2}, {"name": "cosine", "steps": "2ep"}]}},
+        {"name": "restarts", "mult": 2, "steps_per_epoch": 5,
+         "cycle": {"name": "phases", "phases": [{"name": "warmup", "steps": 2}, {"name": "cosine", "steps": 10}]}},
+    ),
+    "torchs": (
+        {"name": "StepLR", "step_size": "2ep", "steps_per_epoch": 7},
+        {"name": "StepLR", "step_size": 14, "steps_per_epoch": 7},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_schedules_in_steps(name: str) -> None:
+    section, resolved = RESOLVED[name]
+    before = copy.deepcopy(section)
+    build = optimx.build(linear(), {"schedule": section})
+    assert build.config.to_dict()["schedule"] == resolved
+    again = optimx.build(linear(), build.config.to_dict())
+    assert again.config.to_dict() == build.config.to_dict()
+    train(build, 30)
+    train(again, 30)
+    assert build.scheduler.get_last_lr() == again.scheduler.get_last_lr()
+    assert section == before
+
+
+def rates(section: dict[str, Any], steps: int = 30) -> list[float]:
+    build = optimx.build(linear(), {"optimizer": {"lr": 1.0}, "schedule": section})
+    return [step[0] for step in build.scheduler.preview(steps)]
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"name": "linear", "total": 30, "warmup": 10}, Warmup(10) >> optimx.lr_scheduler.Linear(20)),
+        ({"name": "Cosine", "total": 30, "floor": 0.2, "power": 2}, Cosine(30, 0.2, power=2)),
+        ({"name": Cosine, "total": 30}, Cosine(30)),
+        ({"name": "optimx.lr_scheduler:Cosine", "total": 30}, Cosine(30)),
+        ({"name": "constant"}, lambda step: 1.0),
+        ({"name": "inverse_sqrt", "timescale": 4, "warmup": 5}, Warmup(5) >> optimx.lr_scheduler.InverseSqrt(4)),
+        (
+            {"name": "cosine", "total": 30, "warmup": 5, "convention": "hf"},
+            optimx.lr_scheduler.Phases((Warmup(5), Cosine(25)), "hf"),
+        ),
+        ({"name": "WarmupCosineLR", "total": 30, "warmup": 0.2, "floor": 0.1}, Warmup(6) >> Cosine(24, 0.1)),
+        (
+            {"name": "WarmupCosineLR", "total": 30, "warmup": {"steps": 6, "shape": "cosine"}},
+            Warmup(6, "cosine") >> Cosine(24),
+        ),
+        (
+            {"phases": [{"name": "linear", "steps": 10, "floor": 0.5}, {"name": "cooldown"}], "total": 30},
+            optimx.lr_scheduler.Linear(10, 0.5) >> optimx.lr_scheduler.Cooldown(20),
+        ),
+    ],
+    ids=[
+        "warmup",
+        "arguments",
+        "class",
+        "path",
+        "endless",
+        "timescale",
+        "convention",
+        "named_class",
+        "its_warmup",
+        "phases",
+    ],
+)
+def test_schedules(section: dict[str, Any], expected: Any) -> None:
+    assert rates(section) == pytest.approx([expected(step) for step in range(30)])
+
+
+def test_wsd_is_the_named_class() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    expected = WSDLR(optimizer, 3, 17, 10, min_lr_ratio=0.1).preview(31)
+    section = {"name": "wsd", "total": 30, "warmup": 3, "decay": 10, "floor": 0.1}
+    assert rates(section, 31) == pytest.approx([step[0] for step in expected])
+
+
+@pytest.mark.parametrize("warmup", [None, 4])
+def test_torchs_schedulers(warmup: int | None) -> None:
+    """With a warmup around them too."""
+    build = optimx.build(
+        linear(), {"optimizer": {"lr": 1.0}, "schedule": {"name": "StepLR", "step_size": 3, "warmup": warmup}}
+    )
+    seen = []
+    for _ in range(10):
+        seen.append(build.optimizer.param_groups[0]["lr"])
+        build.optimizer.step()
+        build.scheduler.step()
+    drops = [1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01, 0.001]
+    assert seen == pytest.approx(drops if warmup is None else [0.25, 0.5, 0.75, *drops[:7]])
+
+
+def test_the_length_of_an_epoch_is_no_schedule() -> None:
+    """A program may always tell it."""
+    assert optimx.build(linear(), "gan", {"schedule.steps_per_epoch": 10}).scheduler is None
+
+
+# optimizers
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_optimizer(case: Any) -> None:
+    build = optimx.build(linear(), {"optimizer": {"name": case.name, "max_grad_norm": 1.0}})
+    assert type(build.optimizer) is case.cls
+    assert build.optimizer.max_grad_norm == 1.0
+    before = [p.clone() for p in build.model.parameters()]
+    train(build, 1)
+    assert not any(map(torch.equal, before, build.model.parameters()))
+
+
+def test_every_registered_optimizer_is_checked_or_built() -> None:
+    """Also those that want matrices (Muon), one group (LBFGS) or sparse gradients."""
+    refused = {}
+    for name in optimx.list_optimizers():
+        try:
+            build = optimx.build(linear(), {"optimizer": name})
+        except ConfigError as error:
+            refused[name] = str(error)
+        else:
+            assert sum(len(group["params"]) for group in build.optimizer.param_groups) == 6
+    assert set(refused) <= {"muon", "lbfgs"}
+    assert "2D" in refused.get("muon", "2D")
+
+
+def test_other_ways_to_name_one() -> None:
+    assert type(optimx.build(linear(), {"optimizer": torch.optim.SGD}).optimizer) is torch.optim.SGD
+    for name in (torch.optim.SGD, "torch.optim:SGD", "torch.optim.sgd:SGD"):
+        assert type(optimx.build(linear(), {"optimizer": {"name": name, "lr": 0.1}}).optimizer) is torch.optim.SGD
+    half = lambda params, lr: torch.optim.SGD(params, lr=lr / 2)  # noqa: E731
+    build = optimx.build(linear(), {"optimizer": {"name": half, "lr": 0.5}})
+    assert build.optimizer.defaults["lr"] == 0.25
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_tensor_lr(warmup: int) -> None:
+    """Which schedulers write into, so that nothing may share it."""
+    lr = torch.tensor(0.5)
+    schedule = ScheduleConfig("linear", total=4 + warmup, warmup=warmup)
+    build = optimx.build(linear(), Config(OptimizerConfig("adamw", lr=lr), schedule=schedule))
+    assert all(isinstance(group["lr"], Tensor) for group in build.optimizer.param_groups)
+    rates = [step[0] for step in build.scheduler.preview(4)]
+    assert rates == pytest.approx([0.5, 0.375, 0.25, 0.125] if not warmup else [0.25, 0.5, 0.4, 0.3])
+    train(build, 2)
+    assert build.optimizer.param_groups[0]["lr"].item() == pytest.approx(rates[2])
+    assert lr == 0.5
+
+
+def test_groups_without_weight_decay() -> None:
+    """An optimizer without weight decay gets no groups for it."""
+    build = optimx.build(linear(), {"optimizer": "rprop"})
+    assert len(build.optimizer.param_groups) == 1
+    assert "weight_decay" not in build.optimizer.param_groups[0]
+
+
+def test_rules_set_the_optimizers_own_options() -> None:
+    cfg = {"groups": {"rules": [{"match": "0.weight", "betas": [0.5, 0.6], "lr": 0.25}]}}
+    build = optimx.build(linear(), {**cfg, "batch_scaling": {"batch": 4, "reference": 2}})
+    group = build.optimizer.param_groups[0]
+    assert (group["param_names"], group["betas"], group["lr"]) == (["0.weight"], (0.5, 0.6), 0.5)
+    # of the lr that the batch is scaled to
+    assert build.config.groups.rules[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize("section", [{"lr": 0.5}, {}], ids=["lr", "default"])
+def test_batch_scaling(section: dict) -> None:
+    build = optimx.build(linear(), {"optimizer": section, "batch_scaling": {"batch": 32, "reference": 256}})
+    assert build.optimizer.param_groups[0]["lr"] == pytest.approx(section.get("lr", 1e-3) / 8)
+
+
+# presets
+
+NEEDS = {
+    "bert-finetune": {"schedule.steps_per_epoch": 100},
+    "vit-finetune": {"schedule.steps_per_epoch": 100},
+    "gpt-pretrain": {"schedule.total": 10_000},
+    "resnet-sgd": {"schedule.steps_per_epoch": 100},
+    "ppo": {"schedule.total": 10_000},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    model = ViT(depth=3)
+    build = optimx.build(model, name, NEEDS.get(name, {}))
+    assert optimx.build(ViT(depth=3), build.config.to_dict()).config.to_dict() == build.config.to_dict()
+    if name in NEEDS:
+        path = next(iter(NEEDS[name]))
+        assert any(path in problem for problem in problems(ViT(depth=3), name))
+    for _ in range(2):
+        build.optimizer.zero_grad()
+        model(torch.randn(2, 8)).square().mean().backward()
+        build.optimizer.step()
+        if build.scheduler is not None:
+            build.scheduler.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_numbers_of_presets() -> None:
+    """Beside those of the sources that a builder works out."""
+    resnet = optimx.build(linear(), "resnet-sgd", NEEDS["resnet-sgd"])
+    assert [resnet.scheduler.preview(1, step)[0][0] for step in (2999, 3000, 6000)] == pytest.approx([0.1, 0.01, 0.001])
+    # momentum 0.9 and weight decay of everything
+    assert [(g["momentum"], g["weight_decay"]) for g in resnet.optimizer.param_groups] == [(0.9, 1e-4)]
+    vit = optimx.build(ViT(), "vit-finetune", NEEDS["vit-finetune"])
+    assert vit.config.optimizer.lr == pytest.approx(4e-3)
+    assert len(vit.optimizer.param_groups) >= 26
+    ppo = optimx.build(linear(), "ppo", {"schedule.total": 10})
+    assert [step[0] for step in ppo.scheduler.preview(3)] == pytest.approx([2.5e-4, 2.25e-4, 2e-4])
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize(
+    "schedule", [None, {"name": "cosine", "total": 20, "warmup": 3}, {"name": "StepLR", "step_size": 2}]
+)
+def test_resume(schedule: dict | None) -> None:
+    cfg = {"optimizer": {"lr": 0.1}, "schedule": schedule}
+    straight = optimx.build(linear(), cfg)
+    train(straight, 10)
+    first = optimx.build(linear(), cfg)
+    train(first, 5)
+    file = io.BytesIO()
+    torch.save({"model": first.model.state_dict(), **first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    second = optimx.build(linear(), cfg)
+    second.model.load_state_dict(saved.pop("model"))
+    second.load_state_dict(saved)
+    for step in range(5, 10):
+        second.optimizer.zero_grad()
+        torch.manual_seed(step)
+        second.model(torch.randn(5, 3)).square().mean().backward()
+        second.optimizer.step()
+        if second.scheduler is not None:
+            second.scheduler.step()
+    assert all(map(torch.equal, straight.model.parameters(), second.model.parameters()))
+
+
+def test_refused_states() -> None:
+    with_one = optimx.build(linear(), {"schedule": {"name": "linear", "total": 10}})
+    without = optimx.build(linear(), {})
+    with pytest.raises(ValueError, match="should be a scheduler's state but is: none"):
+        with_one.load_state_dict(without.state_dict())
+    with pytest.raises(ValueError, match="should be none but is: a scheduler's state"):
+        without.load_state_dict(with_one.state_dict())
+    with pytest.raises(ValueError, match=r"should have 'optimizer' and 'scheduler' but has: \['optimizer'\]"):
+        without.load_state_dict({"optimizer": {}})
+    # a scheduler that refuses its part leaves the optimizer as it was
+    other = optimx.build(linear(), {"schedule": {"name": "linear", "total": 20}})
+    train(other, 3)
+    with pytest.raises(ValueError, match="checkpoint"):
+        with_one.load_state_dict(other.state_dict())
+    assert with_one.optimizer.state_dict()["state"] == {}
+
+
+# what is wrong
+
+
+def test_all_problems_of_all_sections_at_once() -> None:
+    cfg = {
+        "optimizer": {"name": "adamw", "lr": -1, "eps": -1.0, "nesterov": True, "betas": [0.9, 1.5]},
+        "groups": {"layer_decay": 2, "layr_decay": 0.5, "rules": [{"match": "9.*", "lr": 1}]},
+        "schedule": {"name": "cosine", "total": 0, "warmup": "2ep", "powr": 2},
+        "batch_scaling": {"batch": 1},
+    }
+    before = copy.deepcopy(cfg)
+    assert [text.partition(" ")[0] for text in problems(linear(), cfg)] == [
+        "optimizer.lr",
+        "groups.layer_decay",
+        "groups.layr_decay",
+        "batch_scaling.reference",
+        "optimizer.nesterov",
+        "optimizer.eps",
+        "optimizer.betas",
+        "groups.rules[0]",
+        "schedule.total",
+        "schedule.warmup",
+        "schedule.powr",
+    ]
+    assert cfg == before
+
+
+WRONG: dict[str, tuple[Any, list[str]]] = {
+    "optimizer": ({"optimizer": "adamww"}, ["optimizer.name should be a name .* 'adamww'; did you mean 'adamw'"]),
+    "no_optimizer": ({"optimizer": dict}, ["optimizer.name should make a torch.optim.Optimizer|optimizer.*is refused"]),
+    "values": (
+        {"optimizer": {"eps": -1.0, "betas": [0.9, 1.5]}},
+        [r"optimizer.eps \(value: -1.0\) is refused: .*epsilon", r"optimizer.betas \(value: \(0.9, 1.5\)\) is refused"],
+    ),
+    "together": (
+        {"optimizer": {"name": "sgd", "nesterov": True, "lr": 0.1}},
+        [r"optimizer.nesterov \(value: True\) is refused: Nesterov momentum requires"],
+    ),
+    "both": ({"optimizer": {"lr": 1, "args": {"eps": 1e-8}, "eps": 1e-8}}, ["optimizer.eps should be given once"]),
+    "clip": (
+        {"optimizer": {"name": "torch.optim:Adafactor", "max_grad_norm": 1.0}},
+        [r"optimizer.max_grad_norm \(value: 1.0\) is no key of Adafactor"],
+    ),
+    "rules": (
+        {"groups": {"rules": [{"match": "0.wieght", "lr_mult": 2}, {"match": "2.*", "lr_mul": 2},
+                              {"match": "9", "lr": 1}]}},
+        [r"groups.rules\[0\] is refused: match '0.wieght'", r"groups.rules\[1\].lr_mul \(value: 2\) is no "
+         "key of a rule for AdamW .* did you mean 'lr_mult'", r"groups.rules\[2\] is refused: match '9'"],
+    ),
+    "patterns": (
+        {"groups": {"rules": [{"match": "0.wieght", "lr_mult": 2}, {"match": "9", "lr": 1}], "freeze": ["2.bais"]}},
+        [
+            r"groups.rules\[0\] is refused: match '0.wieght' matches no parameter.* '0.weight'",
+            r"groups.rules\[1\] is refused: match '9' matches no parameter",
+            r"groups.freeze\[0\] \(value: '2.bais'\) is refused: .* '2.bias'",
+        ],
+    ),
+    "rule_values": (
+        {"groups": {"rules": [{"match": "*", "betas": [2, 2]}, {"match": "*"}, {"match": "*", "eps": "x"}, {"lr": 1}]}},
+        [r"groups.rules\[0\].betas \(value: .*is refused", r"groups.rules\[1\] is refused: .* should set something",
+         r"groups.rules\[2\].eps should be a number but is: 'x'", r"groups.rules\[3\].match is missing"],
+    ),
+    "rule_without_decay": (
+        {"optimizer": "rprop", "groups": {"rules": [{"match": "*", "wd_mult": 2.0}]}},
+        [r"groups.rules\[0\].wd_mult .* Rprop has no weight decay"],
+    ),
+    "one_layer": ({"groups": {"layer_decay": 0.5, "layers": ["*"]}}, ["groups is refused: .*"]),
+    "preset": ({"preset": "bert-finetun"}, ["preset should be one of .* did you mean 'bert-finetune'"]),
+    "no_total": ({"schedule": "cosine"}, ["schedule.total is missing, the length of 'cosine'"]),
+    "long_warmup": (
+        {"schedule": {"name": "cosine", "total": 10, "warmup": 10}},
+        ["schedule.total should be > 10, the steps of the other phases, but is: 10"],
+    ),
+    "ambiguous": (
+        {"schedule": {"name": "cosine", "total": 10, "warmup": 1.0}},
+        ["schedule.warmup should be whole steps >= 0, a fraction of the total < 1, or epochs .* but is: 1.0"],
+    ),
+    "nameless": ({"schedule": {"total": 5}}, ["schedule should have either name or phases"]),
+    "name_and_phases": (
+        {"schedule": {"name": "linear", "phases": [{"name": "linear"}], "total": 5}},
+        ["schedule should have either name or phases but is: 'linear'"],
+    ),
+    "two_open_phases": (
+        {"schedule": {"phases": [{"name": "hold"}, {"name": "linear"}], "total": 5}},
+        [r"schedule.phases\[1\].steps is missing: only one phase gets"],
+    ),
+    "phases_and_total": (
+        {"schedule": {"phases": [{"name": "hold", "steps": 3}, {"name": "linear", "steps": 3}], "total": 5}},
+        ["schedule.total should be 6, what the phases have together, but is: 5"],
+    ),
+    "phases": (
+        {"schedule": {"phases": [{"steps": 3}, {"name": "linaer", "steps": 3}, {"name": "StepLR", "steps": 2},
+                                 {"name": "linear", "steps": 2, "flor": 0.1}], "bogus": 1, "floor": 0.1}},
+        ["schedule.bogus .* is no key of a schedule of phases", "schedule.floor should be given in the phases"],
+    ),
+    "phase": (
+        {"schedule": {"phases": [{"steps": 3}, {"name": "linaer", "steps": 3}, {"name": "StepLR", "steps": 2},
+                                 {"name": "linear", "steps": 2, "flor": 0.1}]}},
+        [r"schedule.phases\[0\].name is missing", r"schedule.phases\[1\].name .* did you mean 'linear'",
+         r"schedule.phases\[2\].name should be a schedule, not a scheduler, but is: 'StepLR'",
+         r"schedule.phases\[3\].flor \(value: 0.1\) is no key of Linear .* did you mean 'floor'"],
+    ),
+    "nested": (
+        {"schedule": {"name": "restarts", "cycle": {"name": "cosine", "steps": 10, "powr": 2}}},
+        [r"schedule.cycle.powr \(value: 2\) is no key of Cosine .* did you mean 'power'"],
+    ),
+    "argument": (
+        {"schedule": {"name": "cosine", "total": 10, "power": -1.0}},
+        [r"schedule.power \(value: -1.0\) is refused: power should be > 0"],
+    ),
+    "torchs": (
+        {"schedule": {"name": "StepLR", "total": 5, "floor": 0.1, "gama": 0.5}},
+        [r"schedule.total .* is no key of StepLR", "schedule.floor .* is no key of StepLR",
+         r"schedule.gama .* is no key of StepLR .* did you mean 'gamma'", "schedule.step_size is missing"],
+    ),
+    "refused": (
+        {"schedule": {"name": "OneCycleLR", "max_lr": 0.1}},
+        ["schedule.* is refused: .*total_steps"],
+    ),
+    "plateau": (
+        {"schedule": {"name": "ReduceLROnPlateau", "warmup": 5}},
+        ["schedule is refused: .*PlateauWithWarmup"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong(name: str) -> None:
+    cfg, expected = WRONG[name]
+    found = problems(linear(), cfg)
+    assert len(found) == len(expected), found
+    for text, pattern in zip(sorted(found), sorted(expected), strict=True):
+        assert re.match(pattern, text), text
+
+
+def test_no_model() -> None:
+    with pytest.raises(TypeError, match=r"model should be a torch\.nn\.Module but is: list"):
+        optimx.build([nn.Parameter(torch.ones(1))], {})  # type: ignore[arg-type]
+
+
+def test_a_refused_config_builds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even with a parameter of the model."""
+    model = linear()
+    own = {id(p) for p in model.parameters()}
+    seen: list[int] = []
+    original = torch.optim.Optimizer.add_param_group
+
+    def watch(self: Any, group: dict[str, Any]) -> None:
+        members = group["params"] if isinstance(group["params"], list) else [group["params"]]
+        seen.extend(id(p) for p in members)
+        original(self, group)
+
+    monkeypatch.setattr(torch.optim.Optimizer, "add_param_group", watch)
+    problems(model, {"schedule": {"name": "cosine", "total": 10, "power": -1.0}})
+    assert seen
+    assert not own & set(seen)
+    optimx.build(model, {"schedule": {"name": "cosine", "total": 10}})
+    assert own <= set(seen)
+
+
+# whatever a config is, it is built or refused
+
+SECTIONS: dict[str, list[str]] = {
+    "optimizer": ["name", "lr", "weight_decay", "max_grad_norm", "betas", "eps", "momentum", "nesterov", "args",
+                  "fused"],
+    "groups": ["no_decay", "layer_decay", "layers", "layer_preset", "min_lr_scale", "rules", "freeze",
+               "include_frozen"],
+    "schedule": ["name", "phases", "total", "warmup", "floor", "steps_per_epoch", "convention", "power", "milestones",
+                 "cycle", "decay", "shape", "steps", "step_size", "args"],
+    "batch_scaling": ["batch", "reference", "rule"],
+}  # fmt: skip
+RULE = ["match", "lr", "lr_mult", "weight_decay", "wd_mult", "freeze", "betas", "eps"]
+NAMES = ["adamw", "sgd", "muon", "lion", "cosine", "linear", "wsd", "warmup", "hold", "StepLR", "restarts", "noam",
+         "*", "0.*", "*.weight", "2ep", "0.5 epochs", "auto", "beit", "timm", "hf", "sqrt", "torch.optim:SGD", "re:(",
+         "1-sqrt"]  # fmt: skip
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 200)
+    | st.floats()
+    | st.floats(0, 1)
+    | st.sampled_from(NAMES)
+    | st.text(max_size=5)
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["name", "steps", *RULE]) | st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+configs = st.fixed_dictionaries(
+    {},
+    optional={
+        section: st.dictionaries(st.sampled_from(keys) | st.text(max_size=4), values, max_size=5) | leaves
+        for section, keys in SECTIONS.items()
+    },
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(configs)
+def test_any_config_is_built_or_refused(cfg: dict[str, Any]) -> None:
+    before = copy.deepcopy(cfg)
+    model = linear()
+    built_or_refused(model, cfg)
+    assert repr(cfg) == repr(before)
+
+
+def built_or_refused(model: nn.Module, cfg: Any) -> None:
+    try:
+        build = optimx.build(model, cfg)
+    except ConfigError as error:
+        texts = [str(problem) for problem in error.problems]
+    else:
+        texts = [str(build.explain())]
+    assert texts
+    assert all(texts)
+
+
+@given(st.text() | leaves | st.binary() | st.lists(leaves))
+def test_what_is_no_config_is_refused(cfg: Any) -> None:
+    for suffix in ("", ".toml"):
+        with pytest.raises(ConfigError):
+            optimx.build(nn.Linear(1, 1), cfg + suffix if isinstance(cfg, str) else cfg)
+
+
+BASES: list[dict[str, Any]] = [
+    {"optimizer": {"name": "adamw", "lr": 0.1}, "schedule": {"name": "cosine", "total": 20}},
+    {"optimizer": {"name": "sgd", "momentum": 0.9}, "groups": {"rules": [{"match": "0.*", "lr_mult": 2.0}]},
+     "schedule": {"phases": [{"name": "hold", "steps": 3}, {"name": "linear", "steps": 4}]}},
+    {"optimizer": {"name": "lamb"}, "schedule": {"name": "StepLR", "step_size": 3, "warmup": 2}},
+    {"groups": {"layer_decay": 0.5, "layers": ["0.*", "2.*"]}, "schedule": {"name": "wsd", "total": 9, "decay": 3},
+     "batch_scaling": {"batch": 2, "reference": 1}},
+    {"schedule": {"name": "restarts", "cycle": {"name": "linear", "steps": 3}, "mult": 2, "steps_per_epoch": 2}},
+]  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(BASES), st.data())
+def test_one_wrong_value_is_built_or_refused(base: dict[str, Any], data: st.DataObject) -> None:
+    cfg = copy.deepcopy(base)
+    section = data.draw(st.sampled_from(sorted(cfg)))
+    at: Any = cfg[section]
+    nested = [*(at.get("rules") or at.get("phases") or []), *([at["cycle"]] if "cycle" in at else [])]
+    at = data.draw(st.sampled_from([at, *nested]))
+    key = data.draw(st.sampled_from([*at, *SECTIONS[section], *(RULE if section == "groups" else [])]))
+    at[key] = data.draw(values)
+    built_or_refused(linear(), cfg)
+
+
+#: Mostly right, so that many are built.
+plausible = st.fixed_dictionaries(
+    {
+        "optimizer": st.fixed_dictionaries(
+            {"name": st.sampled_from(["adamw", "adam", "lion", "lamb", "radam"]), "lr": st.floats(0, 1)},
+            optional={
+                "weight_decay": st.floats(0, 1),
+                "max_grad_norm": st.floats(0.1, 2),
+                "betas": st.just([0.9, 0.99]),
+            },
+        )
+    },
+    optional={
+        "groups": st.fixed_dictionaries(
+            {},
+            optional={
+                "no_decay": st.sampled_from(["auto", [], ["*.bias"], "embeddings"]),
+                "rules": st.lists(
+                    st.fixed_dictionaries(
+                        {"match": st.sampled_from(["0.*", "*.bias", "2.weight", "9.*"])},
+                        optional={"lr_mult": st.floats(0, 2), "wd_mult": st.floats(0, 2), "freeze": st.booleans()},
+                    ),
+                    max_size=2,
+                ),
+            },
+        ),
+        "schedule": st.fixed_dictionaries(
+            {
+                "name": st.sampled_from(["cosine", "linear", "wsd", "rex", "one_minus_sqrt"]),
+                "total": st.integers(1, 50),
+            },
+            optional={"warmup": st.integers(0, 10) | st.floats(0, 0.9), "floor": st.floats(0, 1)},
+        ),
+        "batch_scaling": st.fixed_dictionaries({"batch": st.integers(1, 64), "reference": st.integers(1, 64)}),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(plausible)
+def test_what_is_built_builds_again(cfg: dict[str, Any]) -> None:
+    try:
+        build = optimx.build(linear(), cfg)
+    except ConfigError:
+        return
+    again = optimx.build(linear(), build.config.to_dict())
+    assert again.config.to_dict() == build.config.to_dict()
+    for mine, theirs in zip(build.optimizer.param_groups, again.optimizer.param_groups, strict=True):
+        assert mine["lr"] == theirs["lr"]
+        assert mine["weight_decay"] == theirs["weight_decay"]
+        assert mine["param_names"] == theirs["param_names"]
+
+
+# what it costs
+
+
+@pytest.mark.interpreted
+def test_launches_do_not_grow_with_layers(
+    triton_backend: torch.device, toml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 layers, 26 groups and more, all in one bucket: a norm, its end, an update."""
+    # needs triton
+    from tests.test_kernels import record_launches
+
+    build = optimx.build(ViT().to(triton_backend), toml)
+    assert len(build.optimizer.param_groups) >= 26
+    launched = record_launches(monkeypatch)
+    for _ in range(2):
+        build.model(torch.randn(2, 8, device=triton_backend)).square().mean().backward()
+        launched.clear()
+        build.optimizer.step()
+        assert launched == ["_norm_kernel", "_finish_kernel", "_adam_kernel"]
+        build.scheduler.step()
+
+
+# other people's loops
+
+
+def test_as_lightning() -> None:
+    build = optimx.build(linear(), {"schedule": {"name": "linear", "total": 10}})
+    assert build.as_lightning() == {
+        "optimizer": build.optimizer,
+        "lr_scheduler": {"scheduler": build.scheduler, "interval": "step", "frequency": 1},
+    }
+    more = build.as_lightning(interval="epoch", monitor="loss")["lr_scheduler"]
+    assert (more["interval"], more["monitor"]) == ("epoch", "loss")
+    without = optimx.build(linear(), {})
+    assert without.as_lightning() == {"optimizer": without.optimizer}

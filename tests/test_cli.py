@@ -1,0 +1,231 @@
+"""The command line: what it prints, and one line and exit code 2 on bad input."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import optimx
+from optimx import cli
+from optimx.presets import PRESETS
+
+# python 3.10 has none of its own
+tomllib = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+CONFIG = """
+[optimizer]
+name = "adamw"
+lr = 0.5
+[groups]
+rules = [{ match = "2.*", lr_mult = 2.0 }]
+[schedule]
+name = "cosine"
+total = 100
+warmup = 0.1
+"""
+MODEL = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+instance = make()
+
+def broken():
+    raise RuntimeError("no weights\\nhere")
+
+def wrong():
+    return 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a config and a model."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "models_here", raising=False)
+    Path("train.toml").write_text(CONFIG)
+    Path("models_here.py").write_text(MODEL)
+    return tmp_path
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(argv) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    try:
+        code = cli.main(argv)
+    except SystemExit as error:
+        code = error.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if not line.startswith("optimx: note:")]
+    assert line.startswith("optimx")
+    return line
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run(capsys, "doctor")
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert optimx.__version__ in lines["optimx"]
+    assert torch.__version__ in lines["torch"]
+    assert lines["cpu"].split()[-5:] == ["torch's", "own", "fused", "CPU", "operators"] or "triton" in lines["cpu"]
+    monkeypatch.setattr(cli._backend, "_triton_missing", lambda: "triton is not installed")
+    text = run(capsys, "doctor")
+    assert "not installed" in text
+    assert "no: triton is not installed" in text
+
+
+def test_doctor_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernels = pytest.importorskip("optimx.triton_kernels.grad_norm")
+    if not isinstance(kernels._finish_kernel, triton.runtime.JITFunction):
+        pytest.skip("kernels are interpreted")
+    assert cli._backend.triton_problem() is None
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("no assembler")
+
+    monkeypatch.setattr(triton, "compile", fail)
+    assert cli._backend.triton_problem() == "RuntimeError: no assembler"
+
+
+@pytest.mark.parametrize("model", ["models_here:make", "models_here:instance"])
+def test_explain(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    text = run(capsys, "explain", "train.toml", "--model", model, "--set", "schedule.floor=0.1", "optimizer.name=lion")
+    groups = [line.split() for line in text.splitlines() if line.startswith("    ") and line.split()[0].isdigit()]
+    # tensors, elements, lr, scale, weight decay
+    assert [row[1:6] for row in groups] == [["4", "24", "0.5", "1", "0"], ["2", "10", "1", "2", "0"]]
+    assert "\nLion\n" in text
+    assert text.splitlines()[-1].split() == ["100", "0.05", "0.1"]
+
+
+def test_explain_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    sets = ("optimizer.name=torch.optim:AdamW", "schedule=null")
+    text = run(capsys, "explain", "train.toml", "--model", "models_here:make", "--set", *sets)
+    assert "torch because: AdamW is not an optimx optimizer" in text
+    assert "ScheduleLR" not in text
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("--model", "models_here:make"), ("--steps", "7")], ids=["alone", "model", "steps"]
+)
+def test_plot(capsys: pytest.CaptureFixture[str], more: tuple[str, ...]) -> None:
+    pytest.importorskip("matplotlib")
+    assert cli.main(["plot", "train.toml", "-o", "lr.png", *more]) == 0
+    out, err = capsys.readouterr()
+    assert out == "lr.png\n"
+    # the rules of the config are about a model
+    assert ("one group is drawn" in err) is ("--model" not in more)
+    assert Path("lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = {"learning_rate": 1e-4, "max_steps": 100, "lr_scheduler_type": "cosine", "optim_args": "a=b"}
+    Path("args.json").write_text(json.dumps(theirs))
+    assert cli.main(["convert", "args.json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "optimx: note: not converted: optim_args = 'a=b'\n"
+    tree = tomllib.loads(out)
+    assert tree["schedule"] == {"name": "cosine", "total": 100, "convention": "hf"}
+    for suffix in ("toml", "json"):
+        run(capsys, "convert", "args.json", "--from", "hf", "-o", f"ours.{suffix}")
+        assert optimx.build(torch.nn.Linear(2, 2), f"ours.{suffix}").config.optimizer.lr == 1e-4
+
+
+def test_list(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line.split() for line in run(capsys, "list").splitlines()]
+    assert rows[0] == ["kind", "name", "what"]
+    assert ["optimizer", "adamw", "optimx.adamw:AdamW"] in rows
+    names = {row[1] for row in rows[1:]}
+    assert names == {*optimx.list_optimizers(), *optimx.list_schedulers(), *PRESETS}
+    assert [line.split()[1] for line in run(capsys, "list", "ADAM*").splitlines()[1:]] == ["adam", "adamax", "adamw"]
+
+
+BAD: dict[str, tuple[tuple[str, ...], str]] = {
+    "nothing": ((), "required: COMMAND"),
+    "command": (("plto",), "invalid choice: 'plto'"),
+    "option": (("list", "--bogus"), "unrecognized arguments: --bogus"),
+    "no_model": (("explain", "train.toml"), "required: --model"),
+    "pattern": (("list", "nothing*"), "no name matches: 'nothing*'"),
+    "file": (("plot", "nowhere.toml"), "(No such file or directory) but is: 'nowhere.toml'"),
+    "preset": (("plot", "gpt-pretrian"), "did you mean 'gpt-pretrain'?"),
+    "set": (("plot", "train.toml", "--set", "optimizer.lr"), 'should be like "optimizer.lr=0.1"'),
+    "values": (
+        ("plot", "train.toml", "--set", "optimizer.lr=-1", "schedule.total=0"),
+        "optimizer.lr should be >= 0 and finite but is: -1; schedule.total should be >= 1 step but is: 0",
+    ),
+    "no_colon": (("explain", "train.toml", "--model", "models_here"), "should be PACKAGE.MODULE:FACTORY"),
+    "no_module": (("explain", "train.toml", "--model", "no_such:x"), "ModuleNotFoundError: No module named 'no_such'"),
+    "no_name": (("explain", "train.toml", "--model", "models_here:x"), "has no attribute 'x'"),
+    "broken": (("explain", "train.toml", "--model", "models_here:broken"), "RuntimeError: no weights here"),
+    "wrong": (("explain", "train.toml", "--model", "models_here:wrong"), "'models_here:wrong' made: int"),
+    "no_schedule": (("plot", "gan"), "should be a schedule, a function of the step: there is none"),
+    "torchs": (
+        ("plot", "train.toml", "--set", 'schedule={"name": "StepLR", "step_size": 3}'),
+        "a function of the step: StepLR is none",
+    ),
+    "endless": (("plot", "train.toml", "--set", 'schedule={"name": "constant"}'), "plot: n should be given"),
+    "steps": (("plot", "train.toml", "--steps", "-1"), "plot: n should be >= 0 but is: -1"),
+    "suffix": (("plot", "train.toml", "-o", "lr.toml"), "plot: "),
+    "folder": (("plot", "train.toml", "-o", "no/lr.png"), "plot: "),
+    "project": (("convert", "train.toml"), "project should be one of detectron2, hf, timm"),
+    "output": (("convert", "train.toml", "-o", "x.ini"), "output should end with .toml or .json but is: x.ini"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    if BAD[name][0][:1] == ("plot",):
+        pytest.importorskip("matplotlib")
+    argv, message = BAD[name]
+    assert message in refused(capsys, *argv)
+
+
+def test_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert "plot needs matplotlib: pip install 'torch-optimx[bench]'" in refused(capsys, "plot", "train.toml")
+
+
+def test_terminals_get_rich_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert "│" in run(capsys, "list", "adamw")
+    # where rich is not installed
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert "│" not in run(capsys, "list", "adamw")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[sys.executable, "-m", "optimx"], [str(Path(sys.executable).parent / "optimx")]],
+    ids=["module", "script"],
+)
+def test_the_command_itself(command: list[str]) -> None:
+    if not Path(command[0]).exists():
+        pytest.skip("not installed")
+    found = subprocess.run([*command, "list", "lion"], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[1].split() == ["optimizer", "lion", "optimx.lion:Lion"]
+    found = subprocess.run([*command, "list", "nothing*"], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (2, "", "optimx: error: no name matches: 'nothing*'\n")
