@@ -67,7 +67,7 @@ PRESETS: dict[str, Preset] = {
     "t5-adafactor": Preset(
         "fine-tuning of T5: Adafactor with a constant learning rate",
         "https://arxiv.org/abs/1910.10683, section 3.1.3",
-        {"optimizer": {"name": "adafactor", "lr": 1e-3, "weight_decay": 0.0}},
+        {"optimizer": {"name": "adafactor", "variant": "hf", "lr": 1e-3, "weight_decay": 0.0}},
     ),
     "gan": Preset(
         "generator or discriminator of a DCGAN: build one for each",

@@ -248,7 +248,6 @@ def test_bad_files(suffix: str, text: str, message: str, tmp_path: Path) -> None
         (argparse.Namespace(**{"optimzer.lr": 0.1}), r"optimzer.lr \(value: 0.1\) is no attribute .* 'optimizer'\?"),
         (argparse.Namespace(wieght_decay=0.1), r"wieght_decay \(value: 0.1\) is no attribute .* 'weight_decay'\?"),
     ],
-    ids=str,
 )
 def test_bad_cfgs(cfg: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -319,7 +318,6 @@ def test_over_a_preset(over: dict, merged: dict) -> None:
         (object, Any, object),
         ("x", "a name that says nothing", "x"),
     ],
-    ids=str,
 )
 def test_fitting_values(value: Any, hint: Any, expected: Any) -> None:
     problems = Problems()
@@ -356,7 +354,6 @@ def test_fitting_values(value: Any, hint: Any, expected: Any) -> None:
         (3, dict[str, Any], "x should be a table but is: 3"),
         (3, torch.Tensor, "x should be a tensor but is: 3"),
     ],
-    ids=str,
 )
 def test_values_that_do_not_fit(value: Any, hint: Any, message: str) -> None:
     problems = Problems()

@@ -15,6 +15,8 @@ _OPTIMIZERS: dict[str, dict[str, Any]] = {
     **{name: {"name": "adamw"} for name in ("adamw_torch", "adamw_torch_fused", "adamw_hf")},
     **{name: {"name": name} for name in ("sgd", "adagrad", "rmsprop")},
     "lion_32bit": {"name": "lion"},
+    # what its trainer sets
+    "adafactor": {"name": "adafactor", "variant": "hf", "scale_parameter": False},
 }
 _SCHEDULES: dict[str, str] = {
     "linear": "linear", "cosine": "cosine", "cosine_with_restarts": "cosine_with_hard_restarts",
