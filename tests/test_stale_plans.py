@@ -739,6 +739,19 @@ def test_gradients_come_and_go(case: Case, kwargs: dict, skips: list[tuple[int, 
 
 @interpreted
 @pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.counts], ids=lambda c: c.name)
+def test_a_bucket_that_comes_late(case: Case, device: torch.device) -> None:
+    """Its counts and those of the buckets that are there come to lie together, and all go on counting."""
+    early, late = make_params([(5,)], device), make_params([(7,)], device, torch.float64)
+    ours, stock, _ = twins(case, [*early, *late], usual(case))
+    for step, skip in enumerate([(1,), (), (), (0,), ()]):
+        train([ours, stock], 1, first=step, skip=skip)
+    assert_same(ours, stock, CLOSE[torch.float32])
+    if "step" in case.cls.rule.counts:
+        assert [float(ours.state[param]["step"]) for param in params_of(ours)] == [4.0, 4.0]
+
+
+@interpreted
+@pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.counts], ids=lambda c: c.name)
 def test_members_of_one_bucket_with_steps_of_their_own(case: Case, device: torch.device) -> None:
     """What depends on a count, RAdam's rectification from its sixth step on for one, is each member's own."""
     ours, stock, _ = twins(case, make_params([(3,)] * 4, device), usual(case))
