@@ -309,11 +309,10 @@ def _adafactor_update_kernel(
     of_columns = sqrt(of_columns.to(COMPUTE))
     if HAS_CONTROL:
         # in place of each gradient; a loss scale may be so large that squares of scaled gradients overflow
-        scale = tl.load(control_ptr + 1).to(COMPUTE)
         # what an infinite norm clips to 0 goes on to be 0, and 0 / 0 would not
-        scale = tl.where(scale < 1.2e-38, 1.2e-38, scale)
-        of_columns = divide(of_columns, scale)
-        eps = divide(eps, scale)
+        inverse = (1.0 / maximum(tl.load(control_ptr + 1), 1.2e-38)).to(COMPUTE)
+        of_columns *= inverse
+        eps *= inverse
     means_ptr += tl.load(shape_ptr + 6)
     average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
     if not MEASURE:
