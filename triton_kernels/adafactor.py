@@ -324,11 +324,11 @@ def _adafactor_update_kernel(
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)
+        g = load(g_ptr + offsets, mask, COMPUTE)
         root = of_columns[:, None, :]
         if FACTORED:
             root = _row_roots(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
-        # last: before the root, ptxas spills for sm_100
-        u = _direction(load(g_ptr + offsets, mask, COMPUTE), root, eps)
+        u = _direction(g, root, eps)
         if MEASURE:
             squares += u * u
         else:
