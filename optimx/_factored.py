@@ -56,7 +56,7 @@ class Stack:
         self.sums: tuple[Tensor, Tensor] | None = None
         self.pieces = [*self._pieces()]
         self._views: dict[int, list[Tensor]] = {}
-        self.homes = [None if self.alone else _home(role, bucket.compute_dtype) for role in self.averages]
+        self.homes = [None if self.alone else bucket.home_of(role) for role in self.averages]
 
     def oriented(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors with rows that are contiguous."""
@@ -123,7 +123,7 @@ class Stack:
 
     def update(self, grads: Sequence[Tensor], row: Sequence[float], scale: float) -> None:
         """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``."""
-        sign, omega, eps_stat, eps_mean, eps_var, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
+        sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
         compute, factor = self.bucket.compute_dtype, sign * scale
         g_all = self.gather(GRADS, grads)
         of_rows, of_columns = self.sums or self.measure(g_all)
@@ -138,14 +138,16 @@ class Stack:
             of_columns.mul_(square / n_rows).add_(eps_stat)
             r, c = (self._average(i, means, omega) for i, means in enumerate((of_rows, of_columns)))
             # torch's mean is of the logical rows, and so are its roundings
-            r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps_mean)
+            r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps)
         else:
             c = self._average(0, of_columns.mul_(square).add_(eps_stat), omega)
             r = torch.ones((), dtype=compute, device="cpu").expand_as(of_rows)
-        # where nothing is clamped, the root of the outer product is the outer product of the roots
-        separable = bool(r.amin() * c.amin() >= eps_var)
+        # roots of factors: their product stays in range where that of the factors would not
+        r, c = r.sqrt(), c.sqrt()
+        # where nothing is clamped, there is no division for each element
+        separable = bool(r.amin() * c.amin() >= eps)
         if separable:
-            r, c = r.rsqrt().mul_(factor), c.rsqrt()
+            r, c = r.reciprocal_().mul_(factor), c.reciprocal_()
         r, c = r.unsqueeze(-1), c.unsqueeze(-2)
 
         p_all = self.gather(PARAMS, self.params)
@@ -163,7 +165,7 @@ class Stack:
             if separable:
                 return torch.mul(g, c_piece, out=out).mul_(r_piece)
             torch.mul(r_piece, c_piece, out=out)
-            return out.clamp_(min=eps_var).rsqrt_().mul_(g).mul_(factor)
+            return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
 
         squares = torch.zeros_like(alpha)
         for piece in self.pieces:
@@ -208,19 +210,6 @@ def _larger(values: Tensor, than: float) -> Tensor:
     return torch.where(values > than, values, than)
 
 
-def _home(states: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
-    """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
-
-    They stay the tensors they are. Those that share memory already belong to a plan for other gradients.
-    """
-    if any(s.dtype is not dtype or s.untyped_storage().nbytes() != s.nbytes for s in states):
-        return None
-    home = torch.stack([*states])
-    for state, place in zip(states, home, strict=True):
-        state.set_(place)  # type: ignore[call-overload]
-    return home
-
-
 class FactoredCall(Call):
     """Members with equal settings."""
 
@@ -247,16 +236,42 @@ class FactoredBucket(NativeBucket):
 
     def finish(self) -> None:
         super().finish()
-        self._housed: list[Tensor] | None = None
+        self._homes: list[Tensor] = []
+        self._housed: list[Tensor] = []
+        self._addresses: list[int] = []
 
     def matches(self) -> bool:
         """A state whose memory is replaced, by hand or by a plan for other gradients, has left its home."""
-        if self._housed is None:
+        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._addresses
+
+    def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
+        calls = self._calls
+        super()._merge(settings, setting_of_member)
+        if self._calls is not calls:
+            # now: before the next step somebody may replace the memory
             stacks = [stack for call in self._calls for stack in call.stacks]  # type: ignore[attr-defined]
-            homed = [role for s in stacks for role, home in zip(s.averages, s.homes, strict=True) if home is not None]
-            self._housed = [*chain.from_iterable(homed)]
-            self._homes = [*map(Tensor.data_ptr, self._housed)]
-        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._homes
+            homed = [(role, h) for s in stacks for role, h in zip(s.averages, s.homes, strict=True) if h is not None]
+            self._homes = [home for _, home in homed]
+            self._housed = [*chain.from_iterable(role for role, _ in homed)]
+            self._addresses = [*map(Tensor.data_ptr, self._housed)]
+
+    def home_of(self, states: Sequence[Tensor]) -> Tensor | None:
+        """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
+
+        They stay the tensors they are. Those that share other memory than this bucket's former homes belong to a plan
+        for other gradients.
+        """
+        former = {*map(Tensor.data_ptr, self._homes)}
+        for state in states:
+            memory = state.untyped_storage()
+            if state.dtype is not self.compute_dtype:
+                return None
+            if memory.nbytes() != state.nbytes and memory.data_ptr() not in former:
+                return None
+        home = torch.stack([*states])
+        for state, place in zip(states, home, strict=True):
+            state.set_(place)  # type: ignore[call-overload]
+        return home
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]

@@ -32,12 +32,14 @@ class UpdateRule:
         counts: Scalar states, the step count first; may be empty.
         counts_on_device: They are where the parameter is, also without ``capturable``.
         native_bucket: The class of buckets on a CPU.
+        optional_settings: Of groups, also where the optimizer has no default for them.
     """
 
     module: ClassVar[str]
     counts: ClassVar[tuple[str, ...]] = ("step",)
     counts_on_device: ClassVar[bool] = False
     native_bucket: ClassVar[type[NativeBucket]] = NativeBucket
+    optional_settings: ClassVar[tuple[str, ...]] = ()
 
     def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
         """The kernel variant of a group."""

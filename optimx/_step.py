@@ -23,7 +23,7 @@ from ._grad_norm import Amp, measure
 from ._plan import Leftover, StepPlan, asks_for_torch
 from ._rule import UpdateRule
 
-_CONSTANTS = (bool, int, float, str, type(None))
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
 
 #: Patterns of gradients (which are None) for which a plan is kept.
 _PLANS_KEPT = 4
@@ -195,6 +195,8 @@ class MultiTensorStep(Optimizer):
         """
         read = itemgetter(*self.defaults)
         settings = [*chain.from_iterable(map(read, self.param_groups))]
+        if self.rule.optional_settings:
+            settings += [group.get(name) for group in self.param_groups for name in self.rule.optional_settings]
         if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
             return
         values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]

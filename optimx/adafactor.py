@@ -46,6 +46,7 @@ class AdafactorRule(UpdateRule):
 
     module = "adafactor"
     native_bucket = FactoredBucket
+    optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "beta2_decay", "eps", "d", "weight_decay", "maximize")
 
     def triton_bucket(self) -> type[FactoredTritonBucket]:
@@ -127,7 +128,6 @@ class AdafactorRule(UpdateRule):
             step**beta2_decay,
             eps1 if hf else 0.0,
             0.0 if hf else eps1,
-            0.0 if hf else eps1 * eps1,
             rho,
             eps2,
             scaled,
@@ -167,8 +167,8 @@ class AdafactorLoop(torch.optim.Adafactor):
                 if name not in state:
                     state[name] = RULE.new_state(name, param, group, self.defaults)
             values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
-            (_, omega, eps_stat, eps_mean, eps_var, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = (
-                RULE.prepare(values, (float(state["step"]),))
+            (_, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = RULE.prepare(
+                values, (float(state["step"]),)
             )
             state["step"] += 1
             compute = torch.float64 if param.dtype is torch.float64 else torch.float32
@@ -181,12 +181,13 @@ class AdafactorLoop(torch.optim.Adafactor):
                 row, col = state["row_var"], state["col_var"]
                 row.copy_(torch.lerp(row.to(compute), square.mean(-1, keepdim=True), omega))
                 col.copy_(torch.lerp(col.to(compute), square.mean(-2, keepdim=True), omega))
-                mean = row.to(compute).mean(-2, keepdim=True).clamp_(min=eps_mean)
-                variance = (row.to(compute) / mean) * col.to(compute)
+                mean = row.to(compute).mean(-2, keepdim=True).clamp_(min=eps)
+                # roots of factors: their product stays in range where that of the factors would not
+                root = (row.to(compute) / mean).sqrt_() * col.to(compute).sqrt()
             else:
                 state["variance"].copy_(torch.lerp(state["variance"].to(compute), square, omega))
-                variance = state["variance"].to(compute)
-            update = variance.clamp(min=eps_var).rsqrt_().mul_(g)
+                root = state["variance"].to(compute).sqrt()
+            update = g / root.clamp_(min=eps)
             update.mul_(alpha / (_rms(update) / d).clamp(min=1.0))
             if "exp_avg" in names:
                 moment = torch.lerp(state["exp_avg"].to(compute), update, beta1_c)
@@ -316,6 +317,11 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         super().__setstate__(state)
         # a checkpoint of torch's has none of ours
         self._fill_groups()
+        for values in self.state.values():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                    # in another optimizer averages of small tensors lie together; here they are to do so anew
+                    values[name] = value.clone()
         self._reset_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -341,7 +347,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             done = self.state.get(param, {}).get("step", 1.0)
             values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
             row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
-            rho, eps2, scaled = row[5:8]
+            _, _, _, _, rho, eps2, scaled, *_ = row
             sizes.append(rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho)
         return sizes
 

@@ -168,6 +168,60 @@ def test_small_gradients_are_clamped() -> None:
     assert_same(ours, stock)
 
 
+@interpreted
+def test_rows_and_columns_without_gradients(device: torch.device) -> None:
+    """Behind units that are off lie averages of 1e-30; the product of a row's and a column's is 0 in float32."""
+    shape = (17, 33)
+    plain, paper, loop = (make_params([shape], device) for _ in range(3))
+    ours, theirs, one_by_one = (
+        optimx.Adafactor(plain, variant="hf", lr=None),
+        TransformersAdafactor(paper),
+        optimx.Adafactor(loop, variant="hf", lr=None),
+    )
+    for step in range(2):
+        for params in (plain, paper, loop):
+            set_grads(params, step, scale=1e-3)
+            params[0].grad[3] = params[0].grad[:, 5] = 0.0
+        ours.step()
+        theirs.step()
+        AdafactorLoop.step(one_by_one)
+    torch.testing.assert_close(plain, paper, **CLOSE[torch.float32])
+    torch.testing.assert_close(loop, paper, **CLOSE[torch.float32])
+
+
+@interpreted
+@pytest.mark.parametrize("kwargs", [{}, {"variant": "hf"}], ids=["torch", "hf"])
+def test_large_loss_scales(kwargs: dict, device: torch.device) -> None:
+    """A scale grows as long as gradients are finite, and their squares are not any more."""
+    plain, scaled = (optimx.Adafactor(make_params([(17, 33), (21,)], device), **kwargs) for _ in range(2))
+    scale = 2.0**100
+    for step in range(3):
+        for optimizer in (plain, scaled):
+            set_grads(params_of(optimizer), step)
+        for param in params_of(scaled):
+            param.grad *= scale
+        scaled.grad_scale = torch.tensor(scale, device=device)
+        scaled.found_inf = torch.tensor(0.0, device=device)
+        plain.step()
+        scaled.step()
+    for a, b in zip(params_of(scaled), params_of(plain), strict=True):
+        torch.testing.assert_close(a, b, **CLOSE[torch.float32])
+
+
+@interpreted
+@pytest.mark.parametrize("kwargs", [{}, {"variant": "hf"}], ids=["torch", "hf"])
+def test_an_infinite_norm_clips_to_zero(kwargs: dict, device: torch.device) -> None:
+    """As torch's clipping does: only what is infinite itself is lost."""
+    bad, good = params = make_params([(5, 6), (17, 33)], device)
+    optimizer = optimx.Adafactor(params, max_grad_norm=1.0, **kwargs)
+    before = good.detach().clone()
+    set_grads(params, 0)
+    bad.grad[2, 3] = math.inf
+    optimizer.step()
+    assert not bad.isfinite().all()
+    torch.testing.assert_close(good, before)
+
+
 def test_gradients_come_and_go() -> None:
     """Averages of small tensors lie together, for one pattern of gradients; others find them where they are."""
     ours, stock, _ = twins(ADAFACTOR, make_params([(5, 6)] * 6 + [(7,)] * 4), {"lr": 0.5})
@@ -178,6 +232,61 @@ def test_gradients_come_and_go() -> None:
                 state = optimizer.state[params_of(optimizer)[2]]
                 state["row_var"].data = state["row_var"] * 2
     assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("after", [0, 1], ids=["first_step", "second_step"])
+def test_memory_of_averages_is_replaced(after: int) -> None:
+    """Beneath a state that stays the same tensor."""
+    ours, stock, _ = twins(ADAFACTOR, make_params([(5, 6)] * 3), {"lr": 0.5})
+    for step in range(4):
+        train([ours, stock], 1, first=step)
+        if step == after:
+            for optimizer in (ours, stock):
+                state = optimizer.state[params_of(optimizer)[1]]
+                state["row_var"].data = state["row_var"] * 50
+    assert_same(ours, stock)
+
+
+def test_small_tensors_stay_together() -> None:
+    """Where settings become different, and in a copy or after loading, averages lie together once more."""
+
+    def together(optimizer: optimx.Adafactor) -> bool:
+        calls = [call for bucket in optimizer._plans[0].buckets for call in bucket._calls]
+        return all(home is not None for call in calls for stack in call.stacks for home in stack.homes)
+
+    first, second = make_params([(5, 6)] * 3), make_params([(5, 6)] * 3)
+    ours = optimx.Adafactor([{"params": first}, {"params": second}])
+    loaded = optimx.Adafactor(make_params([(5, 6)] * 6))
+    train([ours], 1)
+    assert together(ours)
+    ours.param_groups[0]["lr"] = 0.1
+    train([ours], 1)
+    assert together(ours)
+    copied = copy.deepcopy(ours)
+    loaded.load_state_dict({**ours.state_dict(), "param_groups": loaded.state_dict()["param_groups"]})
+    before = copy.deepcopy(ours.state_dict()["state"])
+    train([copied, loaded], 1)
+    assert together(copied)
+    assert together(loaded)
+    torch.testing.assert_close(ours.state_dict()["state"], before, rtol=0.0, atol=0.0)
+    train([ours], 1)
+    assert together(ours)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "edit", [{"beta1": 0.9}, {"variant": "hf"}, {"scale_parameter": False}, {"relative_step": False}], ids=str
+)
+def test_groups_take_settings_between_steps(edit: dict, device: torch.device) -> None:
+    """Also those that they do not have by default."""
+    ours, fresh = (optimx.Adafactor(make_params([(9, 33), (21,)], device)) for _ in range(2))
+    train([ours, fresh], 2)
+    for optimizer in (ours, fresh):
+        optimizer.param_groups[0].update(edit)
+    fresh = copy.deepcopy(fresh)
+    train([ours, fresh], 2, first=2)
+    assert_same(ours, fresh)
+    assert all(("exp_avg" in state) == ("beta1" in edit) for state in ours.state.values())
 
 
 def test_nothing_of_a_parameters_size_is_allocated() -> None:

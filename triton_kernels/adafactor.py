@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, compute_dtype, divide, gradient_factor, launch, lerp, load, sqrt, store
+from .device import TRITON_DTYPE, compute_dtype, divide, gradient_factor, launch, lerp, load, maximum, sqrt, store
 from .matrix_table import ENTRIES, MatrixTable
 from .tensor_table import TensorTable
 
@@ -28,12 +28,12 @@ RAW = (
     "relative_step", "warmup_init",
 )  # fmt: skip
 HYPER = (
-    "factor", "omega", "eps_stat", "eps_mean", "eps_var", "rho", "eps2", "scaled", "d", "decay_lr", "decay_alpha",
+    "factor", "omega", "eps_stat", "eps", "rho", "eps2", "scaled", "d", "decay_lr", "decay_alpha",
     "1 - beta1",
 )  # fmt: skip
 
 _N_COLUMNS = tl.constexpr(len(HYPER))
-_OMEGA, _EPS_STAT, _EPS_MEAN, _EPS_VAR, _RHO, _EPS2, _SCALED, _D, _DECAY_LR, _DECAY_ALPHA, _BETA1_C = (
+_OMEGA, _EPS_STAT, _EPS, _RHO, _EPS2, _SCALED, _D, _DECAY_LR, _DECAY_ALPHA, _BETA1_C = (
     tl.constexpr(i) for i in range(1, len(HYPER))
 )
 _N_SHAPE = tl.constexpr(7)
@@ -51,7 +51,6 @@ def prepare(raw, counts):
         tl.exp(beta2_decay * tl.log(step)),
         tl.where(hf != 0, eps1, 0.0),
         tl.where(hf != 0, 0.0, eps1),
-        tl.where(hf != 0, 0.0, eps1 * eps1),
         tl.where(relative != 0, relative_size, lr),
         eps2,
         scaled,
@@ -172,7 +171,7 @@ def _adafactor_average_kernel(
     chunk_tensor_ptr,  # int32 [n_programs]
     chunk_start_ptr,  # int64 [n_programs]
     rows_ptr,  # int32 [n]: row of hyper_ptr
-    hyper_ptr,  # float64 [n_rows, 12]
+    hyper_ptr,  # float64 [n_rows, 11]
     grad_scale_ptr,  # float32 scalar
     control_ptr,  # float64 [3]: norm, scale, skip
     sums_ptr,  # partial sums
@@ -221,7 +220,7 @@ def _adafactor_mean_kernel(
     chunk_tensor_ptr,  # int32 [n_programs]
     chunk_start_ptr,  # int64 [n_programs]: first matrix
     rows_ptr,  # int32 [n]: row of hyper_ptr
-    hyper_ptr,  # float64 [n_rows, 12]
+    hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: norm, scale, skip
     means_ptr,  # written: of the logical rows' averages, one a matrix
     DTYPE: tl.constexpr,  # of the averages
@@ -248,37 +247,25 @@ def _adafactor_mean_kernel(
         mask = (matrices[:, None] < n_matrices) & (places[None, :] < length)
         total += load(average_ptr + matrices[:, None] * length + places[None, :], mask, COMPUTE)
     mean = divide(tl.sum(total, axis=1), length.to(COMPUTE))
-    eps = tl.load(hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS + _EPS_MEAN).to(COMPUTE)
+    eps = tl.load(hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS + _EPS).to(COMPUTE)
     means_ptr += tl.load(shapes_ptr + index * _N_SHAPE + 6)
-    # as torch.clamp: NaN stays NaN
-    tl.store(means_ptr + matrices, tl.where(mean < eps, eps, mean), mask=matrices < n_matrices)
+    tl.store(means_ptr + matrices, maximum(mean, eps), mask=matrices < n_matrices)
 
 
 @triton.jit
-def _row_factors(row_ptr, means_ptr, shape, matrices, rows, COMPUTE: tl.constexpr):
-    """Averages of rows over their mean, ``[matrices, rows]``."""
+def _row_roots(row_ptr, means_ptr, shape, matrices, rows, COMPUTE: tl.constexpr):
+    """Roots of rows' averages over their mean, ``[matrices, rows]``."""
     n_matrices, n_rows, _ = shape
     mask = (matrices[:, None] < n_matrices) & (rows[None, :] < n_rows)
     average = tl.load(row_ptr + matrices[:, None] * n_rows + rows[None, :], mask=mask, other=1.0).to(COMPUTE)
     mean = tl.load(means_ptr + matrices, mask=matrices < n_matrices, other=1.0)
-    return divide(average, mean[:, None])
+    return sqrt(divide(average, mean[:, None]))
 
 
 @triton.jit
-def _factor(row_ptr, control_ptr, HAS_CONTROL: tl.constexpr):
-    """What gradients are multiplied by."""
-    factor = tl.load(row_ptr)
-    if HAS_CONTROL:
-        factor *= tl.load(control_ptr + 1)
-    return factor
-
-
-@triton.jit
-def _direction(g, variance, eps_var):
+def _direction(g, root, eps):
     """The gradient over the root of the second moment."""
-    # as torch.clamp: NaN stays NaN
-    variance = tl.where(variance < eps_var, eps_var, variance)
-    return divide(g, sqrt(variance))
+    return divide(g, maximum(root, eps))
 
 
 @triton.jit
@@ -289,7 +276,7 @@ def _adafactor_update_kernel(
     shapes_ptr,  # int64 [n_tensors, 7]
     program_tensor_ptr,  # int32 [n_programs]
     rows_ptr,  # int32 [n]: row of hyper_ptr
-    hyper_ptr,  # float64 [n_rows, 12]
+    hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: norm, scale, skip
     means_ptr,  # of the rows' averages, one a matrix
     sizes_ptr,  # float64 [n_tensors, 2]: size of the step, factor of the parameter
@@ -312,17 +299,24 @@ def _adafactor_update_kernel(
     n_matrices, _, n_columns = shape
     tensor = tl.load(tensor_ptr + index)
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
-    eps_var = tl.load(row_ptr + _EPS_VAR).to(COMPUTE)
+    eps = tl.load(row_ptr + _EPS).to(COMPUTE)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
     p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
     column_ptr = _pointer(fixed_ptr, tensor * N_ROLES + (2 if FACTORED else 1), DTYPES[2], 1)
     inside = (matrices[:, None] < n_matrices) & (columns[None, :] < n_columns)
     of_columns = tl.load(column_ptr + matrices[:, None] * n_columns + columns[None, :], mask=inside, other=1.0)
-    of_columns = of_columns.to(COMPUTE)
+    # roots of factors: their product stays in range where that of the factors would not
+    of_columns = sqrt(of_columns.to(COMPUTE))
+    if HAS_CONTROL:
+        # in place of each gradient; a loss scale may be so large that squares of scaled gradients overflow
+        # what an infinite norm clips to 0 goes on to be 0, and 0 / 0 would not
+        inverse = (1.0 / maximum(tl.load(control_ptr + 1), 1.2e-38)).to(COMPUTE)
+        of_columns *= inverse
+        eps *= inverse
     means_ptr += tl.load(shape_ptr + 6)
     average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
     if not MEASURE:
-        size = (tl.load(sizes_ptr + 2 * index) * _factor(row_ptr, control_ptr, HAS_CONTROL)).to(COMPUTE)
+        size = (tl.load(sizes_ptr + 2 * index) * tl.load(row_ptr)).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
         moment_ptr = _pointer(fixed_ptr, tensor * N_ROLES + N_ROLES - 1, DTYPES[len(DTYPES) - 1], ALIGNMENT)
@@ -330,11 +324,11 @@ def _adafactor_update_kernel(
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)
-        variance = of_columns[:, None, :]
+        g = load(g_ptr + offsets, mask, COMPUTE)
+        root = of_columns[:, None, :]
         if FACTORED:
-            variance = _row_factors(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * variance
-        # last: before the variance, ptxas spills for sm_100
-        u = _direction(load(g_ptr + offsets, mask, COMPUTE), variance, eps_var)
+            root = _row_roots(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
+        u = _direction(g, root, eps)
         if MEASURE:
             squares += u * u
         else:
@@ -345,9 +339,7 @@ def _adafactor_update_kernel(
                 store(moment_ptr + offsets, u, mask)
             store(p_ptr + offsets, p * decay - u, mask)
     if MEASURE:
-        # only now: a value that waits in a register for the end of the loop is one that ptxas spills
-        factor = _factor(row_ptr, control_ptr, HAS_CONTROL)
-        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64) * factor * factor)
+        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 
 
 @triton.jit
@@ -355,7 +347,7 @@ def _adafactor_size_kernel(
     tensor_ptr,  # int32 [n_tensors]
     shapes_ptr,  # int64 [n_tensors, 7]
     rows_ptr,  # int32 [n]: row of hyper_ptr
-    hyper_ptr,  # float64 [n_rows, 12]
+    hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: norm, scale, skip
     params_ptr,  # float64 [n_programs]: squares of parameters
     updates_ptr,  # float64 [n_programs]: squares of updates
