@@ -1,7 +1,8 @@
-"""What the site takes from the code: a line ``<!-- NAME ARGUMENTS -->`` on a page becomes what :data:`GENERATORS` says.
+"""What the site takes from the code, so that it cannot get stale.
 
-Nothing here is written twice: sections of the README and of CONTRIBUTING.md, tables of the config's dataclasses and of the
-registries, the memory of each optimizer, the pages of ``bench/results``.
+A line ``<!-- NAME ARGUMENTS -->`` on a page becomes what :data:`GENERATORS` makes of it: a section of the README or of
+CONTRIBUTING.md, a table of the config's dataclasses or of a registry, the memory of an optimizer. The pages of
+``bench/results`` become pages of the site.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def section(file: str, heading: str) -> str:
     text = dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
     text = re.sub(r"\]\(docs/", "](", text)
     text = re.sub(r"\]\(bench/results/([^)]+\.md)\)", r"](benchmarks/\1)", text)
-    return re.sub(r"\[([^\]]+)\]\(((?:tests|bench)[^)]*)\)", r"\1 (`\2`)", text)
+    links = re.compile(r"\[([^\]]+)\]\(((?:tests|bench)[^)]*)\)")
+    return links.sub(lambda link: f"`{link[2]}`" if link[1] == link[2] else f"{link[1]} (`{link[2]}`)", text)
 
 
 def fields(name: str) -> str:
@@ -80,7 +82,8 @@ def fields(name: str) -> str:
     for field in dataclasses.fields(cls):
         if field.name != "args":
             what = "; ".join([describe_type(hints[field.name]), *conditions(hints[field.name])])
-            rows.append((f"`{field.name}`", what, default_of(field), meanings[field.name]))
+            meaning, said = without_default(meanings[field.name])
+            rows.append((f"`{field.name}`", what, default_of(field) or said, meaning))
     return table(("key", "what", "default", "meaning"), rows)
 
 
@@ -93,32 +96,40 @@ def meanings_of(cls: type) -> dict[str, str]:
     return {item.name: " ".join(item.description.split()) for item in attributes}
 
 
+def without_default(meaning: str) -> tuple[str, str]:
+    """What a docstring says of an attribute, and what it says of its default."""
+    match = re.search(r" \(default: ([^()]*)\)", meaning)
+    return (meaning, "") if match is None else (meaning.replace(match[0], ""), match[1])
+
+
 def conditions(hint: Any) -> list[str]:
     """Those of an annotation and of what it is made of."""
     own = [rule.text for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Condition)]
-    return own + [text for part in typing.get_args(hint) if not isinstance(part, Condition) for text in conditions(part)]
+    parts = (part for part in typing.get_args(hint) if not isinstance(part, Condition))
+    return [*own, *(text for part in parts for text in conditions(part))]
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
+    """The default of a field, or nothing where it stands for another one."""
     if field.default is dataclasses.MISSING:
         return "required" if field.default_factory is dataclasses.MISSING else ""
     return "" if field.default in (None, ()) else f"`{field.default!r}`"
 
 
 def cost(name: str) -> str:
-    """State, and memory traffic of a step, in bytes a float32 parameter."""
-    kinds = [(label, *cost_of(name, arguments)) for label, arguments in VARIANTS.get(name, {"": {}}).items()]
-    rows = [(label or "default", f"{state:.3g}", f"{moved:.3g}", f"{clipped:.3g}") for label, state, moved, clipped in kinds]
-    return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), rows)
+    """The cost of an optimizer, for each choice of arguments that changes it."""
+    return cost_table((label, name, arguments) for label, arguments in VARIANTS.get(name, {"default": {}}).items())
 
 
 def costs() -> str:
-    """The costs of all optimizers that have a page, with their default arguments."""
-    rows = []
-    for name in optimizers():
-        state, moved, clipped = cost_of(name, {})
-        rows.append((f"[{name}]({name.lower()}.md)", f"{state:.3g}", f"{moved:.3g}", f"{clipped:.3g}"))
-    return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), rows)
+    """The cost of each optimizer with its default arguments."""
+    return cost_table((f"[{name}]({name.lower()}.md)", name, {}) for name in sorted(optimizers(), key=str.lower))
+
+
+def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
+    """Of labels, names of optimizers and their arguments."""
+    cells = [(label, *(f"{number:.3g}" for number in cost_of(name, arguments))) for label, name, arguments in rows]
+    return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), cells)
 
 
 def optimizers() -> list[str]:
@@ -139,21 +150,26 @@ def cost_of(name: str, arguments: dict[str, Any]) -> tuple[float, float, float]:
     tensors = [value for value in optimizer.state[param].values() if torch.is_tensor(value) and value.dim()]
     state = sum(value.nbytes for value in tensors) / param.numel()
     # parameter and gradient are read, the parameter is written, states are read and written
-    moved = MOVED.get(name, 12 + 2 * state)
+    moved = 12 + 2 * state + READ_AGAIN.get(name, 0)
     # the norm takes one more pass over the gradients; Adafactor has it from its sums
     return state, moved, moved + (0 if name == "Adafactor" else 4)
 
 
 #: Arguments that change the memory.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "Adam": {"": {}, "`amsgrad=True`": {"amsgrad": True}},
-    "AdamW": {"": {}, "`amsgrad=True`": {"amsgrad": True}},
-    "SGD": {"": {}, "`momentum=0.9`": {"momentum": 0.9}},
-    "RMSprop": {"": {}, "`momentum=0.9`": {"momentum": 0.9}, "`centered=True`": {"centered": True}},
+    "Adafactor": {"a matrix of 1024 x 1024": {}, "with `beta1=0.9`": {"beta1": 0.9}},
+    "Adam": {"default": {}, "`amsgrad=True`": {"amsgrad": True}},
+    "AdamW": {"default": {}, "`amsgrad=True`": {"amsgrad": True}},
+    "RMSprop": {
+        "default": {},
+        "`momentum=0.9`": {"momentum": 0.9},
+        "`centered=True, momentum=0.9`": {"centered": True, "momentum": 0.9},
+    },
+    "SGD": {"default": {}, "`momentum=0.9`": {"momentum": 0.9}},
 }
-#: Where tensors are walked over more than once: LAMB reads gradients, averages and parameters twice; Adafactor reads
-#: gradients for the sums, for the length of the step and for the update, and the parameter for its length too.
-MOVED = {"LAMB": 44.0, "Adafactor": 24.0}
+#: Bytes of other walks. LAMB reads parameter, gradient and averages once more, for the lengths; Adafactor reads the
+#: gradient for its sums, and gradient and parameter for the length of the step.
+READ_AGAIN = {"LAMB": 16, "Adafactor": 12}
 
 
 def names(kind: str) -> str:

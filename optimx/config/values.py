@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .errors import MISSING, Problem, Problems, join, nearest
 
-__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "describe_type", "hints_of", "parameters_of", "read"]
+__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "describe_type", "hints_of",
+           "parameters_of", "read"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def describe_type(hint: Any) -> str:
     if hint in (tuple, list) or origin in (tuple, list, Sequence, Iterable):
         return "a list"
     named = {float: "a number", int: "a whole number", bool: "true or false", str: "a string", type(None): "none",
-             Tensor: "a tensor", dict: "a table"}  # fmt: skip
+             Tensor: "a tensor", dict: "a table", Any: "anything"}  # fmt: skip
     if hint in named:
         return named[hint]
     if dataclasses.is_dataclass(hint) or origin in (dict, Mapping):
