@@ -8,6 +8,7 @@ CONTRIBUTING.md, a table of the config's dataclasses or of a registry, the memor
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import shlex
 import typing
@@ -22,11 +23,15 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 import optimx
+from docs.docstrings import as_markdown
+from optimx import lr_scheduler
 from optimx.config.values import Condition, describe_type
 from optimx.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
+#: Of the files in it that become part of the site.
+SUFFIXES = (".md", ".png", ".svg", ".json")
 DIRECTIVE = re.compile(r"^<!-- (.+) -->$", re.MULTILINE)
 
 
@@ -60,16 +65,18 @@ def expand(markdown: str) -> str:
 
 def results() -> list[Path]:
     """Reports and their pictures."""
-    return sorted(path for path in RESULTS.rglob("*") if path.suffix in {".md", ".png", ".svg", ".json"})
+    return sorted(path for path in RESULTS.rglob("*") if path.suffix in SUFFIXES)
 
 
 def section(file: str, heading: str) -> str:
     """The text below a second-level heading of a Markdown file at the root. Links out of the site become paths."""
     parts = re.split(r"^## (.+)\n", (ROOT / file).read_text(), flags=re.MULTILINE)
     text = dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
-    text = re.sub(r"\]\(docs/", "](", text)
-    text = re.sub(r"\]\(bench/results/([^)]+\.md)\)", r"](benchmarks/\1)", text)
-    links = re.compile(r"\[([^\]]+)\]\(((?:tests|bench)[^)]*)\)")
+    # in links and in the attributes of HTML
+    text = re.sub(r'(\]\(|")docs/', r"\1", text)
+    endings = "|".join(map(re.escape, SUFFIXES))
+    text = re.sub(rf'(\]\(|")bench/results/([^)"]+(?:{endings})[)"])', r"\1benchmarks/\2", text)
+    links = re.compile(r"\[([^\]]+)\]\(((?:tests|bench)(?:/[^)]*)?)\)")
     return links.sub(lambda link: f"`{link[2]}`" if link[1] == link[2] else f"{link[1]} (`{link[2]}`)", text)
 
 
@@ -89,8 +96,6 @@ def fields(name: str) -> str:
 
 def meanings_of(cls: type) -> dict[str, str]:
     """What a dataclass's docstring says of each attribute, on one line."""
-    from docs.docstrings import as_markdown
-
     parsed = griffe.Docstring(as_markdown(cls.__doc__ or "")).parse("google", warnings=False)
     (attributes,) = (part.value for part in parsed if part.kind is griffe.DocstringSectionKind.attributes)
     return {item.name: " ".join(item.description.split()) for item in attributes}
@@ -181,6 +186,16 @@ def names(kind: str) -> str:
     return ", ".join(f"`{name}`" for name in listed)
 
 
+def schedules() -> str:
+    """What ``optimx.lr_scheduler`` has beside torch's names, and the first line of what each says of itself."""
+    rows = []
+    for name in lr_scheduler.__all__:
+        thing = getattr(lr_scheduler, name)
+        if getattr(thing, "__module__", "").startswith("optimx."):
+            rows.append((f"`{name}`", as_markdown(inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")))
+    return table(("name", "what"), rows)
+
+
 def reports() -> str:
     """Links to the pages of ``bench/results``."""
     lines = []
@@ -207,4 +222,5 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "costs": costs,
     "names": names,
     "reports": reports,
+    "schedules": schedules,
 }

@@ -82,6 +82,21 @@ def test_every_public_class_and_function_is_somewhere() -> None:
     assert ours - documented == set()
 
 
+def test_links_of_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "README.md").write_text("""# A
+## B
+![p](docs/p.png) [r](bench/results/m/r.md) ![q](bench/results/m/q.png) <img src="bench/results/m/q.png">
+[tests/x.py](tests/x.py) [all](bench/results) [page](docs/page.md) [out](https://example.org)
+## C
+no
+""")
+    monkeypatch.setattr(hooks, "ROOT", tmp_path)
+    assert hooks.section("README.md", "B").splitlines() == [
+        '![p](p.png) [r](benchmarks/m/r.md) ![q](benchmarks/m/q.png) <img src="benchmarks/m/q.png">',
+        "`tests/x.py` all (`bench/results`) [page](page.md) [out](https://example.org)",
+    ]
+
+
 def test_docstrings_as_markdown() -> None:
     docstring = """Like :class:`torch.optim.SGD`, see :meth:`~optimx.build.Build.explain`.
 
