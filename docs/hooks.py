@@ -121,6 +121,13 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "" if field.default in (None, ()) else f"`{field.default!r}`"
 
 
+def paper(name: str) -> str:
+    """Where an optimizer was published, as the docstring of its module says."""
+    module = inspect.getmodule(getattr(optimx, name))
+    (first, *_) = re.findall(r"https?://[^\s),]+", inspect.getdoc(module) or "")
+    return f"Paper: <{first}>"
+
+
 def cost(name: str) -> str:
     """The cost of an optimizer, for each choice of arguments that changes it."""
     return cost_table((label, name, arguments) for label, arguments in VARIANTS.get(name, {"default": {}}).items())
@@ -221,6 +228,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "cost": cost,
     "costs": costs,
     "names": names,
+    "paper": paper,
     "reports": reports,
     "schedules": schedules,
 }
