@@ -2,12 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= bench/results
-SOURCES := optimx triton_kernels tests bench
+SOURCES := optimx triton_kernels tests bench docs
 
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test audit lint format bench demo plots gpu clean
+.PHONY: help test audit lint format bench demo plots docs gpu clean
 
 help:
 	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
@@ -16,11 +16,12 @@ help:
 	@echo "make bench   benchmarks against torch.optim on this machine"
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots   draw the README's picture of all schedules"
+	@echo "make docs    build the documentation in site/"
 	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT=$(OUT)"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,trainers,config,bench,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,trainers,config,bench,docs,lint]"
 	@touch $@
 
 test: .venv/.installed
@@ -48,9 +49,14 @@ demo: .venv/.installed
 plots: .venv/.installed
 	$(BIN)/python -m bench.plots
 
+# the theme advertises another generator on every build
+docs: export NO_MKDOCS_2_WARNING = true
+docs: .venv/.installed
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 gpu:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
 	$(PYTHON) -m bench.run --gpu --out $(OUT)
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out
+	rm -rf .venv build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

@@ -1,36 +1,48 @@
-"""The README's examples run, and what it names exists."""
+"""The examples of README and documentation run, and what the pages name exists."""
 
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
 
+# makes torchvision importable, which timm and transformers load
+from tests import models  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-(CONFIG,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+FILES = (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")))
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
+# blocks in a tab are indented
+BLOCKS = {
+    f"{page}-{i}": textwrap.dedent(code)
+    for page, text in PAGES.items()
+    for i, (_, code) in enumerate(re.findall(r"^( *)```python\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE))
+}
+(CONFIG,) = re.findall(r"```toml\n(.*?)```", PAGES["README.md"], re.DOTALL)
 
 
-@pytest.mark.parametrize("code", BLOCKS, ids=range(len(BLOCKS)))
+@pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
 def test_python_blocks_run(
     code: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in re.findall(r"^import (timm|transformers)$", code, re.MULTILINE):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.toml").write_text(CONFIG)
-    exec(compile(code, "README.md", "exec"), {})
+    exec(compile(code, "page.md", "exec"), {})
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "bench/README.md"])
+@pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "bench/README.md"])
 def test_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text()
-    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
     assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
 
 
 def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in ("README.md", "CONTRIBUTING.md"):
-        assert set(re.findall(r"`make ([a-z]+)`", (ROOT / page).read_text())) <= targets
+    for text in (*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text()):
+        assert set(re.findall(r"`make ([a-z]+)`", text)) <= targets

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .errors import MISSING, Problem, Problems, join, nearest
 
-__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "hints_of", "parameters_of", "read"]
+__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "describe_type", "hints_of",
+           "parameters_of", "read"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         if not any(type(value) is type(name) and value == name for name in arguments):
             names = [name for name in arguments if isinstance(name, str)]
             near = nearest(value, names) if isinstance(value, str) else None
-            problems.add(path, f"should be {_describe(hint)}", value, near)
+            problems.add(path, f"should be {describe_type(hint)}", value, near)
         return value
     if origin in (tuple, list, Sequence, Iterable):
         return _items(value, origin, arguments, path, problems)
@@ -70,7 +71,7 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         return read(hint, value, path, problems)
     converted = _plain(value, hint if origin is None else origin)
     if converted is _WRONG:
-        problems.append(_Mismatch(path, f"should be {_describe(hint)}", value))
+        problems.append(_Mismatch(path, f"should be {describe_type(hint)}", value))
         return value
     return converted
 
@@ -198,7 +199,7 @@ def _one_of(value: Any, options: Sequence[Any], path: str, problems: Problems) -
     if inside:
         problems.extend(inside[0])
     else:
-        problems.append(_Mismatch(path, f"should be {_describe(typing.Union[tuple(options)])}", value))  # noqa: UP007
+        problems.append(_Mismatch(path, f"should be {describe_type(typing.Union[tuple(options)])}", value))  # noqa: UP007
     return value
 
 
@@ -243,18 +244,19 @@ def _plain(value: Any, hint: Any) -> Any:
     return value
 
 
-def _describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
+    """A type annotation in words: ``"a number or a tensor"``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return _describe(arguments[0])
+        return describe_type(arguments[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(argument) for argument in arguments if argument is not type(None))
+        return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
     if origin is typing.Literal:
         return f"one of {', '.join(map(repr, arguments))}"
     if hint in (tuple, list) or origin in (tuple, list, Sequence, Iterable):
         return "a list"
     named = {float: "a number", int: "a whole number", bool: "true or false", str: "a string", type(None): "none",
-             Tensor: "a tensor", dict: "a table"}  # fmt: skip
+             Tensor: "a tensor", dict: "a table", Any: "anything"}  # fmt: skip
     if hint in named:
         return named[hint]
     if dataclasses.is_dataclass(hint) or origin in (dict, Mapping):

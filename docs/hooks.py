@@ -1,0 +1,234 @@
+"""What the site takes from the code, so that it cannot get stale.
+
+A line ``<!-- NAME ARGUMENTS -->`` on a page becomes what :data:`GENERATORS` makes of it: a section of the README or of
+CONTRIBUTING.md, a table of the config's dataclasses or of a registry, the memory of an optimizer. The pages of
+``bench/results`` become pages of the site.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import shlex
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import griffe
+import torch
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+import optimx
+from docs.docstrings import as_markdown
+from optimx import lr_scheduler
+from optimx.config.values import Condition, describe_type
+from optimx.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+#: Of the files in it that become part of the site.
+SUFFIXES = (".md", ".png", ".svg", ".json")
+DIRECTIVE = re.compile(r"^<!-- (.+) -->$", re.MULTILINE)
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Called by mkdocs for every page."""
+    return expand(markdown) if not page.file.generated_by else markdown
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Called by mkdocs once: the results of the benchmarks are pages and pictures of the site."""
+    for path in results():
+        uri = f"benchmarks/{path.relative_to(RESULTS).as_posix()}"
+        file = File.generated(config, uri, abs_src_path=str(path), inclusion=InclusionLevel.NOT_IN_NAV)
+        files.append(file)
+    return files
+
+
+def expand(markdown: str) -> str:
+    """A page with the generated parts in place of their directives.
+
+    Raises:
+        KeyError: There is no such generator, section or name.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        name, *arguments = shlex.split(match[1])
+        return GENERATORS[name](*arguments)
+
+    return DIRECTIVE.sub(replace, markdown)
+
+
+def results() -> list[Path]:
+    """Reports and their pictures."""
+    return sorted(path for path in RESULTS.rglob("*") if path.suffix in SUFFIXES)
+
+
+def section(file: str, heading: str) -> str:
+    """The text below a second-level heading of a Markdown file at the root. Links out of the site become paths."""
+    parts = re.split(r"^## (.+)\n", (ROOT / file).read_text(), flags=re.MULTILINE)
+    text = dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
+    # in links and in the attributes of HTML
+    text = re.sub(r'(\]\(|")docs/', r"\1", text)
+    endings = "|".join(map(re.escape, SUFFIXES))
+    text = re.sub(rf'(\]\(|")bench/results/([^)"]+(?:{endings})[)"])', r"\1benchmarks/\2", text)
+    links = re.compile(r"\[([^\]]+)\]\(((?:tests|bench)(?:/[^)]*)?)\)")
+    return links.sub(lambda link: f"`{link[2]}`" if link[1] == link[2] else f"{link[1]} (`{link[2]}`)", text)
+
+
+def fields(name: str) -> str:
+    """A section of the config: key, default, what it should be, meaning."""
+    cls = getattr(optimx.config, name)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    meanings = meanings_of(cls)
+    rows = []
+    for field in dataclasses.fields(cls):
+        if field.name != "args":
+            what = "; ".join([describe_type(hints[field.name]), *conditions(hints[field.name])])
+            meaning, said = without_default(meanings[field.name])
+            rows.append((f"`{field.name}`", what, default_of(field) or said, meaning))
+    return table(("key", "what", "default", "meaning"), rows)
+
+
+def meanings_of(cls: type) -> dict[str, str]:
+    """What a dataclass's docstring says of each attribute, on one line."""
+    parsed = griffe.Docstring(as_markdown(cls.__doc__ or "")).parse("google", warnings=False)
+    (attributes,) = (part.value for part in parsed if part.kind is griffe.DocstringSectionKind.attributes)
+    return {item.name: " ".join(item.description.split()) for item in attributes}
+
+
+def without_default(meaning: str) -> tuple[str, str]:
+    """What a docstring says of an attribute, and what it says of its default."""
+    match = re.search(r" \(default: ([^()]*)\)", meaning)
+    return (meaning, "") if match is None else (meaning.replace(match[0], ""), match[1])
+
+
+def conditions(hint: Any) -> list[str]:
+    """Those of an annotation and of what it is made of."""
+    own = [rule.text for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Condition)]
+    parts = (part for part in typing.get_args(hint) if not isinstance(part, Condition))
+    return [*own, *(text for part in parts for text in conditions(part))]
+
+
+def default_of(field: dataclasses.Field[Any]) -> str:
+    """The default of a field, or nothing where it stands for another one."""
+    if field.default is dataclasses.MISSING:
+        return "required" if field.default_factory is dataclasses.MISSING else ""
+    return "" if field.default in (None, ()) else f"`{field.default!r}`"
+
+
+def paper(name: str) -> str:
+    """Where an optimizer was published, as the docstring of its module says."""
+    module = inspect.getmodule(getattr(optimx, name))
+    (first, *_) = re.findall(r"https?://[^\s),]+", inspect.getdoc(module) or "")
+    return f"Paper: <{first}>"
+
+
+def cost(name: str) -> str:
+    """The cost of an optimizer, for each choice of arguments that changes it."""
+    return cost_table((label, name, arguments) for label, arguments in VARIANTS.get(name, {"default": {}}).items())
+
+
+def costs() -> str:
+    """The cost of each optimizer with its default arguments."""
+    return cost_table((f"[{name}]({name.lower()}.md)", name, {}) for name in sorted(optimizers(), key=str.lower))
+
+
+def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
+    """Of labels, names of optimizers and their arguments."""
+    cells = [(label, *(f"{number:.3g}" for number in cost_of(name, arguments))) for label, name, arguments in rows]
+    return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), cells)
+
+
+def optimizers() -> list[str]:
+    """Those that are optimx's own classes."""
+    return [
+        name for name in optimx.__all__
+        if isinstance(thing := getattr(optimx, name), type) and issubclass(thing, torch.optim.Optimizer)
+        and thing.__module__.startswith("optimx.")
+    ]  # fmt: skip
+
+
+def cost_of(name: str, arguments: dict[str, Any]) -> tuple[float, float, float]:
+    """Of a 1024 x 1024 matrix: the state is weighed after a step; the traffic follows from it."""
+    param = torch.nn.Parameter(torch.ones(1024, 1024))
+    param.grad = torch.ones_like(param)
+    optimizer = getattr(optimx, name)([param], **arguments)
+    optimizer.step()
+    tensors = [value for value in optimizer.state[param].values() if torch.is_tensor(value) and value.dim()]
+    state = sum(value.nbytes for value in tensors) / param.numel()
+    # parameter and gradient are read, the parameter is written, states are read and written
+    moved = 12 + 2 * state + READ_AGAIN.get(name, 0)
+    # the norm takes one more pass over the gradients; Adafactor has it from its sums
+    return state, moved, moved + (0 if name == "Adafactor" else 4)
+
+
+#: Arguments that change the memory.
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "Adafactor": {"a matrix of 1024 x 1024": {}, "with `beta1=0.9`": {"beta1": 0.9}},
+    "Adam": {"default": {}, "`amsgrad=True`": {"amsgrad": True}},
+    "AdamW": {"default": {}, "`amsgrad=True`": {"amsgrad": True}},
+    "RMSprop": {
+        "default": {},
+        "`momentum=0.9`": {"momentum": 0.9},
+        "`centered=True, momentum=0.9`": {"centered": True, "momentum": 0.9},
+    },
+    "SGD": {"default": {}, "`momentum=0.9`": {"momentum": 0.9}},
+}
+#: Bytes of other walks. LAMB reads parameter, gradient and averages once more, for the lengths; Adafactor reads the
+#: gradient for its sums, and gradient and parameter for the length of the step.
+READ_AGAIN = {"LAMB": 16, "Adafactor": 12}
+
+
+def names(kind: str) -> str:
+    """What configs and the command line can name."""
+    if kind == "presets":
+        rows = [(f"`{name}`", preset.summary, preset.source) for name, preset in PRESETS.items()]
+        return table(("preset", "for", "source of its numbers"), rows)
+    listed = {"optimizers": optimx.list_optimizers, "schedulers": optimx.list_schedulers}[kind]()
+    return ", ".join(f"`{name}`" for name in listed)
+
+
+def schedules() -> str:
+    """What ``optimx.lr_scheduler`` has beside torch's names, and the first line of what each says of itself."""
+    rows = []
+    for name in lr_scheduler.__all__:
+        thing = getattr(lr_scheduler, name)
+        if getattr(thing, "__module__", "").startswith("optimx."):
+            rows.append((f"`{name}`", as_markdown(inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")))
+    return table(("name", "what"), rows)
+
+
+def reports() -> str:
+    """Links to the pages of ``bench/results``."""
+    lines = []
+    for path in results():
+        if path.suffix == ".md":
+            uri = path.relative_to(RESULTS)
+            (title, *_) = re.findall(r"^# (.+)$", path.read_text(), re.MULTILINE) or [uri.stem]
+            where = f", {uri.parent.name}" if uri.parent.name else ""
+            lines.append(f"- [{title}](benchmarks/{uri.as_posix()}){where}")
+    return "\n".join(lines)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    head = list(head)
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "section": section,
+    "fields": fields,
+    "cost": cost,
+    "costs": costs,
+    "names": names,
+    "paper": paper,
+    "reports": reports,
+    "schedules": schedules,
+}
