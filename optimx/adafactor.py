@@ -209,7 +209,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
     """Adafactor, a drop-in for :class:`torch.optim.Adafactor`, and for transformers' with ``variant="hf"``.
 
     Memory of a matrix's second moment is that of a row and a column. Nothing waits for the host, where torch asks
-    for two numbers a parameter and step, and nothing of a parameter's size is allocated. A step of torch's definition
+    for two numbers a parameter and step, and nothing of a matrix's size is allocated. A step of torch's definition
     with the default lr is ``min(lr, 1 / sqrt(step))`` times each tensor's root mean square.
 
     Args beyond torch's:
@@ -281,9 +281,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        if variant not in ("torch", "hf"):
-            nearest = (*get_close_matches(str(variant), ("torch", "hf", "huggingface"), 1), "torch")[0]
-            raise ValueError(f"variant should be 'torch' or 'hf' but is: {variant!r} (nearest: '{nearest[:5]}')")
+        _check_variant(variant)
         d = _one_name("clip_threshold", clip_threshold, "d", d, 1.0)
         beta2_decay = _one_name("decay_rate", decay_rate, "beta2_decay", beta2_decay, -0.8)
         if relative_step is None:
@@ -312,6 +310,16 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         for group in self.param_groups:
             for name in EXTRAS.keys() & self.defaults.keys():
                 group.setdefault(name, self.defaults[name])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; settings go by torch's names there, and ``lr`` is a number."""
+        for alias, name in (("clip_threshold", "d"), ("decay_rate", "beta2_decay")):
+            if alias in param_group:
+                raise ValueError(f"{alias} should be {name} in a parameter group but is: {param_group[alias]}")
+        if "lr" in param_group and param_group["lr"] is None:
+            raise ValueError("lr should be a number in a parameter group but is: None")
+        _check_variant(param_group.get("variant", "torch"))
+        super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -350,6 +358,12 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             _, _, _, _, rho, eps2, scaled, *_ = row
             sizes.append(rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho)
         return sizes
+
+
+def _check_variant(variant: Any) -> None:
+    if variant not in ("torch", "hf"):
+        nearest = (*get_close_matches(str(variant), ("torch", "hf"), 1, 0.0), "torch")[0]
+        raise ValueError(f"variant should be 'torch' or 'hf' but is: {variant!r} (nearest: '{nearest}')")
 
 
 def _one_name(alias: str, given: float | None, name: str, value: float, default: float) -> float:

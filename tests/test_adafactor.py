@@ -534,6 +534,16 @@ def test_bad_arguments(kwargs: dict, message: str) -> None:
         optimx.Adafactor(make_params([(3,)]), **kwargs)
 
 
+@pytest.mark.parametrize(
+    "setting", [{"clip_threshold": 2.0}, {"decay_rate": -0.5}, {"lr": None}, {"variant": "tf"}], ids=str
+)
+def test_bad_groups(setting: dict) -> None:
+    """Names and values that only the constructor translates."""
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name} should be"):
+        optimx.Adafactor([{"params": make_params([(3,)]), **setting}], variant="hf")
+
+
 def test_complex_parameters_are_refused_as_in_torch() -> None:
     for kwargs in ({}, {"variant": "hf"}):
         params = make_params([(3,)], dtype=torch.complex64)
