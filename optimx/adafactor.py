@@ -313,12 +313,14 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; settings go by torch's names there, and ``lr`` is a number."""
+        # torch says what else a group cannot be
+        given = param_group if isinstance(param_group, dict) else {}
         for alias, name in (("clip_threshold", "d"), ("decay_rate", "beta2_decay")):
-            if alias in param_group:
-                raise ValueError(f"{alias} should be {name} in a parameter group but is: {param_group[alias]}")
-        if "lr" in param_group and param_group["lr"] is None:
+            if alias in given:
+                raise ValueError(f"{alias} should be {name} in a parameter group but is: {given[alias]}")
+        if given.get("lr", 0.0) is None:
             raise ValueError("lr should be a number in a parameter group but is: None")
-        _check_variant(param_group.get("variant", "torch"))
+        _check_variant(given.get("variant", "torch"))
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
