@@ -1,23 +1,23 @@
 # `make test` and `make demo` do all of their set-up; GPU targets use the Python you already have.
 PYTHON ?= python3
 BIN := .venv/bin
-OUT ?= bench/results
 SOURCES := optimx triton_kernels tests bench docs
 
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test audit lint format bench demo plots docs gpu clean
+.PHONY: help test audit lint format bench convergence report demo plots docs gpu clean
 
 help:
 	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
 	@echo "make audit   compile every kernel for sm_80, sm_90, sm_100 and gfx942 and check the assembly (no GPU needed)"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   benchmarks against torch.optim on this machine"
+	@echo "make bench   benchmarks against torch.optim and other packages on this machine, and the convergence check"
+	@echo "make report  a page and charts of every machine's results, and the README's tables"
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots   draw the README's picture of all schedules"
 	@echo "make docs    build the documentation in site/"
-	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT=$(OUT)"
+	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -40,8 +40,18 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: .venv/.installed
-	$(BIN)/python -m bench.run --out $(OUT)
+# other optimizers change what trainers do where they find them, so they have a place of their own
+.venv-bench/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,bench,peers]"
+	@touch $@
+
+bench: .venv-bench/.installed
+	.venv-bench/bin/python -m bench
+	.venv-bench/bin/python -m bench.convergence
+
+report: .venv/.installed
+	$(BIN)/python -m bench.report --readme README.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo
@@ -56,7 +66,7 @@ docs: .venv/.installed
 
 gpu:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
-	$(PYTHON) -m bench.run --gpu --out $(OUT)
+	$(PYTHON) -m bench --gpu
 
 clean:
-	rm -rf .venv build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out
+	rm -rf .venv .venv-bench build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

@@ -4,6 +4,7 @@ The optimizer is the one that the case names, from torch.optim, from optimx or f
 the contestant is built, so that one that is missing is an error in its row and nowhere else.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -13,22 +14,28 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 import optimx
-from bench import peers
+from bench import packages, peers
 
 if TYPE_CHECKING:
-    from bench.cases import Case
+    from bench.case import Case
 
 MAX_NORM = 1.0
+COPY_NUMEL = 2**24
 
 Params = list[torch.nn.Parameter]
 Groups = Callable[[Params], list[dict[str, Any]]]
 
 
 class Run(NamedTuple):
-    """A contestant ready to be timed: ``prepare()`` is called before every ``step()`` and is not timed."""
+    """A contestant ready to be timed: ``prepare()`` is called before every ``step()`` and is not timed.
+
+    ``moved``: bytes of memory traffic of a step, where that is not the case's.
+    """
 
     prepare: Callable[[], object]
     step: Callable[[], object]
+    optimizer: torch.optim.Optimizer | None = None
+    moved: int | None = None
 
 
 class Model:
@@ -61,9 +68,14 @@ def group_each(params: Params) -> list[dict[str, Any]]:
     return [{"params": [p]} for p in params]
 
 
-def layer_decay(params: Params) -> list[dict[str, Any]]:
-    """A group of its own for every parameter, no two with the same lr."""
-    return [{"params": [p], "lr": 1e-3 * 0.99 ** (len(params) - i)} for i, p in enumerate(params)]
+def layer_decay(params: Params, count: int | None = None) -> list[dict[str, Any]]:
+    """``count`` groups of neighbours, or one for every parameter, no two with the same lr."""
+    count = count or len(params)
+    bounds = [round(i * len(params) / count) for i in range(count + 1)]
+    return [
+        {"params": params[first:last], "lr": 1e-3 * 0.99 ** (count - i)}
+        for i, (first, last) in enumerate(itertools.pairwise(bounds))
+    ]
 
 
 def vit_layer_decay(params: Params) -> list[dict[str, Any]]:
@@ -77,20 +89,28 @@ def vit_layer_decay(params: Params) -> list[dict[str, Any]]:
 
 
 def optimizer_of(
-    case: "Case", module: ModuleType, model: Model, groups: Groups = one_group, **options: Any
+    case: "Case", module: ModuleType, model: Model, groups: Groups = one_group, optimizer: str = "", **options: Any
 ) -> torch.optim.Optimizer:
-    """The case's optimizer as ``module`` has it, over the parameters of ``model``."""
-    return getattr(module, case.optimizer)(groups(model.params), **case.kwargs, **options)
+    """The case's optimizer, or the one named, as ``module`` has it, over the parameters of ``model``."""
+    return getattr(module, optimizer or case.optimizer)(groups(model.params), **case.kwargs, **options)
 
 
 def plain_step(case: "Case", *, module: ModuleType, **options: Any) -> Run:
     model = Model(case)
-    return Run(model.backward, optimizer_of(case, module, model, **options).step)
+    optimizer = optimizer_of(case, module, model, **options)
+    return Run(model.backward, optimizer.step, optimizer)
 
 
 torch_step = partial(plain_step, module=torch.optim)
 optimx_step = partial(plain_step, module=optimx)
 peer_step = partial(plain_step, module=peers)
+
+
+def package_step(case: "Case", *, peer: packages.Peer) -> Run:
+    model = Model(case)
+    # some have no default for the learning rate
+    optimizer = peer.load()(model.params, **{"lr": 1e-3, **case.kwargs, **peer.kwargs})
+    return Run(model.backward, optimizer.step, optimizer)
 
 
 def torch_clip_step(case: "Case", **options: Any) -> Run:
@@ -101,7 +121,7 @@ def torch_clip_step(case: "Case", **options: Any) -> Run:
         torch.nn.utils.clip_grad_norm_(model.params, MAX_NORM)
         optimizer.step()
 
-    return Run(model.backward, step)
+    return Run(model.backward, step, optimizer)
 
 
 def optimx_clip_step(case: "Case") -> Run:
@@ -112,7 +132,7 @@ def optimx_clip_step(case: "Case") -> Run:
         optimx.clip_grad_norm_(model.params, MAX_NORM)
         optimizer.step()
 
-    return Run(model.backward, step)
+    return Run(model.backward, step, optimizer)
 
 
 def torch_amp_step(case: "Case") -> Run:
@@ -126,7 +146,7 @@ def torch_amp_step(case: "Case") -> Run:
         scaler.step(optimizer)
         scaler.update()
 
-    return Run(model.backward, step)
+    return Run(model.backward, step, optimizer)
 
 
 def optimx_amp_step(case: "Case", *, torch_scaler: bool = False) -> Run:
@@ -138,7 +158,7 @@ def optimx_amp_step(case: "Case", *, torch_scaler: bool = False) -> Run:
         scaler.step(optimizer)
         scaler.update()
 
-    return Run(model.backward, step)
+    return Run(model.backward, step, optimizer)
 
 
 def make_scaler(scaler_class: type[torch.amp.GradScaler], case: "Case") -> torch.amp.GradScaler:
@@ -149,7 +169,7 @@ def make_scaler(scaler_class: type[torch.amp.GradScaler], case: "Case") -> torch
 
 
 def device_copy(case: "Case") -> Run:
-    """The yardstick of bandwidth: one copy as large as the parameters."""
-    src = torch.zeros(case.numel, device=case.device)
+    """The yardstick of bandwidth: one copy as large as the parameters, and never so small that it fits the caches."""
+    src = torch.zeros(max(case.numel, COPY_NUMEL), device=case.device)
     dst = torch.empty_like(src)
-    return Run(lambda: None, lambda: dst.copy_(src))
+    return Run(lambda: None, lambda: dst.copy_(src), moved=src.nbytes + dst.nbytes)

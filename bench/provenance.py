@@ -10,18 +10,28 @@ from pathlib import Path
 
 import torch
 
+from bench.packages import PEERS
+from bench.timing import CPU_THREADS
 
-def provenance(command: str, gpu: bool) -> dict[str, str]:
-    """Everything that a result depends on, by name; "none" or "unknown" where there is nothing to tell."""
+
+def machine(gpu: bool) -> dict[str, str]:
+    """What two runs must share to be compared, by name; "none" or "unknown" where there is nothing to tell."""
+    packages = {name: installed(name) for name in sorted(PEERS)}
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {CPU_THREADS} threads",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "none",
         "cpu": cpu_model(),
-        "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": installed("triton"),
         "python": platform.python_version(),
+        "peers": ", ".join(f"{name} {version}" for name, version in packages.items() if version != "none") or "none",
+    }
+
+
+def circumstances(command: str) -> dict[str, str]:
+    """What else a result depends on. To be asked before the first measurement."""
+    return {
         "commit": commit(),
         # a load near the number of cores when nothing has run yet: other work disturbs the times
         "load": f"{os.getloadavg()[0]:.1f} before the first case, {os.cpu_count()} cores",
@@ -30,10 +40,9 @@ def provenance(command: str, gpu: bool) -> dict[str, str]:
     }
 
 
-def machine_slug(gpu: bool) -> str:
-    """A name for the machine that can name a folder: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
-    name = torch.cuda.get_device_name() if gpu else f"cpu {cpu_model()} {torch.get_num_threads()} threads"
-    return slug(name)
+def machine_folder(gpu: bool) -> str:
+    """The machine as the name of a folder: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
+    return slug(torch.cuda.get_device_name() if gpu else f"cpu {cpu_model()} {CPU_THREADS} threads")
 
 
 def slug(text: str) -> str:

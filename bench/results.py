@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from bench.cases import BEST_STOCK, COPY, STOCK, Case, Target
+from bench.case import BEST_STOCK, COPY, STOCK, Case, Target
 
 
 @dataclass
@@ -11,8 +11,10 @@ class Row:
     """One contestant in one case; a quantity that was not measured or makes no sense is None.
 
     ``ratio`` is the baseline's median over this one's: above 1 is faster than the baseline. ``copy_fraction`` is the
-    bandwidth over that of a plain copy in the same rounds. ``launches`` counts kernels, and ``syncs`` whether the
-    step made the host wait for the device (0 or 1).
+    bandwidth over that of a plain copy in the same rounds. ``peak_bytes`` is what a step has allocated at most beyond
+    what was there before it, ``state_bytes`` what the optimizer's state takes. ``launches`` counts kernels, and
+    ``syncs`` whether the step made the host wait for the device (0 or 1). ``missing`` says why a contestant could not
+    take part, ``error`` how it failed.
     """
 
     case: str
@@ -20,6 +22,11 @@ class Row:
     contestant: str
     clock: str
     baseline: str
+    model: str
+    params: int
+    tensors: int
+    groups: int
+    dtype: str
     rounds: int = 0
     median_ms: float | None = None
     p20_ms: float | None = None
@@ -29,10 +36,31 @@ class Row:
     bytes_per_param: float | None = None
     gb_per_s: float | None = None
     copy_fraction: float | None = None
+    state_bytes: int | None = None
+    peak_bytes: int | None = None
     launches: int | None = None
     syncs: int | None = None
     note: str | None = None
+    missing: str | None = None
     error: str | None = None
+
+    @property
+    def out(self) -> bool:
+        """It takes no further part."""
+        return self.missing is not None or self.error is not None
+
+    @property
+    def peak_fraction(self) -> float | None:
+        """``peak_bytes`` over the bytes of the parameters."""
+        return None if self.peak_bytes is None else self.peak_bytes / self.param_bytes
+
+    @property
+    def state_per_param(self) -> float | None:
+        return None if self.state_bytes is None else self.state_bytes / self.params
+
+    @property
+    def param_bytes(self) -> int:
+        return self.params * {"float64": 8, "float32": 4}.get(self.dtype, 2)
 
 
 @dataclass
@@ -48,24 +76,33 @@ class Verdict:
 
 def empty_rows(case: Case) -> dict[str, Row]:
     """A row for every contestant, by name, with nothing measured yet."""
+    dtype = str(case.dtype).removeprefix("torch.")
     return {
-        name: Row(case.name, case.call, name, case.clock, case.baseline, note=case.notes.get(name))
+        name: Row(
+            case.name, case.call, name, case.clock, case.baseline, case.model, case.numel, len(case.shapes),
+            case.groups, dtype, note=case.notes.get(name),
+        )
         for name in case.contestants
-    }
+    }  # fmt: skip
 
 
-def summarize(case: Case, rows: dict[str, Row], times: dict[str, list[float]]) -> None:
-    """Fill in the rows of the contestants that have times (seconds, one a round)."""
+def summarize(case: Case, rows: dict[str, Row], times: dict[str, list[float]], moved: dict[str, int]) -> None:
+    """Fill in the rows of the contestants that have times.
+
+    Args:
+        times: Seconds, one a timed call.
+        moved: Bytes a call moves, of contestants that know; the others have the case's ``traffic``.
+    """
     for name, seconds in times.items():
         row = rows[name]
-        deciles = quantiles(seconds, n=10, method="inclusive")
+        deciles = quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
         row.rounds = len(seconds)
         row.median_ms, row.p20_ms, row.p80_ms = 1e3 * median(seconds), 1e3 * deciles[1], 1e3 * deciles[7]
         if case.clock == "host":
             row.us_per_tensor = 1e3 * row.median_ms / len(case.shapes)
-        if name in case.traffic:
-            row.bytes_per_param = case.traffic[name]
-            row.gb_per_s = row.bytes_per_param * case.numel / row.median_ms / 1e6
+        row.bytes_per_param = case.traffic.get(name)
+        size = moved.get(name, case.traffic.get(name, 0) * case.numel)
+        row.gb_per_s = size / row.median_ms / 1e6 if size else None
     for name in times:
         row = rows[name]
         if name != COPY:

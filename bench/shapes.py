@@ -12,11 +12,41 @@ def llama(
     kv_heads: int = 8,
 ) -> list[Shape]:
     """A Llama with grouped-query attention and tied embeddings; the defaults are Llama 3.2 1B (1,235,814,400)."""
-    kv = hidden * kv_heads // heads
-    attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
-    mlp = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
     norms = [(hidden,), (hidden,)]
-    return [(vocab, hidden), *(attention + mlp + norms) * layers, (hidden,)]
+    layer = llama_matrices(hidden, intermediate, hidden * kv_heads // heads) + norms
+    return [(vocab, hidden), *layer * layers, (hidden,)]
+
+
+def llama_matrices(hidden: int, intermediate: int, kv: int) -> list[Shape]:
+    """The linear layers of a Llama's block: query, key, value, output; gate, up, down."""
+    attention = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    return [*attention, (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+
+
+def llama_8b_slice(layers: int = 4) -> list[Shape]:
+    """Some blocks of Llama 3 8B, as a pipeline stage has them, without embeddings (4 blocks: 872,448,000)."""
+    return [*llama_matrices(4096, 14_336, 1024), (4096,), (4096,)] * layers
+
+
+def lora(rank: int = 8, layers: int = 80) -> list[Shape]:
+    """LoRA's two factors for each linear layer of Llama 3 70B: 1120 small matrices (103,546,880)."""
+    matrices = llama_matrices(8192, 28_672, 1024)
+    return [factor for out, into in matrices for factor in ((rank, into), (out, rank))] * layers
+
+
+def bert(
+    width: int = 768, layers: int = 12, vocab: int = 30_522, context: int = 512, intermediate: int = 3072
+) -> list[Shape]:
+    """A BERT encoder with pooler; the defaults are BERT-base (109,482,240)."""
+
+    def linear(outputs: int, inputs: int) -> list[Shape]:
+        return [(outputs, inputs), (outputs,)]
+
+    norm = [(width,), (width,)]
+    attention = linear(width, width) * 4 + norm
+    mlp = linear(intermediate, width) + linear(width, intermediate) + norm
+    embeddings = [(vocab, width), (context, width), (2, width)]
+    return [*embeddings, *norm, *(attention + mlp) * layers, *linear(width, width)]
 
 
 def gpt2(width: int = 768, layers: int = 12, vocab: int = 50_257, context: int = 1024) -> list[Shape]:
@@ -63,3 +93,25 @@ def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> list[
                 shapes += conv_norm(4 * width, inputs, 1)
             inputs = 4 * width
     return [*shapes, (classes, inputs), (classes,)]
+
+
+def tiny(count: int = 10_000) -> list[Shape]:
+    """Tensors of 16 elements, where all cost is per tensor."""
+    return [(16,)] * count
+
+
+def sized_down(shapes: list[Shape], factor: int) -> list[Shape]:
+    """As many tensors, with every dimension of 64 or more divided by ``factor``."""
+    return [tuple(size // factor if size >= 64 else size for size in shape) for shape in shapes]
+
+
+#: Name -> shapes, and the factor by which a CPU has them sized down.
+MODELS: dict[str, tuple[list[Shape], int]] = {
+    "resnet-50": (resnet(), 2),
+    "vit-b16": (vit(), 4),
+    "bert-base": (bert(), 4),
+    "gpt2-124m": (gpt2(), 4),
+    "llama-3-8b-slice": (llama_8b_slice(), 8),
+    "lora": (lora(), 8),
+    "10k-tiny": (tiny(), 1),
+}

@@ -1,7 +1,10 @@
 """Results as text for a terminal of 80 columns, and as Markdown."""
 
+from __future__ import annotations
+
+import math
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bench.results import Row, Verdict
@@ -10,26 +13,41 @@ WIDTH, NAME_WIDTH = 80, 24
 
 
 def number(value: float) -> str:
-    """Four digits, whatever the size."""
-    return f"{value:.4g}" if value < 1e3 else f"{value:.0f}"
+    """Three digits that say something, whatever the size."""
+    return f"{value:.3g}" if value < 1e3 else f"{value:.0f}"
 
 
-# column of Row -> header and format; the text table has no room for the last ones
+def size(count: float) -> str:
+    """Bytes, in the unit that leaves few digits."""
+    power = 0 if count < 1 else min(int(math.log10(count) / 3), 3)
+    return f"{count / 1e3**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"
+
+
+def percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
+
+
+# column of Row -> header and format
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "median_ms": ("median ms", number),
+    "median_ms": ("median", number),
     "p20_ms": ("p20", number),
     "p80_ms": ("p80", number),
     "ratio": ("ratio", lambda ratio: f"{ratio:.2f}x"),
+    "bytes_per_param": ("B/param", number),
     "gb_per_s": ("GB/s", lambda speed: f"{speed:.0f}"),
+    "copy_fraction": ("of copy", percent),
+    "peak_bytes": ("peak", size),
+    "peak_fraction": ("of params", percent),
+    "state_per_param": ("state B/param", number),
     "launches": ("kernels", str),
     "syncs": ("syncs", str),
-    "bytes_per_param": ("B/param", number),
-    "copy_fraction": ("of copy", lambda fraction: f"{fraction:.1%}"),
     "us_per_tensor": ("us/tensor", lambda us: f"{us:.3f}"),
     "rounds": ("rounds", str),
     "note": ("note", str),
 }
-TEXT_COLUMNS = dict(zip(list(COLUMNS)[:7], (10, 8, 8, 8, 6, 8, 6), strict=True))
+TEXT_COLUMNS = {
+    "median_ms": 9, "p20_ms": 7, "p80_ms": 7, "ratio": 7, "copy_fraction": 8, "peak_bytes": 8, "launches": 8
+}  # fmt: skip
 
 
 def cell(row: Row, column: str) -> str:
@@ -45,7 +63,7 @@ def text_header() -> str:
 def text_case(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
     """A case as a block of lines: its contestants, then its targets."""
     rows = list(rows)
-    lines = [f"{rows[0].case} ({rows[0].clock} time, ratio to {rows[0].baseline})"]
+    lines = [f"{rows[0].case} ({rows[0].optimizer}, {rows[0].clock} time, ratio to {rows[0].baseline})"[:WIDTH]]
     for row in rows:
         if row.rounds:
             cells = "".join(f"{cell(row, column):>{width}}" for column, width in TEXT_COLUMNS.items())
@@ -54,52 +72,29 @@ def text_case(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
             lines += textwrap.wrap(row.note, WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 4)
         if row.error is not None:
             lines.append(f"  {row.contestant:<{NAME_WIDTH}}  error: {row.error}"[:WIDTH])
+        if row.missing is not None:
+            lines.append(f"  {row.contestant:<{NAME_WIDTH}}  -  {row.missing}"[:WIDTH])
     for verdict in verdicts:
         measured = "" if verdict.measured is None else f" ({number(verdict.measured)})"
         lines.append(f"  [{verdict.holds}] {verdict.contestant}: {verdict.target}{measured}")
     return "\n".join(lines)
 
 
-def markdown(provenance: dict[str, str], rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
-    """The whole report: how it came about, results with a section an optimizer, targets."""
-    rows = list(rows)
-    sections = []
-    for optimizer in dict.fromkeys(row.optimizer for row in rows):
-        results = results_table([row for row in rows if row.optimizer == optimizer])
-        sections += [f"## {optimizer}", "", *markdown_table(results), ""]
-    targets = [["case", "contestant", "target", "measured", "holds"]]
-    for v in verdicts:
-        targets.append([v.case, v.contestant, v.target, "" if v.measured is None else number(v.measured), v.holds])
-    return "\n".join(
-        [
-            "# Optimizer steps against torch.optim",
-            "",
-            *(f"- {name}: {value}" for name, value in provenance.items()),
-            "",
-            "ratio: the baseline's median over this one's, so above 1.00x is faster. Medians, with the 20th and 80th",
-            "percentile, over interleaved rounds in one process.",
-            "",
-            *sections,
-            "## Targets",
-            "",
-            *markdown_table(targets),
-            "",
-        ]
-    )
-
-
-def results_table(rows: list[Row]) -> list[list[str]]:
+def results_table(rows: Sequence[Row]) -> list[list[str]]:
     """Headings, then a line a row; columns that none of the rows has are left out."""
     shown = [column for column in COLUMNS if any(getattr(row, column) is not None for row in rows)]
-    table = [["case", "contestant", "clock", "ratio to", *(COLUMNS[column][0] for column in shown)]]
+    table = [["case", "contestant", *(COLUMNS[column][0] for column in shown)]]
     for row in rows:
         cells = [cell(row, column) for column in shown]
         if row.error is not None:
-            cells[0] = f"{cells[0]} error: {row.error}".strip().replace("|", r"\|")
-        table.append([row.case, row.contestant, row.clock, row.baseline, *cells])
+            cells[0] = f"{cells[0]} error: {row.error}".strip()
+        elif row.missing is not None:
+            cells = ["-"] * len(cells)
+        table.append([row.case, row.contestant, *cells])
     return table
 
 
-def markdown_table(table: list[list[str]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in table]
+def markdown_table(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first row is its head."""
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in table]
     return [lines[0], "|---" * len(table[0]) + "|", *lines[1:]]

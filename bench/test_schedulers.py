@@ -1,19 +1,23 @@
-"""``scheduler.step()`` beside torch's LambdaLR: ``python -m pytest bench/test_schedulers.py --benchmark-only``."""
+"""What does ``scheduler.step()`` cost, beside torch's LambdaLR?"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import pytest
 import torch
 from torch.nn import Parameter
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from bench.case import Case, Target
+from bench.contestants import Run
+from bench.suite import contests
 from optimx.lr_scheduler import WarmupCosineLR
 
 WARMUP, TOTAL = 500, 10_000
+REPEAT = 100
+BY_HAND, CONSTANT, OURS = "LambdaLR, cosine", "LambdaLR, constant", "WarmupCosineLR"
 
 
 def cosine(step: int) -> float:
@@ -23,19 +27,41 @@ def cosine(step: int) -> float:
     return max(0.0, 0.5 * (1.0 + math.cos(math.pi * (step - WARMUP) / (TOTAL - WARMUP))))
 
 
-CONTESTANTS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "LambdaLR-cosine": lambda optimizer: LambdaLR(optimizer, cosine),
-    "LambdaLR-constant": lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
-    "WarmupCosineLR": lambda optimizer: WarmupCosineLR(optimizer, WARMUP, TOTAL),
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
+    BY_HAND: lambda optimizer: LambdaLR(optimizer, cosine),
+    CONSTANT: lambda optimizer: LambdaLR(optimizer, lambda step: 1.0),
+    OURS: lambda optimizer: WarmupCosineLR(optimizer, WARMUP, TOTAL),
 }
 
 
-@pytest.mark.parametrize("groups", [1, 26])
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_scheduler_step(benchmark: Any, contestant: str, groups: int) -> None:
-    benchmark.group = f"scheduler.step(), {groups} groups"
-    params = [{"params": [Parameter(torch.zeros(1))], "lr": 1e-3 * 0.9**i} for i in range(groups)]
+def scheduler_step(case: Case, *, name: str) -> Run:
+    """REPEAT calls, each for one group a tensor."""
+    params = [{"params": [Parameter(torch.zeros(shape))], "lr": 1e-3 * 0.9**i} for i, shape in enumerate(case.shapes)]
     optimizer = torch.optim.AdamW(params)
-    scheduler = CONTESTANTS[contestant](optimizer)
+    scheduler = SCHEDULERS[name](optimizer)
     optimizer.step()
-    benchmark.pedantic(scheduler.step, rounds=400, iterations=20, warmup_rounds=20)
+
+    def step() -> None:
+        for _ in range(REPEAT):
+            scheduler.step()
+
+    return Run(lambda: None, step)
+
+
+CASES = [
+    Case(
+        f"scheduler-{groups}-groups",
+        [(1,)] * groups,
+        {name: partial(scheduler_step, name=name) for name in SCHEDULERS},
+        BY_HAND,
+        groups=groups,
+        repeat=REPEAT,
+        targets=(Target(OURS, "speed", 1.0, BY_HAND),) if groups > 1 else (),
+    )
+    for groups in (1, 26)
+]
+
+
+@contests(CASES)
+def test_scheduler(enter, case: Case, contestant: str) -> None:
+    enter(case, contestant)

@@ -1,18 +1,18 @@
 """How a case is timed: contestants take turns, so that a noisy machine is noisy to all of them alike."""
 
 import gc
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from statistics import median
 
 import torch
 
-from bench.cases import Case
+from bench.case import COPY, Case
 from bench.contestants import Run
+from bench.counting import count
+from bench.packages import PEERS, Missing
 from bench.results import Row, empty_rows, summarize
 
 CPU_THREADS = 2
@@ -25,16 +25,19 @@ HOLD_CYCLES = 20_000_000
 class Budget:
     """How long a case is measured: rounds until ``seconds`` have passed, within bounds.
 
-    A round is a turn of each contestant, a turn is ``calls`` calls in a row.
+    A round is a turn of each contestant, a turn is ``calls`` calls in a row, fewer of one that needs more than
+    ``turn`` seconds for them. One that needs more than ``patience`` seconds for a step has the times of its warm-up.
     """
 
     seconds: float = 4.0
     min_rounds: int = 8
     max_rounds: int = 100
     calls: int = 5
+    turn: float = 0.2
+    patience: float = 1.0
 
 
-QUICK = Budget(seconds=0.3, min_rounds=1, max_rounds=20, calls=3)
+QUICK = Budget(seconds=0.3, min_rounds=1, max_rounds=20, calls=3, turn=0.1, patience=0.2)
 
 
 def wall_time(run: Run) -> float:
@@ -75,29 +78,42 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def measure(case: Case, budget: Budget) -> dict[str, Row]:
-    """Rows by contestant. One that raises gets a row with the error, and the others go on."""
+@dataclass(frozen=True)
+class Measured:
+    """A case's rows and, for contestants that came through, seconds of every timed call; both by contestant."""
+
+    rows: dict[str, Row]
+    times: dict[str, list[float]]
+
+
+def measure(case: Case, budget: Budget) -> Measured:
+    """Time a case. A contestant that raises or is not installed gets a row that says so, and the others go on."""
     rows = empty_rows(case)
     runs: dict[str, Run] = {}
+    warm: dict[str, list[float]] = {}
     for name, start in case.contestants.items():
         with recorded(rows[name]):
             run = start(case)
-            for _ in range(WARMUP):
-                timed(run, case)
+            warm[name] = [timed(run, case) for _ in range(WARMUP)]
             runs[name] = run
-    times = take_turns(case, runs, rows, budget)
-    if case.device == "cuda":
-        for name in times:
+    slow = {name: seconds[1:] for name, seconds in warm.items() if name in runs and min(seconds) > budget.patience}
+    quick = {name: run for name, run in runs.items() if name not in slow}
+    calls = {name: max(1, min(budget.calls, int(budget.turn / median(warm[name])))) for name in quick}
+    times = take_turns(case, quick, calls, rows, budget) | slow
+    for name in times:
+        # they belong to no optimizer, or one of the slow ones' steps takes too long under a profiler
+        if name != COPY and name in quick:
             with recorded(rows[name]):
-                rows[name].launches = count_launches(runs[name])
-            # last, for it may leave a step half done
-            with recorded(rows[name]):
-                rows[name].syncs = count_syncs(runs[name])
-    summarize(case, rows, times)
-    return rows
+                for column, value in count(runs[name], case.device).items():
+                    setattr(rows[name], column, value)
+    moved = {name: run.moved for name, run in runs.items() if run.moved is not None}
+    summarize(case, rows, times, moved)
+    return Measured(rows, times)
 
 
-def take_turns(case: Case, runs: dict[str, Run], rows: dict[str, Row], budget: Budget) -> dict[str, list[float]]:
+def take_turns(
+    case: Case, runs: dict[str, Run], calls: dict[str, int], rows: dict[str, Row], budget: Budget
+) -> dict[str, list[float]]:
     """Seconds, one a call, of every contestant that comes through all rounds."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     gc.collect()
@@ -107,59 +123,31 @@ def take_turns(case: Case, runs: dict[str, Run], rows: dict[str, Row], budget: B
         for turn in range(budget.max_rounds):
             if turn >= budget.min_rounds and time.perf_counter() > deadline:
                 break
-            names = [name for name in runs if rows[name].error is None]
+            names = [name for name in runs if not rows[name].out]
             # nobody always runs in the wake of the same other
             first = turn % max(len(names), 1)
             for name in names[first:] + names[:first]:
                 with recorded(rows[name]):
-                    times[name] += [timed(runs[name], case) for _ in range(budget.calls)]
+                    times[name] += [timed(runs[name], case) for _ in range(calls[name])]
     finally:
         gc.enable()
-    return {name: seconds for name, seconds in times.items() if rows[name].error is None}
+    return {name: seconds for name, seconds in times.items() if not rows[name].out}
 
 
 def timed(run: Run, case: Case) -> float:
     run.prepare()
-    return CLOCKS[case.clock](run)
+    return CLOCKS[case.clock](run) / case.repeat
 
 
 @contextmanager
 def recorded(row: Row) -> Iterator[None]:
-    """Turn an exception into the row's error."""
+    """Turn an exception into the row's error; of another package's optimizer, into the reason for its absence."""
     try:
         yield
     except Exception as error:
         first_line = str(error).partition("\n")[0]
-        row.error = f"{type(error).__name__}: {first_line}"[:200]
-
-
-def count_launches(run: Run) -> int | None:
-    """Kernels that a step launches, copies and fills not among them; None where the profiler sees none."""
-    run.prepare()
-    synchronize()
-    with torch.profiler.profile() as profiler:
-        run.step()
-        synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        # the trace names the category; the profiler's own events mix kernels with annotated ranges
-        events = json.loads(trace.read_text())["traceEvents"]
-    return sum(event.get("cat") == "kernel" for event in events) or None
-
-
-def count_syncs(run: Run) -> int:
-    """0 if the step never makes the host wait for the device; 1 if it does, for the first wait ends it."""
-    run.prepare()
-    synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run.step()
-    except RuntimeError as error:
-        if "synchronizing" not in str(error):
-            raise
-        return 1
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    return 0
+        text = f"{type(error).__name__}: {first_line}"[:200]
+        if row.contestant in PEERS:
+            row.missing = str(error) if isinstance(error, Missing) else text
+        else:
+            row.error = text

@@ -1,26 +1,34 @@
-"""The benchmark driver: what it computes from times, what it writes, and that an error in a case stays in that case."""
+"""The benchmarks: what they compute from times, what they save and print, and that an error in a case stays there."""
 
 import ast
 import inspect
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
 
-from bench import peers, run, shapes, tables
-from bench.cases import BEST_STOCK, CASES, COPY, DEFAULT, FOREACH, FUSED, OTHERS, OURS, STEP, STOCK, Case, Target
-from bench.contestants import Model, Run
+import bench.__main__ as driver
+from bench import packages, peers, shapes, suite, tables
+from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK, Case, Target
+from bench.contestants import COPY_NUMEL, Model, Run, device_copy, layer_decay, optimx_step, torch_step
+from bench.counting import count, peak_memory, state_bytes
 from bench.provenance import slug
 from bench.results import Row, empty_rows, judge, summarize
 from bench.timing import Budget, measure
 from tests.reference.lamb import lamb
 from tests.reference.lion import lion
 
-BUDGET = Budget(seconds=0.0, min_rounds=3, max_rounds=3, calls=1)
+BUDGET = Budget(seconds=0.0, min_rounds=3, max_rounds=3, calls=1, patience=60.0)
+CASES = [case for question in driver.QUESTIONS for case in import_module(f"bench.test_{question}").CASES]
+STEP = {DEFAULT: torch_step, FUSED: partial(torch_step, fused=True), OURS: optimx_step}
 
 
 def broken(case: Case):
@@ -31,9 +39,9 @@ def tiny(**changes) -> Case:
     return Case(**{"name": "tiny", "shapes": [(3,), (2, 2)], "contestants": STEP, "baseline": FUSED, **changes})
 
 
-def summarized(case: Case, times: dict[str, list[float]]) -> dict[str, Row]:
+def summarized(case: Case, times: dict[str, list[float]], moved: dict[str, int] | None = None) -> dict[str, Row]:
     rows = empty_rows(case)
-    summarize(case, rows, times)
+    summarize(case, rows, times, moved or {})
     return rows
 
 
@@ -41,27 +49,49 @@ def summarized(case: Case, times: dict[str, list[float]]) -> dict[str, Row]:
     ("tensors", "numel", "count"),
     [
         (shapes.llama(), 1_235_814_400, 146),
+        (shapes.llama_8b_slice(), 872_448_000, 36),
+        (shapes.lora(), 103_546_880, 1120),
+        (shapes.bert(), 109_482_240, 199),
         (shapes.gpt2(), 124_439_808, 148),
         (shapes.vit(), 86_567_656, 152),
         (shapes.resnet(), 25_557_032, 161),
         (shapes.vit(layers=38, registers=4), None, 465),
     ],
-    ids=["llama-1b", "gpt2-124m", "vit-b16", "resnet50", "465-tensors"],
+    ids=["llama-1b", "llama-8b-slice", "lora", "bert", "gpt2-124m", "vit-b16", "resnet50", "465-tensors"],
 )
 def test_shapes_are_those_of_the_model(tensors, numel, count):
     assert len(tensors) == count
     assert numel is None or sum(map(math.prod, tensors)) == numel
 
 
-def test_the_driver_needs_torch_alone():
-    allowed = sys.stdlib_module_names | {"torch", "optimx", "bench"}
-    driver = ["run", "cases", "contestants", "peers", "shapes", "timing", "results", "tables", "provenance"]
-    for module in driver:
-        for node in ast.walk(ast.parse(Path(run.__file__).with_name(f"{module}.py").read_text())):
+def test_a_model_sized_down_has_as_many_tensors():
+    small = shapes.sized_down(shapes.resnet(), 2)
+    assert len(small) == 161
+    assert small[0] == (32, 3, 7, 7)
+    assert shapes.sized_down([(30_522, 768), (2, 768), (768,)], 4) == [(7630, 192), (2, 192), (192,)]
+
+
+def test_groups_are_neighbours_and_have_their_own_lr():
+    params = [torch.nn.Parameter(torch.zeros(1)) for _ in range(10)]
+    groups = layer_decay(params, count=4)
+    assert [p for group in groups for p in group["params"]] == params
+    assert len({group["lr"] for group in groups}) == len(groups) == 4
+    assert len(layer_decay(params)) == 10
+
+
+def test_the_driver_needs_torch_and_pytest_alone():
+    allowed = sys.stdlib_module_names | {"torch", "pytest", "optimx", "bench"}
+    # drawn and checked elsewhere
+    reports = {"charts", "chart_style", "report", "scaling", "plots", "demo", "convergence", "convergence_tasks"}
+    for path in Path(driver.__file__).parent.glob("*.py"):
+        if path.stem in reports:
+            continue
+        for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import):
                 assert {name.name.partition(".")[0] for name in node.names} <= allowed
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.partition(".")[0] in allowed
+                assert node.module.removeprefix("bench.") not in reports
 
 
 def test_cases_are_consistent():
@@ -69,12 +99,12 @@ def test_cases_are_consistent():
     for case in CASES:
         assert case.baseline in case.contestants
         assert case.traffic.keys() | case.notes.keys() <= case.contestants.keys()
-        assert all(len(name) < tables.NAME_WIDTH for name in case.contestants)
+        assert max(map(len, case.contestants)) < tables.NAME_WIDTH, case.name
         for target in case.targets:
             rivals = set(STOCK) if target.against == BEST_STOCK else {target.against or target.contestant}
             assert target.contestant in case.contestants
             assert rivals & case.contestants.keys()
-            quantities = {"speed", "bandwidth"} if target.against else {"us_per_tensor", "syncs"}
+            quantities = {"speed", "bandwidth"} if target.against else {"us_per_tensor", "syncs", "peak_fraction"}
             assert target.quantity in quantities
 
 
@@ -84,17 +114,53 @@ def test_optimizers_take_the_arguments_of_their_cases():
         inspect.signature(getattr(module, case.optimizer)).bind([], **case.kwargs)
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.name)
+OPTIMIZERS = {case.call: case for case in CASES if case.device == "cpu" and case.contestants.get(OURS) is optimx_step}
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_whoever_is_stock_takes_steps(case):
-    stock = {name: start for name, start in case.contestants.items() if name != OURS}
-    rows = measure(replace(case, shapes=[(3,), (2, 2)], contestants=stock), BUDGET)
+    stock = {name: start for name, start in case.contestants.items() if name in STOCK}
+    rows = measure(replace(case, shapes=[(3,), (2, 2)], contestants=stock), BUDGET).rows
     assert [row.error for row in rows.values()] == [None] * len(stock)
     assert {row.optimizer for row in rows.values()} == {case.call}
 
 
+def test_the_bare_operator_takes_the_steps_of_the_optimizer():
+    host = next(case for case in CASES if case.name == "host-1x4")
+    runs = {name: start(host) for name, start in host.contestants.items()}
+    assert set(runs) == {FUSED, OURS, "torch's operator"}
+    for run in runs.values():
+        run.prepare()
+        run.step()
+
+
 def test_an_optimizer_that_does_not_exist_is_an_error_of_its_row():
-    rows = measure(tiny(optimizer="Nameless", contestants=STEP), BUDGET)
+    rows = measure(tiny(optimizer="Nameless", contestants=STEP), BUDGET).rows
     assert all("Nameless" in row.error for row in rows.values())
+
+
+def test_a_package_that_is_missing_or_raises_is_no_error():
+    absent = packages.Peer("apex", "no_such_module:Fused")
+    raising = packages.Peer("torchao", "collections:no_such_class")
+    contestants = {
+        **STEP,
+        "apex": partial(suite.package_step, peer=absent),
+        "torchao": partial(suite.package_step, peer=raising),
+    }
+    measured = measure(tiny(contestants=contestants), BUDGET)
+    assert measured.rows["apex"].missing == "apex is not installed"
+    assert "no_such_class" in measured.rows["torchao"].missing
+    assert set(measured.times) == set(STEP)
+    assert [row.error for row in measured.rows.values()] == [None] * 5
+
+
+def test_a_package_steps_with_the_arguments_of_the_case():
+    peer = packages.Peer("torch", "torch.optim:SGD", {"nesterov": True})
+    run = suite.package_step(tiny(optimizer="SGD", kwargs={"momentum": 0.5}), peer=peer)
+    run.prepare()
+    run.step()
+    settings = run.optimizer.param_groups[0]
+    assert (settings["momentum"], settings["nesterov"], settings["lr"]) == (0.5, True, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +207,7 @@ def test_summary_of_known_times():
     case = tiny(
         contestants={**STEP, COPY: broken},
         clock="host",
-        traffic={OURS: 28.0, COPY: 8.0},
+        traffic={OURS: 28.0},
         targets=(
             Target(OURS, "speed", 4, DEFAULT),
             Target(OURS, "speed", 2.5, FUSED),
@@ -156,7 +222,7 @@ def test_summary_of_known_times():
         OURS: [1e-3, 1e-3, 1e-3],
         COPY: [0.5e-3, 0.5e-3, 0.5e-3],
     }
-    rows = summarized(case, times)
+    rows = summarized(case, times, {COPY: 56})
     assert [rows[name].ratio for name in times] == [pytest.approx(0.5), 1.0, pytest.approx(2.0), None]
     assert (rows[FUSED].p20_ms, rows[FUSED].p80_ms) == (pytest.approx(1.4), pytest.approx(2.6))
     assert rows[OURS].gb_per_s == pytest.approx(28 * 7 / 1e-3 / 1e9)
@@ -186,7 +252,7 @@ def test_the_fastest_stock_is_that_of_the_run(times, measured, holds):
 def test_a_contestant_that_raises_has_a_row_and_the_others_have_times():
     rows = measure(
         tiny(contestants={FUSED: STEP[FUSED], OURS: broken}, targets=(Target(OURS, "speed", 1, FUSED),)), BUDGET
-    )
+    ).rows
     assert rows[OURS].error == "RuntimeError: no such | kernel"
     assert rows[OURS].median_ms is None
     assert rows[FUSED].rounds == 3
@@ -194,7 +260,7 @@ def test_a_contestant_that_raises_has_a_row_and_the_others_have_times():
 
 
 def test_without_a_baseline_there_are_times_but_no_ratios():
-    rows = measure(tiny(contestants={FUSED: broken, DEFAULT: STEP[DEFAULT]}), BUDGET)
+    rows = measure(tiny(contestants={FUSED: broken, DEFAULT: STEP[DEFAULT]}), BUDGET).rows
     assert rows[DEFAULT].median_ms > 0
     assert rows[DEFAULT].ratio is None
 
@@ -205,49 +271,144 @@ def test_contestants_take_turns():
     def contestant(name: str):
         return lambda case: Run(lambda: None, lambda: calls.append(name))
 
-    measure(tiny(contestants={"a": contestant("a"), "b": contestant("b")}, baseline="a"), BUDGET)
-    assert calls[-6:] == ["a", "b", "b", "a", "a", "b"]
+    measured = measure(tiny(contestants={"a": contestant("a"), "b": contestant("b")}, baseline="a"), BUDGET)
+    # a step more each, for its memory
+    assert calls[-8:-2] == ["a", "b", "b", "a", "a", "b"]
+    assert [row.rounds for row in measured.rows.values()] == [3, 3]
 
 
-def test_the_driver_prints_80_columns_and_writes_both_files(monkeypatch, tmp_path, capsys):
-    targets = (Target(OURS, "speed", 1.0, FUSED),)
-    failing = tiny(name="failing", contestants={FUSED: STEP[FUSED], OURS: broken}, targets=targets)
-    noted = tiny(
-        name="noted", optimizer="SGD", kwargs={"momentum": 0.9}, notes={FUSED: "a long story " * 10}, targets=targets
-    )
-    monkeypatch.setattr(run, "CASES", (tiny(targets=targets), failing, noted, tiny(name="left-out", device="cuda")))
-    before = torch.get_num_threads()
-    try:
-        assert run.main(["--quick", "--out", str(tmp_path)]) == 1
-    finally:
-        torch.set_num_threads(before)
-
-    printed = capsys.readouterr().out.partition("median ms")[2].rpartition("written to")[0]
-    assert max(map(len, printed.splitlines())) <= tables.WIDTH
-    report = json.loads((tmp_path / "step.json").read_text())
-    assert report["provenance"]["command"] == "python -m bench.run --quick"
-    assert report["provenance"]["torch"] == torch.__version__
-    assert [(row["case"], row["contestant"]) for row in report["rows"]] == [
-        *(("tiny", name) for name in STEP),
-        ("failing", FUSED),
-        ("failing", OURS),
-        *(("noted", name) for name in STEP),
-    ]
-    assert [row["optimizer"] for row in report["rows"]][-4:] == ["AdamW", *["SGD(momentum=0.9)"] * 3]
-    assert [target["holds"] for target in report["targets"]][1] == "not measured"
-    text = (tmp_path / "step.md").read_text()
-    assert r"error: RuntimeError: no such \| kernel" in text
-    sections = text.split("\n## ")[1:]
-    assert [section.partition("\n")[0] for section in sections] == ["AdamW", "SGD(momentum=0.9)", "Targets"]
-    assert ["a long story" in section for section in sections] == [False, True, False]
-    for lines in text.split("\n\n"):
-        if lines.startswith("|"):
-            assert len({line.replace(r"\|", "").count("|") for line in lines.splitlines()}) == 1
+def test_a_slow_contestant_has_the_times_of_its_warmup():
+    impatient = replace(BUDGET, patience=0.0)
+    measured = measure(tiny(), impatient)
+    assert [len(times) for times in measured.times.values()] == [2, 2, 2]
+    assert all(row.median_ms > 0 for row in measured.rows.values())
 
 
-def test_a_filter_that_matches_nothing_is_an_error(capsys):
-    assert run.main(["--filter", "no-such-case"]) == 2
-    assert "no-such-case" in capsys.readouterr().err
+def test_calls_of_one_case_can_be_many():
+    one, many = (measure(tiny(repeat=repeat), BUDGET).times for repeat in (1, 1000))
+    assert median(many[FUSED]) < median(one[FUSED]) / 20
+
+
+def test_the_copy_is_larger_than_a_cache_and_says_what_it_moves():
+    assert device_copy(tiny()).moved == 8 * COPY_NUMEL
+
+
+def test_peak_memory_is_that_of_all_tensors_alive_at_once():
+    def step() -> None:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first, second
+        torch.empty(1200)
+
+    assert peak_memory(Run(lambda: None, step), "cpu") == 6000
+
+
+def test_state_counts_what_is_shared_once_and_scalars_not_at_all():
+    params = [torch.nn.Parameter(torch.zeros(10)) for _ in range(2)]
+    optimizer = torch.optim.SGD(params)
+    shared = torch.zeros(10)
+    for p in params:
+        optimizer.state[p] = {"exp_avg": shared, "own": torch.zeros(10, dtype=torch.bfloat16), "step": torch.zeros(())}
+    assert state_bytes(optimizer) == 40 + 2 * 20
+    counts = count(Run(lambda: None, lambda: None, optimizer), "cpu")
+    assert counts == {"state_bytes": 80, "peak_bytes": 0}
+
+
+def run_bench(file: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    root = Path(driver.__file__).parents[1]
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-p", "bench.conftest"]
+    command += ["--import-mode=importlib", f"--rootdir={root}", "--benchmark-only", "--benchmark-quiet", "--quick"]
+    return subprocess.run([*command, *options], cwd=root, capture_output=True, text=True, check=False)
+
+
+QUESTION = '''
+"""A question."""
+from functools import partial
+from bench.case import FUSED, OURS, Case, Target
+from bench.contestants import optimx_step, torch_step
+from bench.suite import contests
+
+def broken(case):
+    raise RuntimeError("no such | kernel")
+
+targets = (Target(OURS, "speed", 1e-9, FUSED),)
+case = partial(Case, shapes=[(3,), (2, 2)], baseline=FUSED, targets=targets)
+fused = partial(torch_step, fused=True)
+CASES = [
+    case("whole", contestants={FUSED: fused, OURS: optimx_step, "apex": broken}),
+    case("failing", contestants={FUSED: fused, OURS: broken}, optimizer="SGD", kwargs={"momentum": 0.9}),
+    case("elsewhere", contestants={FUSED: fused, OURS: broken}, device="cuda"),
+]
+
+@contests(CASES)
+def test_question(enter, case, contestant):
+    enter(case, contestant)
+'''
+
+
+def test_a_run_prints_80_columns_and_saves_rows_and_targets(tmp_path):
+    file, saved = tmp_path / "test_question.py", tmp_path / "question.json"
+    file.write_text(QUESTION)
+    done = run_bench(file, f"--benchmark-json={saved}", "--command=python -m bench question")
+
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
+    assert "1 failed, 3 passed, 1 skipped, 2 deselected" in done.stdout
+    printed = done.stdout.partition("median")[2]
+    assert max(map(len, printed.partition("short test summary")[0].splitlines())) <= tables.WIDTH
+    assert "failing (SGD(momentum=0.9), wall time" in printed
+    report = json.loads(saved.read_text())
+    assert report["run"]["command"] == "python -m bench question"
+    assert report["machine_info"]["torch"] == torch.__version__
+    # nothing that names the machine in its network
+    assert "node" not in report["machine_info"]
+    rows = [benchmark["extra_info"] for benchmark in report["benchmarks"]]
+    assert [(row["case"], row["contestant"]) for row in rows] == [("whole", FUSED), ("whole", OURS), ("failing", FUSED)]
+    for row, benchmark in zip(rows, report["benchmarks"], strict=True):
+        # what pytest-benchmark has made of the replayed times
+        assert benchmark["stats"]["median"] * 1e3 == pytest.approx(row["median_ms"])
+        assert benchmark["stats"]["rounds"] == row["rounds"] > 0
+        assert benchmark["group"] == row["case"]
+    assert {(row["case"], row["contestant"]) for row in report["left_out"]} == {("whole", "apex"), ("failing", OURS)}
+    assert [target["holds"] for target in report["targets"]] == ["yes", "not measured"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (67_108_864, "67.1 MB"), (2.5e9, "2.5 GB"), (1e13, "1e+04 GB")],
+)
+def test_sizes(count, text):
+    assert tables.size(count) == text
+
+
+def test_the_driver_runs_a_file_a_question(monkeypatch, tmp_path):
+    commands: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 5 if "test_host.py" in command[3] else 1)
+
+    monkeypatch.setattr(driver.subprocess, "run", run)
+    assert driver.main(["host", "--out", str(tmp_path)]) == 0
+    assert driver.main(["clip", "host", "--out", str(tmp_path), "--quick", "-k", "4x4M"]) == 1
+    assert [Path(command[3]).name for command in commands] == ["test_host.py", "test_clip.py", "test_host.py"]
+    assert '--command=python -m bench clip --quick -k "4x4M"' in commands[1]
+    assert f"--benchmark-json={tmp_path / 'clip.json'}" in commands[1]
+
+
+def test_the_driver_compares_with_earlier_results(tmp_path):
+    (tmp_path / "clip.json").write_text("{}")
+    options = driver.parse(["clip", "--compare", str(tmp_path)])
+    assert f"--benchmark-compare={tmp_path / 'clip.json'}" in driver.pytest_command(options, "clip", tmp_path)
+    # nothing to compare with
+    words = driver.pytest_command(options, "step", tmp_path)
+    assert not any(word.startswith("--benchmark-compare") for word in words)
+
+
+def test_an_unknown_question_is_an_error(capsys):
+    with pytest.raises(SystemExit):
+        driver.parse(["speed"])
+    assert "clip" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,223 @@
+"""The charts of the report. Each returns whether there was something to draw."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
+
+from bench import chart_style as style
+from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
+from bench.results import Row
+from bench.saved import Results
+from bench.scaling import fit
+
+COLORS = {
+    DEFAULT: style.STOCK_DEFAULT,
+    FOREACH: style.STOCK_FOREACH,
+    FUSED: style.STOCK_FUSED,
+    OURS: style.OURS,
+}
+#: Ends of the names of cases that every optimizer has.
+SHAPES = {
+    "-4x4M": "4 tensors of 4M",
+    "-vit-b16": "ViT-B/16, 152 tensors",
+    "-1000x4": "1000 tensors of 4",
+    "-llama-1b": "Llama 3.2 1B, 146 tensors",
+}
+#: Files of the report, with what they show.
+CHARTS: dict[str, tuple[str, Callable[[Results, Path], bool]]] = {}
+
+
+def chart(name: str, title: str) -> Callable:
+    """Register a drawing function under the name of its file."""
+
+    def register(draw: Callable[[Results, Path], bool]) -> Callable[[Results, Path], bool]:
+        CHARTS[name] = title, draw
+        return draw
+
+    return register
+
+
+def speed(row: Row, baseline: float) -> float:
+    return baseline / row.median_ms if row.median_ms else math.nan
+
+
+def plain(value: float, position: Any = None) -> str:
+    """Ticks as people write them: 0.5, 2, 10."""
+    return f"{value:g}"
+
+
+def bars(axes: Axes, labels: Sequence[str], series: dict[str, list[float]], ylabel: str) -> None:
+    """Groups of bars on a logarithmic axis, standing on the line of 1."""
+    width = 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        positions = [x + (i - (len(series) - 1) / 2) * width for x in range(len(labels))]
+        # on a logarithmic axis a bar begins where it is told: at 1, upwards faster, downwards slower
+        axes.bar(
+            positions, [value - 1 for value in values], width * 0.9, bottom=1,
+            color=COLORS.get(name, style.PEER), label=name, zorder=2,
+        )  # fmt: skip
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, position: ""))
+    axes.set_yticks([y for y in (0.1, 0.2, 0.5, 1, 2, 5, 10) if within(y, series)])
+    axes.axhline(1, color=style.INK, linewidth=1)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="x", visible=False)
+
+
+def within(y: float, series: dict[str, list[float]]) -> bool:
+    values = [value for values in series.values() for value in values if not math.isnan(value)]
+    return min(values) / 1.6 < y < max(values) * 1.6
+
+
+@chart("models.png", "AdamW on the shapes of real models: speed over torch's fused step")
+def models(results: Results, path: Path) -> bool:
+    cases = [rows for case, rows in results.questions["step"].cases() if case.startswith("step-") and rows[0].model]
+    if not cases:
+        return False
+    names = [name for name in STOCK if any(row.contestant == name for rows in cases for row in rows)]
+    series: dict[str, list[float]] = {name: [] for name in [*names, OURS]}
+    for rows in cases:
+        by_name = {row.contestant: row for row in rows}
+        for name in series:
+            series[name].append(speed(by_name[name], by_name[FUSED].median_ms) if name in by_name else math.nan)
+    with style.figure(9, 3.4) as figure:
+        axes = figure.subplots()
+        labels = [f"{rows[0].model}\n{rows[0].tensors} tensors, {millions(rows[0].params)}" for rows in cases]
+        bars(axes, labels, series, "speed, fused = 1")
+        axes.tick_params(axis="x", labelsize=7)
+        figure.legend(loc="outside upper center", ncols=len(series))
+        style.save(figure, path)
+    return True
+
+
+def millions(params: int) -> str:
+    return f"{params / 1e6:.3g}M"
+
+
+@chart("optimizers.png", "Every optimizer: speed over the fastest of torch's implementations")
+def optimizers(results: Results, path: Path) -> bool:
+    cases = {case: rows for case, rows in results.questions["step"].cases() if OURS in {row.contestant for row in rows}}
+    endings = {ending: label for ending, label in SHAPES.items() if any(case.endswith(ending) for case in cases)}
+    if not endings:
+        return False
+    (first, *_) = endings
+    names = [case.removesuffix(first) for case in cases if case.endswith(first)]
+    with style.figure(9, 3.2) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(endings)
+        for i, (ending, color) in enumerate(zip(endings, style.CYCLE, strict=False)):
+            values = [over_best(cases.get(name + ending, [])) for name in names]
+            axes.bar(
+                [x + (i - (len(endings) - 1) / 2) * width for x in range(len(names))],
+                [value - 1 for value in values], width * 0.9, bottom=1, color=color, label=endings[ending], zorder=2,
+            )  # fmt: skip
+        axes.axhline(1, color=style.INK, linewidth=1)
+        axes.set_xticks(range(len(names)), [name.replace("-", "\n") for name in names], fontsize=7.5)
+        axes.set_ylabel("speed, fastest of torch's = 1")
+        axes.grid(axis="x", visible=False)
+        figure.legend(loc="outside upper center", ncols=3)
+        style.save(figure, path)
+    return True
+
+
+def over_best(rows: Sequence[Row]) -> float:
+    """Our speed over that of the fastest stock implementation; whose numbers are wrong does not count."""
+    stock = [row.median_ms for row in rows if row.contestant in STOCK and row.median_ms and row.note is None]
+    ours = [row.median_ms for row in rows if row.contestant == OURS and row.median_ms]
+    return min(stock) / ours[0] if stock and ours else math.nan
+
+
+@chart("roofline.png", "Bandwidth: what each step achieves of a plain copy's")
+def roofline(results: Results, path: Path) -> bool:
+    rows = [row for row in results.rows if row.copy_fraction and row.contestant in COLORS and "4x4M" in row.case]
+    rows = rows or [row for row in results.rows if row.copy_fraction and row.contestant in COLORS and row.params > 1e8]
+    cases = list(dict.fromkeys(row.case for row in rows))
+    if not cases:
+        return False
+    with style.figure(9, 0.26 * len(cases) + 1.0) as figure:
+        axes = figure.subplots()
+        for name, color in COLORS.items():
+            mine = [row for row in rows if row.contestant == name]
+            axes.plot(
+                [row.copy_fraction for row in mine], [cases.index(row.case) for row in mine],
+                "o", color=color, label=name, markersize=9 if name == OURS else 6, zorder=4 if name == OURS else 3,
+                linestyle="none", fillstyle="none" if name == OURS else "full", markeredgewidth=2,
+            )  # fmt: skip
+        axes.axvline(1, color=style.INK, linewidth=1.4)
+        axes.set_yticks(range(len(cases)), cases, fontsize=8)
+        axes.set_xlim(0, max(1.1, 1.05 * max(row.copy_fraction for row in rows)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.0%}"))
+        axes.set_xlabel("bytes the algorithm must move / time, of a plain copy's bytes / time in the same rounds")
+        axes.invert_yaxis()
+        figure.legend(loc="outside upper center", ncols=4)
+        style.save(figure, path)
+    return True
+
+
+def lines(axes: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
+    """A line a contestant, with the range from p20 to p80, both axes logarithmic."""
+    for name, color in COLORS.items():
+        mine = sorted((row for row in rows if row.contestant == name and row.median_ms), key=x)
+        if mine:
+            places = [x(row) for row in mine]
+            axes.plot(places, [row.median_ms for row in mine], "o-", color=color, label=name, markersize=4)
+            axes.fill_between(
+                places, [row.p20_ms for row in mine], [row.p80_ms for row in mine], color=color, alpha=0.15, linewidth=0
+            )
+    axes.set(xscale="log", yscale="log", ylabel="ms a step")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(plain))
+
+
+def sweep(results: Results, question: str, start: str) -> list[Row]:
+    rows = results.questions[question].rows if question in results.questions else []
+    return [row for row in rows if row.case.startswith(start) and row.contestant != COPY]
+
+
+@chart("groups.png", "Cost against the number of parameter groups: 465 tensors, a learning rate a group")
+def groups(results: Results, path: Path) -> bool:
+    rows = [row for row in sweep(results, "groups", "groups-") if row.case.removesuffix("-gpu")[7:].isdigit()]
+    return curves(path, [("parameter groups", rows, lambda row: row.groups)])
+
+
+@chart("scaling.png", "Cost against the number of parameters (8 tensors) and of tensors (64 elements each)")
+def scaling(results: Results, path: Path) -> bool:
+    return curves(
+        path,
+        [
+            ("parameters", sweep(results, "scaling", "params-"), lambda row: row.params),
+            ("tensors", sweep(results, "scaling", "tensors-"), lambda row: row.tensors),
+        ],
+        laws=True,
+    )
+
+
+def curves(path: Path, panels: list[tuple[str, list[Row], Callable[[Row], float]]], laws: bool = False) -> bool:
+    """Panels of lines side by side; with ``laws`` the fitted ones are dotted over them."""
+    if not all(rows for _, rows, _ in panels):
+        return False
+    everything = [row for _, rows, _ in panels for row in rows]
+    with style.figure(4.5 * len(panels) if len(panels) > 1 else 6, 3.4) as figure:
+        for axes, (label, rows, x) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            lines(axes, rows, x)
+            axes.set_xlabel(label)
+            for name, color in COLORS.items() if laws else ():
+                mine = sorted((row for row in rows if row.contestant == name and row.median_ms), key=x)
+                if mine:
+                    law = fit([row for row in everything if row.contestant == name and row.median_ms])
+                    axes.plot(
+                        [x(row) for row in mine], [law(row.tensors, row.params) for row in mine],
+                        ":", color=color, linewidth=1.2,
+                    )  # fmt: skip
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4)
+        style.save(figure, path)
+    return True

@@ -1,0 +1,119 @@
+"""Optimizers of other packages, measured beside ours where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+class Missing(Exception):
+    """The package of a contestant is not installed."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An optimizer of another package.
+
+    Args:
+        package: What pip installs.
+        path: "module:Class".
+        kwargs: Arguments without which it would do other work than the case asks for.
+    """
+
+    package: str
+    path: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def load(self) -> type[torch.optim.Optimizer]:
+        """The class.
+
+        Raises:
+            Missing: The package is not installed.
+        """
+        module, _, name = self.path.partition(":")
+        if importlib.util.find_spec(module.partition(".")[0]) is None:
+            raise Missing(f"{self.package} is not installed")
+        if self.package in ("timm", "transformers"):
+            import_torchvision()
+        return getattr(importlib.import_module(module), name)
+
+
+def import_torchvision() -> None:
+    """Import torchvision, where it is installed, also beside a CPU build of torch.
+
+    Its CUDA build, which is what pip finds, then misses operators of its own. They only have to be declared.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for operator in ("nms", "qnms"):
+            LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+# operators live as long as their library
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+
+#: Optimizer -> contestant -> where it is. The arithmetic is that of the case, give or take where eps is added.
+BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
+    "AdamW": (
+        Peer("flashoptim", "flashoptim:FlashAdamW"),
+        Peer("torch-optimi", "optimi:AdamW"),
+        Peer("torchao", "torchao.optim:_AdamW"),
+        Peer("bitsandbytes", "bitsandbytes.optim:AdamW32bit"),
+        Peer("timm", "timm.optim:AdamWLegacy"),
+        Peer("apex", "apex.optimizers:FusedAdam"),
+    ),
+    "Adam": (
+        Peer("flashoptim", "flashoptim:FlashAdam"),
+        Peer("torch-optimi", "optimi:Adam"),
+        Peer("bitsandbytes", "bitsandbytes.optim:Adam32bit"),
+        Peer("apex", "apex.optimizers:FusedAdam", {"adam_w_mode": False}),
+    ),
+    "SGD": (
+        Peer("flashoptim", "flashoptim:FlashSGD"),
+        Peer("torch-optimi", "optimi:SGD"),
+        Peer("bitsandbytes", "bitsandbytes.optim:SGD32bit"),
+        Peer("apex", "apex.optimizers:FusedSGD"),
+    ),
+    "RMSprop": (Peer("bitsandbytes", "bitsandbytes.optim:RMSprop32bit"), Peer("timm", "timm.optim:RMSpropTF")),
+    "Adagrad": (
+        Peer("bitsandbytes", "bitsandbytes.optim:Adagrad32bit"),
+        Peer("apex", "apex.optimizers:FusedAdagrad"),
+    ),
+    "NAdam": (Peer("timm", "timm.optim:NAdamLegacy"),),
+    "RAdam": (
+        Peer("torch-optimi", "optimi:RAdam"),
+        Peer("timm", "timm.optim:RAdamLegacy"),
+        Peer("pytorch_optimizer", "pytorch_optimizer:RAdam"),
+    ),
+    "Lion": (
+        Peer("flashoptim", "flashoptim:FlashLion"),
+        Peer("torch-optimi", "optimi:Lion"),
+        Peer("bitsandbytes", "bitsandbytes.optim:Lion32bit"),
+        Peer("timm", "timm.optim:Lion"),
+        Peer("pytorch_optimizer", "pytorch_optimizer:Lion"),
+    ),
+    "LAMB": (
+        Peer("bitsandbytes", "bitsandbytes.optim:LAMB32bit"),
+        Peer("timm", "timm.optim:Lamb"),
+        Peer("pytorch_optimizer", "pytorch_optimizer:Lamb"),
+        Peer("apex", "apex.optimizers:FusedLAMB"),
+    ),
+    "Adafactor": (
+        Peer("transformers", "transformers.optimization:Adafactor", {"relative_step": False, "scale_parameter": False}),
+        Peer("timm", "timm.optim:Adafactor", {"scale_parameter": False}),
+        Peer("pytorch_optimizer", "pytorch_optimizer:AdaFactor", {"relative_step": False, "scale_parameter": False}),
+    ),
+}
+
+#: Every package there is a contestant of.
+PEERS = frozenset(peer.package for peers in BY_OPTIMIZER.values() for peer in peers)

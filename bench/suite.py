@@ -1,0 +1,105 @@
+"""What the benchmark files share: how a case of plain steps is made, and how cases become tests of pytest-benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bench.case import COPY, DEFAULT, FOREACH, FUSED, NO_SYNC, OURS, Case, Target
+from bench.contestants import Run, device_copy, optimx_step, package_step, peer_step, torch_step
+from bench.packages import BY_OPTIMIZER
+from bench.shapes import MODELS, Shape, sized_down
+
+LARGE, SMALL = [(2048, 2048)] * 4, [(4,)] * 1000
+
+#: torch.optim's classes with a fused implementation; those that it lacks are held against a foreach one of ours.
+HAS_FUSED, NOT_IN_TORCH = ("AdamW", "Adam", "SGD", "Adagrad"), ("Lion", "LAMB")
+
+
+def steps(optimizer: str, peers: bool = True) -> dict[str, Callable[[Case], Run]]:
+    """Every way to take a step: torch's, ours, and that of each package which has this optimizer."""
+    if optimizer in NOT_IN_TORCH:
+        contestants: dict[str, Callable[[Case], Run]] = {FOREACH: peer_step}
+    else:
+        contestants = {DEFAULT: torch_step, FOREACH: partial(torch_step, foreach=True)}
+    if optimizer in HAS_FUSED:
+        contestants[FUSED] = partial(torch_step, fused=True)
+    contestants[OURS] = optimx_step
+    if peers:
+        contestants |= {peer.package: partial(package_step, peer=peer) for peer in BY_OPTIMIZER.get(optimizer, ())}
+    return contestants
+
+
+def step_case(
+    name: str,
+    tensors: Sequence[Shape],
+    optimizer: str = "AdamW",
+    traffic: dict[str, float] | None = None,
+    peers: bool = True,
+    **settings: Any,
+) -> Case:
+    """Plain steps of an optimizer. With ``traffic`` a copy takes part, to compare bandwidth with.
+
+    On a GPU the step is charged with time on the device, and torch without flags takes foreach, which is there.
+    """
+    contestants = steps(optimizer, peers)
+    if settings.get("device") == "cuda":
+        contestants.pop(DEFAULT, None)
+        settings = {"clock": "device", **settings}
+    if traffic:
+        contestants[COPY] = device_copy
+    baseline = FUSED if FUSED in contestants else FOREACH
+    return Case(name, tensors, contestants, baseline, optimizer=optimizer, traffic=traffic or {}, **settings)
+
+
+def model_case(question: str, model: str, device: str = "cpu", **settings: Any) -> Case:
+    """Plain steps on a model of ``shapes.MODELS``, sized down on a CPU."""
+    tensors, factor = MODELS[model]
+    factor = 1 if device == "cuda" else factor
+    label = model if factor == 1 else f"{model} / {factor}"
+    name = f"{question}-{model}" + "-gpu" * (device == "cuda")
+    return step_case(name, sized_down(tensors, factor), device=device, model=label, **settings)
+
+
+def no_sync(case: Case, *targets: Target) -> Case:
+    """The case with further targets, and that our step does not wait."""
+    return replace(case, targets=(*case.targets, *targets, NO_SYNC))
+
+
+class Replay:
+    """A timer for pytest-benchmark that shows times measured before.
+
+    Contestants take turns, so that the machine is equally noisy to all of them; pytest-benchmark times one test after
+    the other. It gets the times of each, through this clock, when they are there.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._seconds: Iterator[float] = iter(())
+
+    def __call__(self) -> float:
+        return self.now
+
+    def load(self, seconds: Sequence[float]) -> None:
+        self.now, self._seconds = 0.0, iter(seconds)
+
+    def advance(self) -> None:
+        self.now += next(self._seconds)
+
+
+REPLAY = Replay()
+
+
+def contests(cases: Sequence[Case]) -> Callable:
+    """Decorate a test of arguments (enter, case, contestant): it is run for every contestant of every case."""
+    params = [
+        pytest.param(case, name, id=f"{case.name}-{name}".replace(", ", "-").replace(" ", "-"))
+        for case in cases
+        for name in case.contestants
+    ]
+    timer = pytest.mark.benchmark(timer=REPLAY, warmup=False)
+    return lambda test: timer(pytest.mark.parametrize(("case", "contestant"), params)(test))
