@@ -21,7 +21,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -29,9 +28,11 @@ from rich.table import Table
 from torch import Tensor
 
 import optimx
+from bench import chart_style as style
 from bench.gpt import GPT, GPTConfig
 
 DEFAULT, FUSED, OURS = "torch.optim.AdamW", "torch.optim.AdamW(fused=True)", "optimx.AdamW"
+COLORS = {DEFAULT: style.STOCK_DEFAULT, FUSED: style.STOCK_FUSED, OURS: style.OURS}
 
 # not more: at 3e-3, without warmup, this model amplifies rounding until torch's own two implementations end 1.4 %
 # apart, and comparing losses says little about an optimizer
@@ -273,30 +274,26 @@ def agreement_table(agreements: dict[str, Agreement], baseline: str) -> Table:
 
 def plot(runs: dict[str, Run], baseline: str, path: Path) -> None:
     """Write a PNG: both loss curves on top of each other, and below how far each run is from the baseline."""
-    figure = Figure(figsize=(8, 6), dpi=150, layout="constrained")
-    losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    losses.plot(runs[baseline].losses, color="tab:orange", linewidth=6, alpha=0.4, label=baseline)
-    losses.plot(runs[OURS].losses, color="tab:blue", linewidth=1, label=OURS)
-    losses.set_ylabel("training loss (nats a byte)")
-    losses.set_title("One GPT, one seed, one changed import")
-    losses.legend(frameon=False)
+    with style.figure(8, 6) as figure:
+        losses, gaps = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        losses.plot(runs[baseline].losses, color=COLORS[baseline], linewidth=6, alpha=0.5, label=baseline)
+        losses.plot(runs[OURS].losses, color=style.OURS, linewidth=1, label=OURS)
+        losses.set_ylabel("training loss (nats a byte)")
+        losses.set_title("One GPT, one seed, one changed import")
+        losses.legend()
 
-    # float32 losses of 2 to 4 differ by 2.4e-7 or not at all; a logarithm has no zero, so equal ones go to the floor
-    floor = 1e-7
-    for name, run in runs.items():
-        if name != baseline:
-            look = {"color": "tab:blue", "linewidth": 1} if name == OURS else {"color": "0.75", "linewidth": 2.5}
-            gaps.plot([max(gap, floor) for gap in differences(run, runs[baseline])], label=name, **look)
-    early = Agreement.EARLY_STEPS
-    gaps.hlines(Agreement.EARLY_LIMIT, 0, early, color="tab:red", label=f"limit of the first {early} steps")
-    gaps.set(yscale="log", xlabel="step", ylabel="|loss difference|\n(floor: equal)")
-    gaps.set_ylim(floor / 2, max(1e-3, gaps.get_ylim()[1]) * 10)
-    gaps.legend(frameon=False, ncols=3, loc="upper right", fontsize="small")
-    for axes in (losses, gaps):
-        axes.grid(alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        # float32 losses of 2 to 4 differ by 2.4e-7 or not at all; a logarithm has no zero, so equal ones get a floor
+        floor = 1e-7
+        for name, run in runs.items():
+            if name != baseline:
+                curve = [max(gap, floor) for gap in differences(run, runs[baseline])]
+                gaps.plot(curve, label=name, color=COLORS[name], linewidth=1 if name == OURS else 2.5)
+        early = Agreement.EARLY_STEPS
+        gaps.hlines(Agreement.EARLY_LIMIT, 0, early, color=style.INK, label=f"limit of the first {early} steps")
+        gaps.set(yscale="log", xlabel="step", ylabel="|loss difference|\n(floor: equal)")
+        gaps.set_ylim(floor / 2, max(1e-3, gaps.get_ylim()[1]) * 10)
+        gaps.legend(ncols=3, loc="upper right", fontsize="small")
+        style.save(figure, path)
 
 
 def count(text: str) -> int:

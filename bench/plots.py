@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from bench.chart_style import OURS, figure, save
 from optimx.lr_scheduler import (
     REX,
     Constant,
@@ -99,26 +98,21 @@ GALLERY: dict[str, list[tuple[str, Schedule]]] = {
 def draw(path: Path) -> None:
     """Draw the gallery: one row of axes for every six schedules, all with the same scales."""
     heights = [-(-len(group) // COLUMNS) for group in GALLERY.values()]
-    figure = Figure(figsize=(2.2 * COLUMNS, 1.55 * sum(heights) + 0.45 * len(heights)), layout="constrained")
-    figure.patch.set_facecolor("white")
-    parts = figure.subfigures(len(heights), 1, height_ratios=[h + 0.3 for h in heights])
     steps = range(STEPS + 20)
-    for part, (title, group), height in zip(parts, GALLERY.items(), heights, strict=True):
-        part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-        axes = part.subplots(height, COLUMNS, sharex=True, sharey=True, squeeze=False)
-        for ax, (name, schedule) in zip(axes.flat, group, strict=True):
-            ax.plot(steps, [schedule(step) for step in steps], color="tab:blue", linewidth=1.6)
-            ax.set_title(name, fontsize=8, family="monospace")
-            ax.set(ylim=(-0.05, 1.1), xticks=(0, 100, 200), yticks=(0, 0.5, 1))
-            ax.tick_params(labelsize=7)
-            ax.grid(alpha=0.3)
-            ax.spines[["top", "right"]].set_visible(False)
-    # no version or date within: the same schedules are the same file
-    figure.savefig(path, dpi=100, metadata={"Software": None})
+    with figure(2.2 * COLUMNS, 1.55 * sum(heights) + 0.45 * len(heights)) as chart:
+        parts = chart.subfigures(len(heights), 1, height_ratios=[h + 0.3 for h in heights])
+        for part, (title, group), height in zip(parts, GALLERY.items(), heights, strict=True):
+            part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+            axes = part.subplots(height, COLUMNS, sharex=True, sharey=True, squeeze=False)
+            for ax, (name, schedule) in zip(axes.flat, group, strict=True):
+                ax.plot(steps, [schedule(step) for step in steps], color=OURS)
+                ax.set_title(name, fontsize=8, family="monospace")
+                ax.set(ylim=(-0.05, 1.1), xticks=(0, 100, 200), yticks=(0, 0.5, 1))
+                ax.tick_params(labelsize=7)
+        save(chart, path)
 
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/schedules.png")
-    target.parent.mkdir(parents=True, exist_ok=True)
     draw(target)
     print(target)
