@@ -108,8 +108,9 @@ def convergence_lines(convergence: dict[str, Any]) -> list[str]:
         table.append([entry["task"], entry["optimizer"], entry["baseline"], *losses, *apart, entry["verdict"]])
     seeds = convergence["runs"][0]["seeds"]
     return [
-        f"Training from {seeds} seeds with the same batches on both sides; mean final losses in nats, and how far they are",
-        "apart, which must be within the standard error between seeds; the curves must be within one standard deviation.",
+        f"Training from {seeds} seeds with the same batches on both sides: mean final losses in nats, and how far",
+        "they are apart, which must be within the standard error between seeds; and nowhere may the curves be further",
+        "apart than one standard deviation.",
         f"`{convergence['run']['command']}`",
         "",
         "![Loss curves, stock and optimx](convergence.png)",

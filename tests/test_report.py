@@ -1,0 +1,153 @@
+"""The page made from saved results: its numbers are those of the JSON, and the README's are those of the page."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+# `make gpu` uses the Python on PATH, which need not have what only the report wants
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+from bench import report
+from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS
+from bench.charts import CHARTS, over_best
+from bench.results import Row, Verdict
+from bench.saved import load
+from bench.scaling import ADAMW_BYTES, Law, fit
+
+TIMES = {DEFAULT: 4.0, FOREACH: 3.0, FUSED: 2.0, OURS: 1.0}
+
+
+def row(case: str, contestant: str, median: float | None, optimizer: str = "AdamW", **changes) -> Row:
+    settings = {"model": "", "params": 1000, "tensors": 10, "groups": 1, "dtype": "float32", "rounds": 40, **changes}
+    if median is not None:
+        settings |= {"median_ms": median, "p20_ms": 0.9 * median, "p80_ms": 1.1 * median}
+    return Row(case, optimizer, contestant, "wall", FUSED, **settings)
+
+
+def rows_of(case: str, scale: float = 1.0, **changes) -> list[Row]:
+    return [
+        row(case, name, scale * median, ratio=2.0 / median, copy_fraction=0.25 / median, **changes)
+        for name, median in TIMES.items()
+    ]
+
+
+def save(folder: Path, question: str, rows: list[Row], verdicts: list[Verdict] = ()) -> None:
+    """What ``python -m bench`` leaves behind."""
+    measured = [asdict(row) for row in rows if row.median_ms is not None]
+    saved = {
+        "machine_info": {"device": "CPU, 2 threads", "torch": "2.13.0"},
+        "run": {"commit": "abc", "command": f"python -m bench {question}"},
+        "benchmarks": [{"name": row["contestant"], "extra_info": row, "stats": {}} for row in measured],
+        "left_out": [asdict(row) for row in rows if row.median_ms is None],
+        "targets": [asdict(verdict) for verdict in verdicts],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{question}.json").write_text(json.dumps(saved))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "results" / "some-machine"
+    step = [
+        *rows_of("step-4x4M-float32"),
+        *rows_of("step-vit-b16", model="vit-b16 / 4", tensors=152),
+        row("step-vit-b16", "apex", None, missing="apex | not installed"),
+        *rows_of("lion-4x4M", optimizer="Lion"),
+    ]
+    verdicts = [
+        Verdict("step-4x4M-float32", OURS, "speed >= 5x torch fused", 2.0, "no"),
+        Verdict("step-4x4M-float32", OURS, "speed >= 1x torch fused", 2.0, "yes"),
+    ]
+    save(folder, "step", step, verdicts)
+    save(folder, "groups", [row for count in (1, 8) for row in rows_of(f"groups-{count}", groups=count)])
+    sweeps = [row for size in (4, 6) for row in rows_of(f"params-1e{size}", 10**size, params=10**size)]
+    sweeps += [row for count in (1, 100) for row in rows_of(f"tensors-{count}", count, tensors=count)]
+    save(folder, "scaling", sweeps)
+    return folder
+
+
+def test_the_page_has_every_row_and_every_target(folder):
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    for case in ("step-4x4M-float32", "lion-4x4M", "groups-8", "params-1e6"):
+        assert f"| {case} | {OURS} |" in page
+    assert "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |" in page
+    assert "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 | **no** | `python -m bench step` |" in page
+    assert "Of 2 targets 1 are met and 1 missed" in page
+    assert "| step-vit-b16 | apex | - |" in page
+    for lines in page.split("\n\n"):
+        if lines.startswith("|"):
+            assert len({line.replace(r"\|", "").count("|") for line in lines.splitlines()}) == 1
+    for name in CHARTS:
+        assert f"]({name})" in page
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_charts_without_rows_are_left_out(folder):
+    (folder / "scaling.json").unlink()
+    (folder / "groups.json").unlink()
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "models.png" in page
+    assert "scaling.png" not in page
+    assert "groups.png" not in page
+
+
+def test_the_readme_has_the_numbers_of_the_folder_it_names(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", folder.parent)
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench some-machine -->\nold numbers\n<!-- bench end -->\nafter\n")
+    assert report.main([str(folder), "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench some-machine -->\n| AdamW")
+    assert text.endswith("<!-- bench end -->\nafter\n")
+    assert "old numbers" not in text
+    assert "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 |" in text
+    assert "speed >= 1x" not in text, "only what is missed"
+    # again, and nothing changes
+    assert report.main([str(folder), "--readme", str(readme)]) == 0
+    assert readme.read_text() == text
+
+
+def test_the_projects_readme_is_up_to_date(tmp_path):
+    readme = tmp_path / "README.md"
+    shutil.copy(report.HERE.parent / "README.md", readme)
+    report.write_readme(readme, report.RESULTS)
+    assert readme.read_text() == (report.HERE.parent / "README.md").read_text(), "run `make report`"
+
+
+def test_a_folder_without_results_is_an_error(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 2
+    assert "has no results" in capsys.readouterr().err
+
+
+def test_rows_are_found_by_case_and_contestant(folder):
+    results = load(folder)
+    assert results.row("lion-4x4M", FUSED).median_ms == 2.0
+    with pytest.raises(KeyError, match="apex in lion"):
+        results.row("lion-4x4M", "apex")
+
+
+def test_a_known_law_is_found():
+    law = Law(fixed_us=50.0, per_tensor_us=2.0, gb_per_s=20.0, error=0.0)
+    points = [(8, 10**exponent) for exponent in range(4, 9)] + [
+        (10**exponent, 64 * 10**exponent) for exponent in range(5)
+    ]
+    found = fit([row("x", OURS, law(tensors, params), tensors=tensors, params=params) for tensors, params in points])
+    assert (found.fixed_us, found.per_tensor_us, found.gb_per_s) == pytest.approx((50.0, 2.0, 20.0))
+    assert found.error < 1e-9
+    assert law(0, 10**9) == pytest.approx(0.05 + ADAMW_BYTES * 1e9 / 20e9 * 1e3)
+
+
+def test_the_fastest_stock_is_not_one_that_is_wrong():
+    rows = rows_of("x")
+    assert over_best(rows) == 2.0
+    rows[2].note = "wrong"
+    assert over_best(rows) == 3.0
+    assert math.isnan(over_best([row for row in rows if row.contestant != OURS]))
+    assert math.isnan(over_best([row("x", COPY, 1.0)]))
