@@ -12,10 +12,12 @@ from matplotlib.ticker import FuncFormatter
 
 from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
+from bench.packages import PEERS
 from bench.results import Row
 from bench.saved import Results
 from bench.scaling import fit
 
+OTHERS = "fastest other package"
 COLORS = {
     DEFAULT: style.STOCK_DEFAULT,
     FOREACH: style.STOCK_FOREACH,
@@ -43,12 +45,11 @@ def chart(name: str, title: str) -> Callable:
     return register
 
 
-def speed(row: Row, baseline: float) -> float:
-    return baseline / row.median_ms if row.median_ms else math.nan
-
-
 def plain(value: float, position: Any = None) -> str:
-    """Ticks as people write them: 0.5, 2, 10."""
+    """Ticks as people write them: 0.5, 20, 10k, 100M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:g}{unit}"
     return f"{value:g}"
 
 
@@ -82,12 +83,13 @@ def models(results: Results, path: Path) -> bool:
     cases = [rows for case, rows in results.questions["step"].cases() if case.startswith("step-") and rows[0].model]
     if not cases:
         return False
-    names = [name for name in STOCK if any(row.contestant == name for rows in cases for row in rows)]
-    series: dict[str, list[float]] = {name: [] for name in [*names, OURS]}
+    series: dict[str, list[float]] = {DEFAULT: [], FOREACH: [], OTHERS: [], OURS: []}
     for rows in cases:
-        by_name = {row.contestant: row for row in rows}
-        for name in series:
-            series[name].append(speed(by_name[name], by_name[FUSED].median_ms) if name in by_name else math.nan)
+        medians = {row.contestant: row.median_ms for row in rows if row.median_ms}
+        medians[OTHERS] = min((ms for name, ms in medians.items() if name in PEERS), default=math.nan)
+        for name, values in series.items():
+            values.append(medians[FUSED] / medians.get(name, math.nan))
+    series = {name: values for name, values in series.items() if not all(map(math.isnan, values))}
     with style.figure(9, 3.4) as figure:
         axes = figure.subplots()
         labels = [f"{rows[0].model}\n{rows[0].tensors} tensors, {millions(rows[0].params)}" for rows in cases]
@@ -146,6 +148,8 @@ def roofline(results: Results, path: Path) -> bool:
         axes = figure.subplots()
         for name, color in COLORS.items():
             mine = [row for row in rows if row.contestant == name]
+            if not mine:
+                continue
             axes.plot(
                 [row.copy_fraction for row in mine], [cases.index(row.case) for row in mine],
                 "o", color=color, label=name, markersize=9 if name == OURS else 6, zorder=4 if name == OURS else 3,

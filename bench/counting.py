@@ -13,10 +13,12 @@ import torch
 from bench.contestants import Run
 
 
-def count(run: Run, device: str) -> dict[str, int | None]:
-    """By column of the results. Takes a few steps; the last one may be left half done."""
+def count(run: Run, device: str, steps: bool = True) -> dict[str, int | None]:
+    """By column of the results. Takes a few steps, unless told not to; the last one may be left half done."""
     counts: dict[str, int | None] = {"state_bytes": None if run.optimizer is None else state_bytes(run.optimizer)}
-    counts |= {"peak_bytes": peak_memory(run, device)}
+    if not steps:
+        return counts
+    counts["peak_bytes"] = peak_memory(run, device)
     if device == "cuda":
         counts |= {"launches": count_launches(run), "syncs": count_syncs(run)}
     return counts

@@ -101,10 +101,10 @@ def measure(case: Case, budget: Budget) -> Measured:
     calls = {name: max(1, min(budget.calls, int(budget.turn / median(warm[name])))) for name in quick}
     times = take_turns(case, quick, calls, rows, budget) | slow
     for name in times:
-        # they belong to no optimizer, or one of the slow ones' steps takes too long under a profiler
-        if name != COPY and name in quick:
+        if name != COPY:
             with recorded(rows[name]):
-                for column, value in count(runs[name], case.device).items():
+                # under a profiler a slow step takes too long
+                for column, value in count(runs[name], case.device, steps=name in quick).items():
                     setattr(rows[name], column, value)
     moved = {name: run.moved for name, run in runs.items() if run.moved is not None}
     summarize(case, rows, times, moved)
