@@ -133,7 +133,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], float, float]] = {
     # steps at most this long, or it learns the digits by heart and there is no loss left to compare
     "Rprop": ({"step_sizes": (1e-6, 1e-3)}, 1e-3, 1e-3),
     "ASGD": ({}, 0.3, 0.5),
-    "Lion": ({"weight_decay": 0.1}, 1e-3, 1e-3),
+    "Lion": ({"weight_decay": 0.1}, 1.5e-3, 1e-3),
     "LAMB": ({"weight_decay": 0.01}, 0.02, 0.03),
 }
 
