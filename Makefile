@@ -17,7 +17,7 @@ help:
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots   draw the README's picture of all schedules"
 	@echo "make docs    build the documentation in site/"
-	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH"
+	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -66,7 +66,8 @@ docs: .venv/.installed
 
 gpu:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
-	$(PYTHON) -m bench --gpu
+	$(PYTHON) -m bench --gpu $(if $(OUT),--out $(OUT))
+	$(PYTHON) -m bench.report $(OUT)
 
 clean:
 	rm -rf .venv .venv-bench build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

@@ -1,4 +1,4 @@
-"""The charts of the report. Each returns whether there was something to draw."""
+"""The charts of the report. A function a chart, which returns whether there was something to draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from matplotlib.ticker import FuncFormatter
 
 from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
+from bench.convergence_chart import draw as draw_convergence
 from bench.packages import PEERS
+from bench.report import millions
 from bench.results import Row
 from bench.saved import Results
 from bench.scaling import fit
@@ -31,18 +33,6 @@ SHAPES = {
     "-1000x4": "1000 tensors of 4",
     "-llama-1b": "Llama 3.2 1B, 146 tensors",
 }
-#: Files of the report, with what they show.
-CHARTS: dict[str, tuple[str, Callable[[Results, Path], bool]]] = {}
-
-
-def chart(name: str, title: str) -> Callable:
-    """Register a drawing function under the name of its file."""
-
-    def register(draw: Callable[[Results, Path], bool]) -> Callable[[Results, Path], bool]:
-        CHARTS[name] = title, draw
-        return draw
-
-    return register
 
 
 def plain(value: float, position: Any = None) -> str:
@@ -78,7 +68,6 @@ def within(y: float, series: dict[str, list[float]]) -> bool:
     return min(values) / 1.6 < y < max(values) * 1.6
 
 
-@chart("models.png", "AdamW on the shapes of real models: speed over torch's fused step")
 def models(results: Results, path: Path) -> bool:
     cases = [rows for case, rows in results.questions["step"].cases() if case.startswith("step-") and rows[0].model]
     if not cases:
@@ -100,11 +89,6 @@ def models(results: Results, path: Path) -> bool:
     return True
 
 
-def millions(params: int) -> str:
-    return f"{params / 1e6:.3g}M"
-
-
-@chart("optimizers.png", "Every optimizer: speed over the fastest of torch's implementations")
 def optimizers(results: Results, path: Path) -> bool:
     cases = {case: rows for case, rows in results.questions["step"].cases() if OURS in {row.contestant for row in rows}}
     endings = {ending: label for ending, label in SHAPES.items() if any(case.endswith(ending) for case in cases)}
@@ -137,7 +121,6 @@ def over_best(rows: Sequence[Row]) -> float:
     return min(stock) / ours[0] if stock and ours else math.nan
 
 
-@chart("roofline.png", "Bandwidth: what each step achieves of a plain copy's")
 def roofline(results: Results, path: Path) -> bool:
     rows = [row for row in results.rows if row.copy_fraction and row.contestant in COLORS and "4x4M" in row.case]
     rows = rows or [row for row in results.rows if row.copy_fraction and row.contestant in COLORS and row.params > 1e8]
@@ -186,13 +169,11 @@ def sweep(results: Results, question: str, start: str) -> list[Row]:
     return [row for row in rows if row.case.startswith(start) and row.contestant != COPY]
 
 
-@chart("groups.png", "Cost against the number of parameter groups: 465 tensors, a learning rate a group")
 def groups(results: Results, path: Path) -> bool:
     rows = [row for row in sweep(results, "groups", "groups-") if row.case.removesuffix("-gpu")[7:].isdigit()]
     return curves(path, [("parameter groups", rows, lambda row: row.groups)])
 
 
-@chart("scaling.png", "Cost against the number of parameters (8 tensors) and of tensors (64 elements each)")
 def scaling(results: Results, path: Path) -> bool:
     return curves(
         path,
@@ -225,3 +206,20 @@ def curves(path: Path, panels: list[tuple[str, list[Row], Callable[[Row], float]
         figure.legend(handles, names, loc="outside upper center", ncols=4)
         style.save(figure, path)
     return True
+
+
+#: Files and who draws them.
+DRAWN_BY: dict[str, Callable[[Results, Path], bool]] = {
+    "models.png": models,
+    "optimizers.png": optimizers,
+    "roofline.png": roofline,
+    "groups.png": groups,
+    "scaling.png": scaling,
+}
+
+
+def draw(results: Results) -> list[str]:
+    """Draw everything there are results for, into their folder; returns the names of the files."""
+    if results.convergence:
+        draw_convergence(results.convergence, results.folder / "convergence.png")
+    return [name for name, draw_chart in DRAWN_BY.items() if draw_chart(results, results.folder / name)]

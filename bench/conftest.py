@@ -20,7 +20,7 @@ from bench.provenance import circumstances, machine
 from bench.results import Row, Verdict, judge
 from bench.suite import REPLAY
 from bench.tables import text_case, text_header
-from bench.timing import CPU_THREADS, QUICK, Budget, Measured, measure
+from bench.timing import CPU_THREADS, GPU, QUICK, Budget, Measured, measure
 
 #: What the session has measured: cases in order, with their verdicts.
 MEASURED = pytest.StashKey[list[tuple[Measured, list[Verdict]]]]()
@@ -67,7 +67,8 @@ def measured(pytestconfig: pytest.Config, threads: None) -> Callable[[Case], Mea
             gc.collect()
             if case.device == "cuda":
                 torch.cuda.empty_cache()
-            known[case.name] = result = measure(case, QUICK if pytestconfig.getoption("--quick") else Budget())
+            budget = GPU if case.device == "cuda" else Budget()
+            known[case.name] = result = measure(case, QUICK if pytestconfig.getoption("--quick") else budget)
             pytestconfig.stash[MEASURED].append((result, judge(case, result.rows)))
         return known[case.name]
 

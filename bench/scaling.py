@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import nnls
+import torch
 
 from bench.results import Row
 
@@ -33,10 +33,24 @@ def fit(rows: Sequence[Row]) -> Law:
 
     Small and large steps weigh alike so, as they should for a law over five orders of magnitude.
     """
-    times = np.array([row.median_ms for row in rows])
-    terms = np.array([[1.0, row.tensors, row.params * ADAMW_BYTES] for row in rows])
-    scale = terms.max(axis=0)
-    costs, _ = nnls(terms / scale / times[:, None], np.ones(len(rows)))
-    fixed, per_tensor, per_byte = costs / scale
-    error = np.median(np.abs(terms @ (costs / scale) / times - 1))
-    return Law(1e3 * fixed, 1e3 * per_tensor, 1e-6 / per_byte if per_byte else float("inf"), float(error))
+    times = torch.tensor([row.median_ms for row in rows], dtype=torch.float64)
+    terms = torch.tensor([[1.0, row.tensors, row.params * ADAMW_BYTES] for row in rows], dtype=torch.float64)
+    scale = terms.amax(dim=0)
+    costs = nonnegative_least_squares(terms / scale / times[:, None]) / scale
+    fixed, per_tensor, per_byte = costs.tolist()
+    error = ((terms @ costs) / times - 1).abs().median().item()
+    return Law(1e3 * fixed, 1e3 * per_tensor, 1e-6 / per_byte if per_byte else float("inf"), error)
+
+
+def nonnegative_least_squares(matrix: torch.Tensor) -> torch.Tensor:
+    """The x >= 0 that brings ``matrix @ x`` closest to ones: the best of those with some entries zero, others free."""
+    ones = torch.ones(len(matrix), 1, dtype=matrix.dtype)
+    best, smallest = torch.zeros(matrix.shape[1], dtype=matrix.dtype), float("inf")
+    for free in itertools.product((False, True), repeat=matrix.shape[1]):
+        columns = torch.tensor(free).nonzero().flatten()
+        x = torch.zeros_like(best)
+        x[columns] = torch.linalg.lstsq(matrix[:, columns], ones).solution.flatten()
+        residual = (matrix @ x - 1).norm().item()
+        if x.min() >= 0 and residual < smallest:
+            best, smallest = x, residual
+    return best

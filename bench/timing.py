@@ -37,6 +37,8 @@ class Budget:
     patience: float = 1.0
 
 
+#: Noise is less on a GPU that nobody shares, and its time is dear.
+GPU = Budget(seconds=2.0)
 QUICK = Budget(seconds=0.3, min_rounds=1, max_rounds=20, calls=3, turn=0.1, patience=0.2)
 
 

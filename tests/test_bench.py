@@ -83,7 +83,7 @@ def test_groups_are_neighbours_and_have_their_own_lr():
 def test_the_driver_needs_torch_and_pytest_alone():
     allowed = sys.stdlib_module_names | {"torch", "pytest", "optimx", "bench"}
     # drawn and checked elsewhere
-    reports = {"charts", "chart_style", "report", "scaling", "plots", "demo", "convergence"}
+    reports = {"charts", "chart_style", "plots", "demo", "convergence"}
     reports |= {"convergence_chart", "convergence_tasks"}
     for path in Path(driver.__file__).parent.glob("*.py"):
         if path.stem in reports:
