@@ -89,7 +89,7 @@ def enter(benchmark: Any, measured: Callable[[Case], Measured]) -> Callable[[Cas
                 pytest.skip(row.missing or "")
             pytest.fail(f"{contestant} in {case.name}: {row.error}", pytrace=False)
         benchmark.group = case.name
-        benchmark.extra_info.update(asdict(row))
+        benchmark.extra_info.update(filled(row))
         REPLAY.load(times)
         benchmark.pedantic(REPLAY.advance, rounds=len(times))
 
@@ -110,11 +110,16 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     """Adds who did not come through, and the targets. Every single time would be too much, and cases are no JSON."""
     for benchmark in output_json["benchmarks"]:
-        del benchmark["params"], benchmark["stats"]["data"]
+        del benchmark["params"], benchmark["options"], benchmark["stats"]["data"]
     results = config.stash[MEASURED]
     output_json["run"] = config.stash[CIRCUMSTANCES]
-    output_json["left_out"] = [asdict(row) for result, _ in results for row in left_out(result)]
+    output_json["left_out"] = [filled(row) for result, _ in results for row in left_out(result)]
     output_json["targets"] = [asdict(verdict) for _, verdicts in results for verdict in verdicts]
+
+
+def filled(row: Row) -> dict[str, Any]:
+    """The columns that the row has."""
+    return {name: value for name, value in asdict(row).items() if value is not None}
 
 
 def left_out(result: Measured) -> list[Row]:
