@@ -524,6 +524,18 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     "one_layer": ({"groups": {"layer_decay": 0.5, "layers": ["*"]}}, ["groups is refused: .*"]),
     "preset": ({"preset": "bert-finetun"}, ["preset should be one of .* did you mean 'bert-finetune'"]),
     "no_total": ({"schedule": "cosine"}, ["schedule.total is missing, the length of 'cosine'"]),
+    "bad_total": (
+        {"schedule": {"name": "cosine", "total": "1000 steps", "warmup": 0.1, "powr": 2}},
+        [r"schedule.powr \(value: 2\) is no key of Cosine", "schedule.total should be whole steps"],
+    ),
+    "total_of_no_epochs": (
+        {"schedule": {"name": "cosine", "total": "2ep", "warmup": {"steps": 0.1}}},
+        ["schedule.total should be steps, as there is no schedule.steps_per_epoch, but is: '2ep'"],
+    ),
+    "total_of_bad_epochs": (
+        {"schedule": {"name": "StepLR", "total": "2ep", "steps_per_epoch": "many", "step_size": "1ep"}},
+        ["schedule.steps_per_epoch should be a whole number but is: 'many'"],
+    ),
     "long_warmup": (
         {"schedule": {"name": "cosine", "total": 10, "warmup": 10}},
         ["schedule.total should be > 10, the steps of the other phases, but is: 10"],
