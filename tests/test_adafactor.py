@@ -17,8 +17,8 @@ import optimx
 from optimx.adafactor import AdafactorLoop
 from tests.cases import CASES, CLOSE, assert_same, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
+from tests.engine import interpreted, params_of
 from tests.reference.adafactor import adafactor
-from tests.test_contract import interpreted, params_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tests.cases import CASES, CLOSE, Case, assert_same, make_params, set_grads, train, twins
-from tests.test_contract import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
+from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
 
 SHAPES = [(5,), (3, 4), ()]
 

@@ -28,7 +28,7 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.test_contract import DIFFERENT, interpreted, params_of, usual
+from tests.engine import DIFFERENT, interpreted, params_of, usual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
