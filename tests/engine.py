@@ -7,7 +7,9 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tests.cases import CASES, Case, loop, set_grads
@@ -24,6 +26,29 @@ each_case_natively = pytest.mark.parametrize(
     "case", [pytest.param(c, id=c.name, marks=[interpreted] if c.name in DIFFERENT else []) for c in CASES]
 )
 each_different_case = pytest.mark.parametrize("case", [c for c in CASES if c.name in DIFFERENT], ids=lambda c: c.name)
+
+
+def _kernels() -> set[str]:
+    richest: dict[tuple, tuple[int, str]] = {}
+    for case in CASES:
+        for name, kwargs in case.variants.items():
+            if name != "fused" and not name.startswith("tensor_"):
+                rule = case.cls.rule
+                group = case.cls([Parameter(torch.zeros(1))], **kwargs).param_groups[0]
+                key = rule.module, rule.structure_of(group)
+                richest[key] = max(richest.get(key, (0, "")), (len(kwargs), f"{case.name}-{name}"))
+    return {name for _, name in richest.values()}
+
+
+#: One variant of every kernel that is compiled: that in which the most of its arithmetic takes part.
+KERNELS = _kernels()
+#: Cases, arguments and ids.
+VARIANTS = [(case, kwargs, f"{case.name}-{name}") for case in CASES for name, kwargs in case.variants.items()]
+#: All of them natively; interpreted, those of :data:`KERNELS`.
+each_variant_natively = pytest.mark.parametrize(
+    ("case", "kwargs"),
+    [pytest.param(case, kw, id=name, marks=[interpreted] if name in KERNELS else []) for case, kw, name in VARIANTS],
+)
 
 
 def builders(case: Case) -> tuple[Callable[..., Optimizer], Callable[..., Optimizer]]:

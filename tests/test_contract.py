@@ -120,7 +120,7 @@ def test_state_dict_hooks(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
-@each_case
+@each_case_natively
 def test_closure(case: Case, how: str, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     losses = []
@@ -251,7 +251,7 @@ def test_empty_and_scalar_parameters(case: Case, shapes: list[tuple[int, ...]], 
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_natively
 def test_gradients_are_left_alone(case: Case, device: torch.device) -> None:
     params = make_params([*SHAPES, ()], device)
     optimizer = case.cls(params, **usual(case, weight_decay=0.1, maximize=True), max_grad_norm=0.1)
@@ -380,7 +380,7 @@ def test_requires_grad_toggled(case: Case, device: torch.device) -> None:
 # the surroundings
 
 
-@each_case
+@each_case_natively
 def test_repeatable(case: Case, device: torch.device) -> None:
     runs = []
     for _ in range(2):

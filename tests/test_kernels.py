@@ -11,6 +11,8 @@ from torch import Tensor
 
 import optimx
 from tests.cases import CASES, CLOSE, SHAPES, Case, loop, make_params, set_grads
+from tests.conftest import INTERPRETED
+from tests.engine import KERNELS, VARIANTS
 
 pytestmark = pytest.mark.interpreted
 pytest.importorskip("triton")
@@ -30,25 +32,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SIGNED = ("ax", "exp_avg", "grad_avg", "momentum_buffer", "prev")
 
 
-def _algorithms() -> list:
-    """One case and arguments for every kernel that goes from element to element."""
-    found: dict[tuple, Any] = {}
-    for case in CASES:
-        if case.name == "adafactor":
-            continue
-        for name, kwargs in case.variants.items():
-            structure = _group(case, kwargs)[1]
-            if name != "fused" and not name.startswith("tensor_"):
-                key = case.cls.rule.module, structure
-                # the more of the arithmetic takes part, the better
-                found[key] = max(found.get(key, (0, "")), (len(kwargs), f"{case.name}-{name}"))
-    chosen = {name for _, name in found.values()}
-    return [
-        pytest.param(case, kwargs, id=f"{case.name}-{name}")
-        for case in CASES
-        for name, kwargs in case.variants.items()
-        if f"{case.name}-{name}" in chosen
-    ]
+#: Every kernel that goes from element to element.
+each_kernel = pytest.mark.parametrize(
+    ("case", "kwargs"),
+    [pytest.param(c, kw, id=name) for c, kw, name in VARIANTS if name in KERNELS and c.name != "adafactor"],
+)
 
 
 def _group(case: Case, kwargs: dict) -> tuple[dict[str, Any], tuple[bool, ...]]:
@@ -184,7 +172,7 @@ class Launch:
 
 @pytest.mark.parametrize(("shift", "poison"), [(0, float("nan")), (1, 7.0)], ids=["aligned-nan", "misaligned-seven"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
-@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+@each_kernel
 def test_writes_its_tensors_and_nothing_else(
     triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype, shift: int, poison: float
 ) -> None:
@@ -195,7 +183,7 @@ def test_writes_its_tensors_and_nothing_else(
     assert all(map(torch.equal, launch.grads, grads))
 
 
-@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+@each_kernel
 def test_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     results = []
     for aligned in (True, True, False):
@@ -207,7 +195,7 @@ def test_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device, c
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+@each_kernel
 def test_skips(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     launch = Launch(case, kwargs, triton_backend, torch.float32)
     before = [t.clone() for t in (*launch.everything(), launch.hyper)]
@@ -215,7 +203,7 @@ def test_skips(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     assert all(map(torch.equal, before, (*launch.everything(), launch.hyper)))
 
 
-@pytest.mark.parametrize(("case", "kwargs"), _algorithms())
+@each_kernel
 def test_control_scales_gradients(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     results = []
     for factor in (1.0, 0.25):
@@ -278,7 +266,8 @@ def test_launches_do_not_grow_with_groups(
     triton_backend: torch.device, case: Case, clip: bool, rows_on_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = record_launches(monkeypatch)
-    params = make_params([(9,)] * 26, triton_backend)
+    # the interpreter takes milliseconds a tensor
+    params = make_params([(9,)] * (5 if INTERPRETED else 26), triton_backend)
     optimizer: Any = case.cls(
         [{"params": [p], "lr": 0.1 * 0.75**i} for i, p in enumerate(params)], max_grad_norm=1.0 if clip else None
     )

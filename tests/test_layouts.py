@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tests.cases import Case, assert_same, loop, train, twins
-from tests.engine import each_case, each_case_natively, usual
+from tests.engine import each_case_natively, usual
 
 
 def strided(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("of_param", LAYOUTS)
-@each_case
+@each_case_natively
 def test_layouts(case: Case, of_param: str, device: torch.device) -> None:
     """Parameters of one layout, one for each layout of gradients."""
     generator = torch.Generator().manual_seed(0)
