@@ -18,6 +18,7 @@ from ._layout import memory_order, same_layout
 from ._loop import each_parameter
 from ._rule import UpdateRule
 from ._step import MultiTensorStep
+from ._transformers_checkpoint import RELATIVE_LR, from_transformers, is_of_transformers
 
 if TYPE_CHECKING:
     from ._factored_triton import FactoredTritonBucket
@@ -33,8 +34,6 @@ EXTRAS: dict[str, Any] = {
     "warmup_init": False,
     "state_dtype": None,
 }
-#: Where a relative step size begins, in transformers a constant.
-RELATIVE_LR = 1e-2
 
 
 class AdafactorRule(UpdateRule):
@@ -340,7 +339,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         Raises:
             ValueError: The checkpoint is of transformers' Adafactor, and ``variant`` is "torch".
         """
-        if any("decay_rate" in group for group in state_dict["param_groups"]):
+        if is_of_transformers(state_dict):
             if self.defaults.get("variant") != "hf":
                 raise ValueError("variant should be 'hf' to load transformers' checkpoints but is: 'torch'")
             state_dict = from_transformers(state_dict, self.defaults)
@@ -375,27 +374,3 @@ def _one_name(alias: str, given: float | None, name: str, value: float, default:
     if value not in (default, given):
         raise ValueError(f"{alias} should be {name} ({value}), its other name, but is: {given}")
     return given
-
-
-def from_transformers(state_dict: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A state dict of transformers' Adafactor in our terms."""
-    states = {}
-    for index, saved in state_dict["state"].items():
-        state = {"step": torch.tensor(float(saved["step"]), dtype=_compat.count_dtype(False), device="cpu")}
-        if "exp_avg_sq_row" in saved:
-            state["row_var"] = saved["exp_avg_sq_row"].unsqueeze(-1)
-            state["col_var"] = saved["exp_avg_sq_col"].unsqueeze(-2)
-        else:
-            state["variance"] = saved["exp_avg_sq"]
-        if "exp_avg" in saved:
-            state["exp_avg"] = saved["exp_avg"]
-        states[index] = state
-    groups = []
-    for saved in state_dict["param_groups"]:
-        group = {**defaults, **saved, "d": saved["clip_threshold"], "beta2_decay": saved["decay_rate"], "variant": "hf"}
-        # schedules that report step sizes leave them there, where nobody reads them
-        if saved["relative_step"]:
-            group["lr"] = RELATIVE_LR
-        del group["clip_threshold"], group["decay_rate"]
-        groups.append(group)
-    return {**state_dict, "state": states, "param_groups": groups}

@@ -167,7 +167,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     section = config.schedule
     if section is not None and section != ScheduleConfig(steps_per_epoch=section.steps_per_epoch):
         with problems.collected():
-            schedule = plan_schedule(section, rehearse)
+            schedule = plan_schedule(section, rehearse, [problem.path for problem in problems])
     problems.raise_if_any()
     assert optimizer is not None
     assert groups is not None

@@ -35,10 +35,16 @@ if INTERPRETED:
     interpreter._convert_float = _convert_bf16
     _call = interpreter.InterpretedFunction.__call__
 
+    _patched: set[str] = set()
+
     def _call_helper(self, *args, **kwargs):
-        """Launching has patched triton.language for our helpers already; once more a call takes half of the time."""
-        ours = self.fn.__module__.startswith("optimx.")
-        return self.rewrite()(*args, **kwargs) if ours else _call(self, *args, **kwargs)
+        """Launching has patched triton.language for our helpers already, and the first call of one of its own has for
+        the others; once more a call takes half of the time."""
+        module = self.fn.__module__
+        if module.startswith("optimx.") or module in _patched:
+            return self.rewrite()(*args, **kwargs)
+        _patched.add(module)
+        return _call(self, *args, **kwargs)
 
     interpreter.InterpretedFunction.__call__ = _call_helper
 

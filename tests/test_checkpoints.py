@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -16,7 +16,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tests.cases import CASES, CLOSE, Case, assert_same, make_params, set_grads, train, twins
-from tests.test_contract import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
+from tests.engine import (
+    DIFFERENT,
+    KERNELS,
+    VARIANTS,
+    builders,
+    each_case_natively,
+    interpreted,
+    params_of,
+    usual,
+)
 
 SHAPES = [(5,), (3, 4), ()]
 
@@ -61,15 +70,15 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def variants(interpreted_too: Sequence[str]) -> list:
+def variants(interpreted_too: Collection[str]) -> list:
     return [
-        pytest.param(case, kwargs, id=f"{case.name}-{name}", marks=[interpreted] * (case.name in interpreted_too))
-        for case in CASES
-        for name, kwargs in case.variants.items()
-        if not name.startswith("tensor_")
+        pytest.param(case, kwargs, id=name, marks=[interpreted] * (name in KERNELS and case.name in interpreted_too))
+        for case, kwargs, name in VARIANTS
+        if "-tensor_" not in name
     ]
 
 
+#: The kernels' arithmetic has no part in checkpoints, which states they have does.
 each_variant = pytest.mark.parametrize(("case", "kwargs"), variants(DIFFERENT))
 
 
@@ -283,7 +292,7 @@ def test_copies_train_on_their_own(case: Case, copied: str, device: torch.device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@each_case
+@each_case_natively
 def test_checkpoint_continues_bitwise(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """In 16 bits too, where torch rounds NAdam's mu_product and ASGD's eta and mu to the parameter's dtype."""
     ours = case.cls(two_groups(make_params(SHAPES, device, dtype)), **usual(case))
@@ -438,7 +447,7 @@ def test_old_checkpoints_count_with_numbers(case: Case, kind: type, device: torc
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_natively
 def test_state_dtypes_follow_the_parameters(case: Case, device: torch.device) -> None:
     """As in stock, floating-point state is cast to the parameter's dtype when it is loaded; counts are not."""
     make_ours, make_stock = builders(case)

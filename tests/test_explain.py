@@ -13,8 +13,8 @@ from torch.nn import Parameter
 import optimx
 from tests.cases import CASES, Case, make_leftovers, make_params, set_grads, train
 from tests.conftest import INTERPRETED
-from tests.test_contract import each_case_natively as each_case
-from tests.test_contract import interpreted, usual
+from tests.engine import each_case_natively as each_case
+from tests.engine import interpreted, usual
 
 
 def fast(device: torch.device) -> str:

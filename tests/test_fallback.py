@@ -18,7 +18,7 @@ import optimx
 from optimx import _backend, _compat, _step
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
-from tests.test_contract import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
+from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 import optimx
 from tests.cases import CASES, CLOSE, HALF, Case, assert_same, loop, make_params, set_grads, twins
-from tests.test_contract import params_of, usual
+from tests.engine import params_of, usual
 
 pytestmark = pytest.mark.gpu
 

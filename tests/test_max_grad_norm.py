@@ -29,7 +29,7 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.test_contract import DIFFERENT, interpreted, params_of, usual
+from tests.engine import DIFFERENT, KERNELS, VARIANTS, interpreted, params_of, usual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -119,9 +119,8 @@ def three_groups(params: list[Tensor]) -> list[dict]:
 @pytest.mark.parametrize(
     ("case", "kwargs"),
     [
-        pytest.param(case, kwargs, id=f"{case.name}-{name}", marks=[interpreted] if case.name in DIFFERENT else [])
-        for case in CASES
-        for name, kwargs in case.variants.items()
+        pytest.param(case, kwargs, id=name, marks=[interpreted] * (name in KERNELS and case.name in DIFFERENT))
+        for case, kwargs, name in VARIANTS
     ],
 )
 def test_equals_clipping_before_the_step(case: Case, kwargs: dict, device: torch.device) -> None:

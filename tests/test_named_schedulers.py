@@ -192,8 +192,10 @@ def scaled_steps(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]
     scaler = optimx.GradScaler("cpu", init_scale=4.0)
     applied = []
     with warnings.catch_warnings():
-        # torch's own schedulers warn of the skipped step
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        warnings.simplefilter("error")
+        if getattr(scheduler, "after", None) is not None:
+            # torch's own schedulers warn of the skipped step
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         for step in range(steps):
             for group in optimizer.param_groups:
                 for p in group["params"]:
@@ -210,7 +212,10 @@ def scaled_steps(optimizer: Any, scheduler: Any, steps: int) -> list[list[float]
     return applied
 
 
-@pytest.mark.parametrize("loop", [train, scaled_steps, micro_steps], ids=["plain", "scaler", "accumulation"])
+each_loop = pytest.mark.parametrize("loop", [train, scaled_steps, micro_steps], ids=["plain", "scaler", "accumulation"])
+
+
+@each_loop
 @each_named
 def test_numbers_in_training_and_two_groups_keep_their_ratio(make: Make, expected: list[float], loop: Any) -> None:
     optimizer = make_optimizer(cls=optimx.AdamW)
@@ -428,6 +433,80 @@ def test_plateau_resumes(during: bool, order: Any) -> None:
         fed(scheduler, metrics[:done])
         _, resumed = order(make, save(scheduler.optimizer, scheduler))
         assert fed(resumed, metrics[done:]) == approx(whole[done:])
+
+
+class Following:
+    """A scheduler that a loop steps as one without a metric."""
+
+    def __init__(self, scheduler: Any, metrics: list[float]) -> None:
+        self.scheduler, self.metrics = scheduler, iter(metrics)
+
+    def step(self) -> None:
+        self.scheduler.step(next(self.metrics))
+
+
+def greedy(optimizer: Any, **options: Any) -> GreedyLR:
+    low, high = ([bound * group["lr"] for group in optimizer.param_groups] for bound in (0.2, 2.0))
+    return GreedyLR(optimizer, factor=0.5, patience=1, min_lr=low, max_lr=high, **options)
+
+
+#: What follows a metric, the metrics, and the factors that steps are taken with.
+FOLLOWERS: dict[str, tuple[Callable[..., Any], list[float], list[float]]] = {
+    "plateau": (plateau, [1] * 6 + [0.5, 0.4], [1 / 3, 2 / 3, 1, 1, 1, 0.5, 0.25, 0.25]),
+    "plateau-inside": (
+        lambda o: plateau(o, during_warmup=True),
+        [1] * 6 + [0.5, 0.4],
+        [1 / 3, 2 / 3, 0.5, 0.25, 0.125, 1 / 16, 1 / 32, 1 / 32],
+    ),
+    "greedy": (greedy, [4, 3, 2, 2, 2, 2, 2, 2], [1, 1, 2, 2, 2, 1, 1, 0.5]),
+    # means of two: inf, inf, 3.5, 2.5, 2, 2, ...
+    "greedy-smooth": (
+        lambda o: greedy(o, smooth=True, window_size=2),
+        [math.inf, 4, 3, 2, 2, 2, 2, 2],
+        [1, 1, 0.5, 0.5, 1, 1, 1, 0.5],
+    ),
+}
+
+
+@each_loop
+@pytest.mark.parametrize(("make", "metrics", "expected"), FOLLOWERS.values(), ids=FOLLOWERS)
+def test_metrics_in_training(make: Any, metrics: list[float], expected: list[float], loop: Any) -> None:
+    """One metric a step of the optimizer, skipped or not, and no warning of skipped ones."""
+    optimizer = make_optimizer(cls=optimx.AdamW)
+    rows = loop(optimizer, Following(make(optimizer), metrics), len(expected))
+    assert [high for _, high in rows] == approx(expected)
+    assert [low for low, _ in rows] == approx([0.1 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("make", [plateau, greedy])
+def test_resume_between_skipped_steps_and_metrics(make: Any) -> None:
+    """Optimizer, scaler and scheduler go on from a checkpoint as they would have without."""
+    metrics = [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]
+
+    def run(steps: range, state: dict[str, Any] | None) -> tuple[dict[str, Any], list[Any]]:
+        optimizer = make_optimizer(cls=optimx.AdamW)
+        scheduler, scaler = make(optimizer), optimx.GradScaler("cpu", init_scale=4.0)
+        parts = {"optimizer": optimizer, "scheduler": scheduler, "scaler": scaler}
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        if state is not None:
+            for p, saved in zip(params, state["params"], strict=True):
+                p.data.copy_(saved)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        for step in steps:
+            for p in params:
+                p.grad = torch.full_like(p, float("inf") if step in (0, 3, 4) else 1.0 + step)
+            scaler.scale(torch.zeros(()))
+            scaler.step(optimizer)
+            scaler.update()
+            scheduler.step(metrics[step])
+        numbers = [scheduler.get_last_lr(), scaler.get_scale(), [p.tolist() for p in params]]
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        return pickle.loads(pickle.dumps({**saved, "params": [p.detach() for p in params]})), numbers
+
+    _, whole = run(range(8), None)
+    for done in range(1, 8):
+        assert run(range(done, 8), run(range(done), None)[0])[1] == whole
 
 
 def test_torchs_schedulers_go_forwards_only() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests import cases
 from tests.cases import CASES, Case, assert_same, loop, make_params, set_grads, train, train_rounded, twins
-from tests.test_contract import params_of, usual
+from tests.engine import params_of, usual
 
 pytestmark = pytest.mark.interpreted
 

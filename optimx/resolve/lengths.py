@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..config.errors import Problems, join
@@ -21,21 +21,26 @@ class Clock:
     total: int | None = None
     #: whether a fraction has been taken of it
     used: bool = False
+    #: paths of those that the config has, but wrong: a problem of their own, which is told already
+    bad: set[str] = field(default_factory=set)
 
     def steps(self, value: Any, path: str, problems: Problems) -> int | None:
-        """50, 0.05 (of the total) or "2ep" as steps; None with a problem."""
+        """50, 0.05 (of the total) or "2ep" as steps; None with a problem, or with one that is told."""
         if isinstance(value, str):
-            if self.steps_per_epoch is None:
-                problems.add(path, "should be steps, as there is no schedule.steps_per_epoch,", value)
-                return None
-            return round(float(EPOCHS.fullmatch(value)[1]) * self.steps_per_epoch)  # type: ignore[index]
-        if value == 0 or value >= 1:
+            if self.steps_per_epoch is not None:
+                return round(float(EPOCHS.fullmatch(value)[1]) * self.steps_per_epoch)  # type: ignore[index]
+            unit, rule = "schedule.steps_per_epoch", "should be steps, as there is no schedule.steps_per_epoch,"
+        elif value == 0 or value >= 1:
             return int(value)
-        if self.total is None:
-            problems.add(path, "should be steps or epochs, as there is no schedule.total to take a fraction of,", value)
-            return None
-        self.used = True
-        return round(value * self.total)
+        elif self.total is not None:
+            self.used = True
+            return round(value * self.total)
+        else:
+            unit = "schedule.total"
+            rule = "should be steps or epochs, as there is no schedule.total to take a fraction of,"
+        if unit not in self.bad:
+            problems.add(path, rule, value)
+        return None
 
     def length(self, value: Any, path: str, problems: Problems) -> int | None:
         """The same of a value that nobody has checked."""

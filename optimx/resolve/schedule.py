@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -38,20 +38,28 @@ class SchedulePlan:
     config: ScheduleConfig
 
 
-def plan_schedule(section: ScheduleConfig, rehearse: Callable[[], Optimizer] | None) -> SchedulePlan:
+def plan_schedule(
+    section: ScheduleConfig, rehearse: Callable[[], Optimizer] | None, bad: Collection[str] = ()
+) -> SchedulePlan | None:
     """What makes the scheduler, and the section in whole steps.
 
     Args:
         section: Of the config.
         rehearse: Makes an optimizer to try schedulers on, if there is one.
+        bad: Paths that the config has, but with values that could not be read.
+
+    Returns:
+        None if what lengths are measured by is bad, and nothing else is to be told.
 
     Raises:
         ConfigError: Everything that is wrong with it.
     """
     problems = Problems()
-    clock = Clock(section.steps_per_epoch)
+    clock = Clock(section.steps_per_epoch, bad={"schedule.total", "schedule.steps_per_epoch"} & {*bad})
     if section.total is not None:
         clock.total = clock.steps(section.total, "schedule.total", problems)
+        if clock.total is None:
+            clock.bad.add("schedule.total")
         if clock.total is not None and clock.total < 1:
             problems.add("schedule.total", "should be >= 1 step", section.total)
     resolved = replace(
@@ -67,9 +75,11 @@ def plan_schedule(section: ScheduleConfig, rehearse: Callable[[], Optimizer] | N
     if section.name is not None:
         with problems.collected():
             thing = _named(section.name, "schedule.name")
-    if problems and thing is not None:
+    if (problems or clock.bad) and thing is not None:
         _check_keys(thing, resolved.args, problems)
     problems.raise_if_any()
+    if clock.bad:
+        return None
     if thing is None or _gives_schedule(thing):
         return _schedule(resolved, thing, clock, rehearse)
     return _scheduler(resolved, thing, clock, rehearse)
