@@ -20,6 +20,11 @@ TRITON_DTYPE = {
 }
 
 
+#: Options every kernel is compiled with. Triton up to 3.9 fuses products and sums by default, 3.10 will not: the
+#: numbers must not depend on that, nor on TRITON_DEFAULT_FP_FUSION.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     """Kernels compute in float32; in float64 where the parameter is."""
     return tl.float64 if dtype is torch.float64 else tl.float32
@@ -34,7 +39,7 @@ def launch(kernel: Any, n_programs: int, warmup: bool) -> Callable[..., Any]:
         # triton launches on the current device, wherever the tensors are
         device = args[0].device
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return start(*args, **kwargs)
+            return start(*args, **OPTIONS, **kwargs)
 
     return on_its_device
 
