@@ -124,6 +124,23 @@ def divide(x, y):
 
 
 @triton.jit
+def divide_by(x, y):
+    """:func:`divide` by the same ``y`` for all elements, to the same bits in half of the instructions.
+
+    The compiler takes ``1 / y`` out of the walk through a chunk. One correction by the remainder, which is exact, then
+    rounds correctly (Markstein, 1990), as long as the remainder does not underflow: for roots of float32 it does not.
+    """
+    if x.dtype == tl.float64:
+        return x / y
+    else:
+        inverse = tl.div_rn(1.0, y)
+        quotient = x * inverse
+        corrected = tl.fma(tl.fma(-quotient, y, x), inverse, quotient)
+        # an infinite one leaves no remainder
+        return tl.where(quotient == float("inf"), quotient, corrected)
+
+
+@triton.jit
 def load(pointers, mask, COMPUTE: tl.constexpr):
     """Values in the dtype kernels compute in; 0 where ``mask`` is off. ``mask=None`` is the full-chunk path."""
     if mask is None:
