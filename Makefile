@@ -10,7 +10,7 @@ test demo: export OMP_WAIT_POLICY = PASSIVE
 
 help:
 	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
-	@echo "make audit   compile every kernel for sm_80, sm_90, sm_100 and gfx942 and check the assembly (no GPU needed)"
+	@echo "make audit   compile every kernel for sm_80, sm_90, sm_100, gfx942 and gfx950 and check the assembly (no GPU needed)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks against torch.optim and other packages on this machine, and the convergence check"
 	@echo "make report  a page and charts of every machine's results, and the README's tables"

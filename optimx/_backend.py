@@ -68,6 +68,7 @@ def triton_problem() -> str | None:
         from triton.compiler import ASTSource
         from triton.runtime import driver
 
+        from .triton_kernels.device import OPTIONS
         from .triton_kernels.grad_norm import _finish_kernel
 
         pointers = {"partials_ptr": "*fp64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "norm_ptr": "*fp32",
@@ -77,7 +78,7 @@ def triton_problem() -> str | None:
         signature = {**pointers, "n_partials": "i32", "max_norm": "fp32", **dict.fromkeys(constants, "constexpr")}
         signature = {p.name: signature[p.name] for p in _finish_kernel.params}
         target = driver.active.get_current_target() if torch.cuda.is_available() else GPUTarget("cuda", 90, 32)
-        triton.compile(ASTSource(_finish_kernel, signature, constants), target=target)
+        triton.compile(ASTSource(_finish_kernel, signature, constants), target=target, options=OPTIONS)
     # whatever goes wrong in a compiler is the answer
     except Exception as error:
         return f"{type(error).__name__}: {error}"

@@ -102,6 +102,14 @@ def test_doctor_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli._backend.triton_problem() == "RuntimeError: no assembler"
 
 
+def test_doctor_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, because triton warns once: of an option whose default is about to change, say."""
+    monkeypatch.delenv("TRITON_DEFAULT_FP_FUSION", raising=False)
+    found = subprocess.run([sys.executable, "-m", "optimx", "doctor"], capture_output=True, text=True, check=True)
+    assert "triton compiles" in found.stdout
+    assert found.stderr == ""
+
+
 @pytest.mark.parametrize("model", ["models_here:make", "models_here:instance"])
 def test_explain(capsys: pytest.CaptureFixture[str], model: str) -> None:
     text = run(capsys, "explain", "train.toml", "--model", model, "--set", "schedule.floor=0.1", "optimizer.name=lion")

@@ -17,7 +17,10 @@ from tests.engine import KERNELS, VARIANTS
 pytestmark = pytest.mark.interpreted
 pytest.importorskip("triton")
 
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 from optimx.triton_kernels import adafactor, grad_norm, lamb, update  # noqa: E402
+from optimx.triton_kernels.device import divide, divide_by, launch  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
     LaunchSize,
     TensorTable,
@@ -25,6 +28,7 @@ from optimx.triton_kernels.tensor_table import (  # noqa: E402
     is_aligned,
     upload,
 )
+from triton.runtime import interpreter  # noqa: E402
 
 SIZE = LaunchSize(chunk_size=128, block_size=64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -490,3 +494,28 @@ def test_normalizing_also_lengthens(triton_backend: torch.device) -> None:
     for clamp, expected in ((True, 1.0), (False, 1 / (0.04 + 1e-6))):
         grad_norm.finish_(partials, norm, control, norm_type=2.0, max_norm=1.0, clamp=clamp)
         torch.testing.assert_close(control[1].item(), expected, rtol=1e-6, atol=0)
+
+
+@triton.jit
+def _quotients_kernel(x_ptr, y_ptr, out_ptr, BLOCK_SIZE: tl.constexpr):
+    offsets = tl.arange(0, BLOCK_SIZE)
+    x = tl.load(x_ptr + offsets)
+    y = tl.load(y_ptr)
+    tl.store(out_ptr + offsets, divide_by(x, y))
+    tl.store(out_ptr + BLOCK_SIZE + offsets, divide(x, y))
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.95, 0.999, 1.0 - 1e-15])
+@pytest.mark.parametrize("step", [1, 2, 1000])
+def test_divide_by_has_the_bits_of_divide(triton_backend: torch.device, beta2: float, step: int) -> None:
+    if INTERPRETED and not hasattr(interpreter._interpreter, "fma_fp64"):
+        pytest.skip("this interpreter rounds a fused product, too")
+    n = 4096
+    x = torch.randint(0x7F800000, (n,), generator=torch.Generator().manual_seed(step), dtype=torch.int32)
+    x = x.view(torch.float32).sqrt()
+    x[:4] = torch.tensor([0.0, float("inf"), float("nan"), torch.finfo(torch.float32).smallest_normal * 2**-23]).sqrt()
+    y = torch.tensor([(1.0 - beta2**step) ** 0.5])
+    out = torch.empty(2, n, device=triton_backend)
+    launch(_quotients_kernel, 1, warmup=False)(x.to(triton_backend), y.to(triton_backend), out, BLOCK_SIZE=n)
+    torch.testing.assert_close(out[0], out[1], rtol=0.0, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(out[1].cpu(), x / y, rtol=0.0, atol=0.0, equal_nan=True)

@@ -137,9 +137,10 @@ def _adafactor_sums_kernel(
         scale = 1.0 / tl.load(grad_scale_ptr).to(COMPUTE)
     if HAS_CONTROL:
         scale = tl.load(control_ptr + 1).to(COMPUTE)
-    of_columns = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
-    of_params = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
-    bad = tl.zeros((TILE[0], TILE[1], TILE[2]), tl.int32)
+    # not tl.zeros: Triton 3.6 takes no plain numbers, which items of a constexpr are, as a function's arguments
+    of_columns = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
+    of_params = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
+    bad = tl.full((TILE[0], TILE[1], TILE[2]), 0, tl.int32)
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)
@@ -320,7 +321,7 @@ def _adafactor_update_kernel(
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
         moment_ptr = _pointer(fixed_ptr, tensor * N_ROLES + N_ROLES - 1, DTYPES[len(DTYPES) - 1], ALIGNMENT)
-    squares = tl.zeros((TILE[0], TILE[1], TILE[2]), COMPUTE)
+    squares = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)

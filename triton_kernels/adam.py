@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import bias_correction, divide, gradient_factor, lerp, maximum, save, sqrt, with_l2
+from .device import bias_correction, divide, divide_by, gradient_factor, lerp, maximum, save, sqrt, with_l2
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled")
 #: 1 - beta has a column of its own: 1 - float32(0.999) is wrong by 1e-5.
@@ -46,4 +46,4 @@ def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
     if AMSGRAD:
         v = maximum(states[2], v)
         save(out, 2, v)
-    return p * decay - divide(step_size * m, divide(sqrt(v), bias2_sqrt) + eps)
+    return p * decay - divide(step_size * m, divide_by(sqrt(v), bias2_sqrt) + eps)

@@ -25,6 +25,7 @@ from .device import (
     chunk_pointer,
     compute_dtype,
     divide,
+    divide_by,
     for_each_block,
     gradient_factor,
     launch,
@@ -81,7 +82,7 @@ def _averages(g, states, hyper):
 def _adam_step(p, m, v, hyper):
     """A step before it gets its length."""
     bias1, bias2_sqrt, eps, weight_decay = hyper[3:7]
-    step = divide(m, bias1 * (divide(sqrt(v), bias2_sqrt) + eps))
+    step = divide(m, bias1 * (divide_by(sqrt(v), bias2_sqrt) + eps))
     return tl.where(weight_decay != 0, step + weight_decay * p, step)
 
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import triton
 
-#: Bits of the widest access that every architecture here has.
-WIDE = 128
+from .walk import AMDGCN, SASS, WIDE, Walk, instructions_per_element
 
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:[\w:]+\.)*?global\.(?:[\w:]+\.)*?v(\d)\.[bfus](\d+)\b")
 _PTX_ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
@@ -33,6 +32,7 @@ class Assembly:
         spills: Bytes of stack (AMD: and the number of spilled registers).
         shared: Bytes of shared memory.
         atomics: Atomic instructions.
+        instructions: For an element of a full chunk; None where nobody asked, or no walk through one was found.
     """
 
     loads: Counter[int]
@@ -41,6 +41,7 @@ class Assembly:
     spills: int
     shared: int
     atomics: tuple[str, ...]
+    instructions: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,20 +52,28 @@ class Limits:
         reads, writes: Bytes a thread moves in one block, an entry a tensor role. 128-bit accesses must move them, or
             one narrower access where there are fewer than 16. Empty: any access will do.
         registers, shared: As in :class:`Assembly`, at most.
+        instructions: As in :class:`Assembly`, at most; None: any number will do.
+        walk: Where instructions are limited, how a full chunk is walked through.
     """
 
     reads: Sequence[int] = ()
     writes: Sequence[int] = ()
     registers: int = 64
     shared: int = 0
+    instructions: float | None = None
+    walk: Walk | None = None
 
 
-def examine(kernel: Any) -> Assembly:
-    """Read the assembly of a compiled kernel."""
-    return _examine_cuda(kernel) if "ptx" in kernel.asm else _examine_hip(kernel)
+def examine(kernel: Any, walk: Walk | None = None) -> Assembly:
+    """Read the assembly of a compiled kernel; count instructions, if told how it walks."""
+    return _examine_cuda(kernel, walk) if "ptx" in kernel.asm else _examine_hip(kernel, walk)
 
 
-def _examine_cuda(kernel: Any) -> Assembly:
+def _run(knob: Any, *arguments: str) -> str:
+    return subprocess.run([knob.path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _examine_cuda(kernel: Any, walk: Walk | None) -> Assembly:
     ptx = kernel.asm["ptx"]
     accesses = {"ld": Counter(), "st": Counter()}
     for direction, lanes, bits in _PTX_ACCESS.findall(ptx):
@@ -72,8 +81,9 @@ def _examine_cuda(kernel: Any) -> Assembly:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", cubin.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        usage = _run(triton.knobs.nvidia.cuobjdump, "--dump-resource-usage", cubin.name)
+        # half of its time is an analysis of data flow that nothing here asks for
+        sass = walk and _run(triton.knobs.nvidia.nvdisasm, "--print-code", "--no-dataflow", cubin.name)
     resources = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return Assembly(
         loads=accesses["ld"],
@@ -82,10 +92,11 @@ def _examine_cuda(kernel: Any) -> Assembly:
         spills=resources["STACK"] + resources["LOCAL"],
         shared=kernel.metadata.shared,
         atomics=tuple(_PTX_ATOMIC.findall(ptx)),
+        instructions=instructions_per_element(sass, SASS, walk) if walk else None,
     )
 
 
-def _examine_hip(kernel: Any) -> Assembly:
+def _examine_hip(kernel: Any, walk: Walk | None) -> Assembly:
     text = kernel.asm["amdgcn"]
     accesses = {"load": Counter(), "store": Counter()}
     for direction, words in _AMD_ACCESS.findall(text):
@@ -98,6 +109,7 @@ def _examine_hip(kernel: Any) -> Assembly:
         spills=facts["private_segment_fixed_size"] + facts["vgpr_spill_count"] + facts["sgpr_spill_count"],
         shared=kernel.metadata.shared,
         atomics=tuple(_AMD_ATOMIC.findall(text)),
+        instructions=instructions_per_element(text, AMDGCN, walk) if walk else None,
     )
 
 
@@ -112,6 +124,13 @@ def problems(assembly: Assembly, limits: Limits) -> list[str]:
         found.append(f"shared memory should be <= {limits.shared} bytes but is: {assembly.shared}")
     if assembly.atomics:
         found.append(f"atomics make results depend on timing, but there are: {', '.join(assembly.atomics)}")
+    if limits.instructions is not None:
+        if assembly.instructions is None:
+            found.append("no walk through a full chunk was found")
+        elif assembly.instructions > limits.instructions:
+            found.append(
+                f"instructions an element should be <= {limits.instructions:g} but are: {assembly.instructions:.1f}"
+            )
     return found
 
 

@@ -16,16 +16,22 @@ from typing import Any
 from unittest.mock import patch
 
 import optimx.triton_kernels as package
+import torch
+import triton
+import triton.language as tl
+from optimx.triton_kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-TARGETS = {
+REQUIRED = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+#: Those that not every version of Triton compiles for.
+OPTIONAL = {"gfx950": GPUTarget("hip", "gfx950", 64)}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,22 @@ def record(launcher: Callable[[], None]) -> list[Launch]:
 def compile_for(target: GPUTarget, launch: Launch) -> Any:
     """The compiled kernel: ``asm`` holds its assembly, ``metadata`` its shared memory."""
     with _active(_AbsentGPU(target)):
-        return launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
+        return device.launch(launch.kernel, 1, warmup=True)(*launch.args, **launch.options)
+
+
+@triton.jit
+def _nothing_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
+def why_not(target: GPUTarget) -> str | None:
+    """Why the compiler compiles nothing for ``target``; None if it does."""
+    try:
+        compile_for(target, Launch(_nothing_kernel, (torch.empty(1),), {}))
+    # each backend and version has an error of its own for what it does not know
+    except Exception as error:
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return None
 
 
 @contextmanager
@@ -88,3 +109,8 @@ def _active(gpu: _AbsentGPU) -> Iterator[None]:
     finally:
         # None: whoever comes next gets the machine's own driver
         driver.set_active(None)
+
+
+#: Why each of :data:`OPTIONAL` is left out.
+LEFT_OUT = {name: reason for name, target in OPTIONAL.items() if (reason := why_not(target)) is not None}
+TARGETS = REQUIRED | {name: target for name, target in OPTIONAL.items() if name not in LEFT_OUT}

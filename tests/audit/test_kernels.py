@@ -19,7 +19,7 @@ def test_assembly(variant: Variant, architecture: str) -> None:
     target = TARGETS[architecture]
     launch, limits = variant.on(target)
     kernel = compile_for(target, launch)
-    found = problems(examine(kernel), limits)
+    found = problems(examine(kernel, limits.walk), limits)
     assert not found, "; ".join(found)
     assert kernel.metadata.name == f"_{variant.kernel}_kernel"
 

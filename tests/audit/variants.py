@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from types import ModuleType
@@ -33,7 +33,9 @@ from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize, TensorTa
 from triton.backends.compiler import GPUTarget
 
 from .assembly import Limits
+from .budgets import instructions
 from .compiler import TARGETS, Launch, record
+from .walk import Walk
 
 Dtypes = Sequence[torch.dtype]
 
@@ -127,8 +129,10 @@ EVERYTHING = [*product(DTYPES, (False, True), (True, False))]
 #: spills, mostly in 16 bits, where a thread has eight elements of each role. The walk, its accesses, and what control
 #: and alignment do to them are the same code for all, so one variant of each is enough.
 REDUCED = [
-    *product((str(dtype)[6:] for dtype in TRITON_DTYPE), (False, True), (True,)),
-    ("float32-bfloat16_grads", True, True),
+    *product(("float32", "bfloat16"), (False, True), (True,)),
+    ("float16", False, True),
+    ("float64", False, True),
+    ("float32-bfloat16_grads", False, True),
     ("bfloat16-float32_states", True, True),
     ("float32", True, False),
 ]
@@ -144,6 +148,7 @@ class Variant:
         reads, writes: Dtypes of the tensors a full chunk reads and writes; empty where nothing is said about widths.
         threads: How many an SM or CU must have registers for.
         shared: See :class:`.assembly.Limits`.
+        counted: Whether to count instructions.
         position: Which of the launches it is, where the launcher makes several.
     """
 
@@ -154,16 +159,23 @@ class Variant:
     writes: Dtypes = ()
     threads: int = THREADS
     shared: int = 0
+    counted: bool = False
     position: int = 0
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
         """What is launched on ``target``, and what its assembly must keep to."""
         launch = record(lambda: self.call(LaunchSize(num_warps=NUM_THREADS // target.warp_size)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
-        block = launch.options.get("BLOCK_SIZE") or math.prod(launch.options["TILE"][:3])
+        tile = launch.options.get("TILE")
+        block = launch.options["BLOCK_SIZE"] if tile is None else math.prod(tile[:3])
         n_elements = block // n_threads
         reads, writes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
-        return launch, Limits(reads, writes, REGISTER_FILE[target.backend] // self.threads, self.shared)
+        limits = Limits(reads, writes, REGISTER_FILE[target.backend] // self.threads, self.shared)
+        if self.counted:
+            n_blocks = launch.options["CHUNK_SIZE"] // block if tile is None else tile[3] // tile[1]
+            budget = instructions(self.kernel, target, self.reads)
+            limits = replace(limits, instructions=budget, walk=Walk(reads, n_elements, n_blocks))
+        return launch, limits
 
 
 def _name(*parts: str | bool, **flags: bool) -> str:
@@ -218,6 +230,8 @@ def _update_variants() -> Iterator[Variant]:
                 reads=[p, g, *states] if aligned else [],
                 writes=[p, *states] if aligned else [],
                 threads=_threads([p, g, *states], aligned, algorithm.threads),
+                # control is read before the walk
+                counted=aligned and not control,
             )
 
 
@@ -253,6 +267,7 @@ def _lamb_variants() -> Iterator[Variant]:
             reads=dtypes if aligned else [],
             threads=_threads(dtypes, aligned),
             shared=SHARED_REDUCTION,
+            counted=aligned and not control,
         )
         if name == "float32" and aligned:
             yield Variant(
@@ -287,7 +302,7 @@ def _adafactor_variants() -> Iterator[Variant]:
                 sums = adafactor.Sums.of(matrices, torch.float32, structure[0])
                 partials = _numbers(2, matrices.n_programs)
                 grad_scale, controls = (torch.empty(()), _numbers(3)) if control else (None, None)
-                common = {"dtypes": dtypes, "aligned": aligned}
+                roles = {"dtypes": dtypes, "aligned": aligned}
                 adafactor.sums_(
                     table,
                     matrices,
@@ -297,11 +312,11 @@ def _adafactor_variants() -> Iterator[Variant]:
                     sums,
                     *partials,
                     factored=structure[0],
-                    **common,
+                    **roles,
                 )
                 adafactor.adafactor_(
                     table, matrices, _addresses(), _numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
-                    measured=control, structure=structure, **common,
+                    measured=control, structure=structure, **roles,
                 )  # fmt: skip
 
             options = _name(name, flags if kind != "convolutions" else "", kind if factored else "", control=control)
@@ -313,27 +328,32 @@ def _adafactor_variants() -> Iterator[Variant]:
                 reads = lengths = updates = writes = []
             # rows that begin anywhere are the exception, and take an address an element
             threads = _threads(dtypes, wide) if wide else THREADS_FLOAT64
-            shared = {"threads": threads, "shared": SHARED_COLUMNS}
+            # a vector is no walk: one block a program
+            common = {"threads": threads, "shared": SHARED_COLUMNS, "counted": wide and factored and not control}
             last = 6 if factored else 4
             if not (transposed or moment):
-                yield Variant("adafactor_sums", options, call, reads, **shared)
-            if name in TRITON_NAMES and not (transposed or moment) and aligned:
+                yield Variant("adafactor_sums", options, call, reads, **common)
+            # shapes of matrices are nothing to it
+            if name in TRITON_NAMES and not (transposed or moment) and aligned and kind != "convolutions":
                 for role in (1, 2) if factored else (1,):
                     which = ("rows", "columns")[role - 1]
                     yield Variant("adafactor_average", f"{options}-{which}", call, threads=THREADS, position=role)
             if factored and not moment and aligned:
                 yield Variant("adafactor_mean", options, call, threads=THREADS_FLOAT64, shared=2048, position=3)
             if not (transposed or moment):
-                yield Variant("adafactor_update", f"{options}-measure", call, lengths, position=last - 2, **shared)
+                yield Variant("adafactor_update", f"{options}-measure", call, lengths, position=last - 2, **common)
             if name == "float32" and aligned and not (transposed or moment) and kind != "convolutions":
                 yield Variant("adafactor_size", options, call, threads=THREADS_FLOAT64, shared=512, position=last - 1)
             if not transposed:
-                yield Variant("adafactor_update", options, call, updates, writes, position=last, **shared)
+                yield Variant("adafactor_update", options, call, updates, writes, position=last, **common)
 
 
 def _norm_variants() -> Iterator[Variant]:
     flags = product(TRITON_DTYPE, grad_norm.NORM_TYPES, (False, True), (True, False))
     for dtype, norm_type, scaled, aligned in flags:
+        # what is an algorithm's own is the arithmetic
+        if norm_type != 2 and not (scaled and aligned):
+            continue
 
         def call(size: LaunchSize, dtype=dtype, norm_type=norm_type, scaled=scaled, aligned=aligned) -> None:
             grad_norm.norm_(
@@ -348,6 +368,7 @@ def _norm_variants() -> Iterator[Variant]:
             reads=[dtype] if aligned else [],
             threads=_threads([dtype], aligned),
             shared=SHARED_REDUCTION,
+            counted=aligned,
         )
 
 
@@ -355,8 +376,8 @@ def _finish_variants() -> Iterator[Variant]:
     clips = {"": (None, True), "clip": (1.0, True), "normalize": (1.0, False)}
     flags = product(grad_norm.NORM_TYPES, clips, (False, True), ("", "found_inf", "check_finite"))
     for norm_type, clip, scaled, skip in flags:
-        if clip == "normalize" and norm_type != 2:
-            # normalizing is by the 2-norm
+        # normalizing is by the 2-norm; of the others, which differ in the reduction alone, one variant each
+        if norm_type != 2 and (clip, scaled, skip) != ("clip", True, "check_finite"):
             continue
         max_norm, clamp = clips[clip]
 
@@ -386,7 +407,7 @@ def _scale_variants() -> Iterator[Variant]:
 
         moved = [dtype] if aligned else []
         options = _name(str(dtype)[6:], unaligned=not aligned)
-        yield Variant("scale", options, call, moved, moved, threads=_threads([dtype], aligned))
+        yield Variant("scale", options, call, moved, moved, threads=_threads([dtype], aligned), counted=aligned)
 
 
 @cache

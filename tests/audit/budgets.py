@@ -1,0 +1,60 @@
+"""How many machine instructions a thread may execute for an element, see `walk.py`: a fifth more than it does.
+
+A division that is correctly rounded takes 11 of them, a root 10. gfx942 has no instruction that rounds to bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from triton.backends.compiler import GPUTarget
+
+#: Of a kernel, in 32, 16 and 64 bits; mixed dtypes count as 16.
+BUDGETS = {
+    "cuda": {
+        "adam": (54, 60, 125),
+        "sgd": (9.3, 18, 13),
+        "rmsprop": (49, 54, 78),
+        "adagrad": (42, 43, 67),
+        "adadelta": (61, 65, 97),
+        "adamax": (31, 37, 69),
+        "nadam": (61, 63, 100),
+        "radam": (51, 53, 78),
+        "rprop": (36, 41, 48),
+        "asgd": (11, 19, 17),
+        "lion": (14, 21, 18),
+        "lamb": (50, 56, 96),
+        "lamb_norms": (50, 55, 95),
+        "adafactor_sums": (25, 20, 42),
+        "adafactor_update": (38, 30, 93),
+        "norm": (5.7, 9.3, 34),
+        "scale": (2, 4.1, 2.6),
+    },
+    "hip": {
+        "adam": (59, 93, 83),
+        "sgd": (8, 27, 16),
+        "rmsprop": (48, 84, 64),
+        "adagrad": (42, 62, 52),
+        "adadelta": (70, 97, 83),
+        "adamax": (30, 57, 39),
+        "nadam": (62, 88, 77),
+        "radam": (48, 77, 63),
+        "rprop": (39, 64, 57),
+        "asgd": (9, 27, 18),
+        "lion": (11, 30, 21),
+        "lamb": (53, 78, 74),
+        "lamb_norms": (50, 53, 74),
+        "adafactor_sums": (26, 19, 54),
+        "adafactor_update": (43, 41, 62),
+        "norm": (7.2, 11, 11),
+        "scale": (1.9, 10, 3.5),
+    },
+}
+
+
+def instructions(kernel: str, target: GPUTarget, dtypes: Iterable[torch.dtype]) -> float:
+    """The budget of a kernel on tensors of these dtypes."""
+    in_32, in_16, in_64 = BUDGETS[target.backend][kernel]
+    sizes = {dtype.itemsize for dtype in dtypes}
+    return in_64 if 8 in sizes else in_16 if 2 in sizes else in_32
