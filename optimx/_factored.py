@@ -273,9 +273,6 @@ class FactoredBucket(NativeBucket):
             state.set_(place)  # type: ignore[call-overload]
         return home
 
-    def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]
-
     def new_call(self, members: list[int] | None) -> FactoredCall:
         return FactoredCall(self, members)
 

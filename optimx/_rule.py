@@ -53,6 +53,10 @@ class UpdateRule:
         """The hyperparameters, ``RAW`` in the kernel's module: numbers, or tensors of one element if given as such."""
         raise NotImplementedError
 
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """A group's values for parameters of ``dtype``, where a default depends on it."""
+        return values
+
     def unsuitable(self, param: Tensor) -> str | None:
         """Why the kernels cannot update a parameter that most could; None if they can."""
         return None
