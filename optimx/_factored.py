@@ -234,6 +234,8 @@ class FactoredCall(Call):
 class FactoredBucket(NativeBucket):
     """Members on a CPU."""
 
+    _calls: Sequence[FactoredCall]
+
     def finish(self) -> None:
         super().finish()
         self._homes: list[Tensor] = []
@@ -249,7 +251,7 @@ class FactoredBucket(NativeBucket):
         super()._merge(settings, setting_of_member)
         if self._calls is not calls:
             # now: before the next step somebody may replace the memory
-            stacks = [stack for call in self._calls for stack in call.stacks]  # type: ignore[attr-defined]
+            stacks = [stack for call in self._calls for stack in call.stacks]
             homed = [(role, h) for s in stacks for role, h in zip(s.averages, s.homes, strict=True) if h is not None]
             self._homes = [home for _, home in homed]
             self._housed = [*chain.from_iterable(role for role, _ in homed)]
@@ -276,23 +278,13 @@ class FactoredBucket(NativeBucket):
     def new_call(self, members: list[int] | None) -> FactoredCall:
         return FactoredCall(self, members)
 
-    def scratch(self, i: int, numel: int) -> Tensor:
-        """Memory that stays: one row of a matrix may be longer than a piece."""
-        while len(self._scratch) <= i:
-            self._scratch.append(torch.empty(0, dtype=self.compute_dtype, device="cpu"))
-        if len(self._scratch[i]) < numel:
-            self._scratch[i] = torch.empty(
-                max(numel, min(PIECE, TOGETHER + SMALL)), dtype=self.compute_dtype, device="cpu"
-            )
-        return self._scratch[i][:numel]
-
     def norms(self, wide: bool = False) -> list[Tensor]:
         if wide:
             return super().norms(wide)
         norms = []
         for call in self._calls:
             grads = call.pick(self._grads)
-            for stack in call.stacks:  # type: ignore[attr-defined]
+            for stack in call.stacks:
                 stack.sums = stack.measure(stack.gather(GRADS, [grads[i] for i in stack.indices]))
                 of_rows, _ = stack.sums
                 norms.append(of_rows.sum(dtype=torch.float64).sqrt_())
@@ -301,7 +293,7 @@ class FactoredBucket(NativeBucket):
     def _forget(self) -> None:
         super()._forget()
         for call in self._calls:
-            for stack in call.stacks:  # type: ignore[attr-defined]
+            for stack in call.stacks:
                 stack.sums = None
 
     def _update_in_pieces(self, call: Any, grads: Sequence[Tensor], scale: float) -> None:

@@ -82,11 +82,11 @@ class _Batch:
             self.flat_grads = _compat.flatten_dense_tensors([grads[i] for i in self.indices])
         return self.flat_grads
 
-    def views(self, scratch: Sequence[Tensor]) -> list[list[Tensor]]:
+    def views(self, memory: Sequence[Tensor]) -> list[list[Tensor]]:
         """The members' places in scratch memory, for each role. A thousand views cost more than the step: they stay."""
         if not self._views:
             shapes = [tensor.shape for tensor in self.roles[0]]
-            split = [memory[: sum(self.sizes)].split(self.sizes) for memory in scratch]
+            split = [m.split(self.sizes) for m in memory]
             self._views = [[v.view(shape) for v, shape in zip(role, shapes, strict=True)] for role in split]
         return self._views
 
@@ -133,7 +133,7 @@ class NativeBucket(Bucket):
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
-        self._calls: list[Call] = []
+        self._calls: Sequence[Call] = []
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         self._grads = grads
@@ -228,20 +228,25 @@ class NativeBucket(Bucket):
     def temporaries(self, like: Tensor, count: int = 2) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
         first = 2 + len(self.states)
-        return tuple(self._memory(first + i)[: len(like)] for i in range(count))
+        return tuple(self.scratch(first + i, len(like)) for i in range(count))
 
-    def _memory(self, i: int) -> Tensor:
-        """A piece's worth of memory that stays in the cache: fresh memory of that size is mapped anew every time."""
+    def scratch(self, i: int, numel: int) -> Tensor:
+        """Memory that stays, in the cache: fresh memory of that size is mapped anew every time.
+
+        Up to a piece it is always the same memory; longer than a piece are some matrices' rows.
+        """
         while len(self._scratch) <= i:
             self._scratch.append(torch.empty(PIECE, dtype=self.compute_dtype, device="cpu"))
-        return self._scratch[i]
+        if len(self._scratch[i]) < numel:
+            self._scratch[i] = torch.empty(numel, dtype=self.compute_dtype, device="cpu")
+        return self._scratch[i][:numel]
 
     def _batch(self, call: Call, batch: _Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
         """A batch as one piece: copied together for a formula, else where its members are."""
         numel = sum(batch.sizes)
-        memory = [*map(self._memory, range(1 + len(batch.roles)))]
+        memory = [self.scratch(i, numel) for i in range(1 + len(batch.roles))]
         grad_views, *views = batch.views(memory)
-        flat_grads = memory[0][:numel]
+        flat_grads = memory[0]
         if factor == 1.0 and grads[batch.indices[0]].dtype is self.compute_dtype:
             flat_grads = batch.flatten(grads)
             grad_views = [grads[i] for i in batch.indices]
@@ -252,7 +257,7 @@ class NativeBucket(Bucket):
             if is_staged:
                 _compat.foreach_copy_(copies, role)
         if self._staged is None:
-            params, *states = ([m[:numel]] for m in memory[1:])
+            params, *states = ([m] for m in memory[1:])
             yield Piece(params, [flat_grads], states, [], batch.sizes, numel)
         else:
             params, *states = (c if s else r for r, c, s in zip(batch.roles, views, staged, strict=True))
@@ -268,14 +273,14 @@ class NativeBucket(Bucket):
         split = [flat(tensor).split(PIECE) for tensor in (grad, *(role[i] for role in call.roles))]
         for g, *roles in zip(*split, strict=True):
             if factor != 1.0 or g.dtype is not self.compute_dtype:
-                scaled = self._memory(0)[: len(g)]
+                scaled = self.scratch(0, len(g))
                 if g.dtype is self.compute_dtype:
                     torch.mul(g, factor, out=scaled)
                 else:
                     scaled.copy_(g).mul_(factor)
                 g = scaled
             working = [
-                role if role.dtype is self.compute_dtype else self._memory(1 + j)[: len(role)].copy_(role)
+                role if role.dtype is self.compute_dtype else self.scratch(1 + j, len(role)).copy_(role)
                 for j, role in enumerate(roles)
             ]
             p, *states = working
