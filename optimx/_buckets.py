@@ -72,6 +72,9 @@ class Bucket:
         self._keys: list[tuple[int, int]] = []
         self._new_counts: list[tuple[float, ...]] = []
 
+    def inherit(self, former: Iterable[Bucket]) -> None:
+        """Take over what belonged to buckets that nobody will use any more."""
+
     def drop_states(self) -> None:
         """Forget the members' states, as before their first step."""
         for state in self._state_dicts:

@@ -327,12 +327,6 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         super().__setstate__(state)
         # a checkpoint of torch's has none of ours
         self._fill_groups()
-        for values in self.state.values():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-                    # in another optimizer averages of small tensors lie together; here they are to do so anew
-                    values[name] = value.clone()
-        self._reset_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave, or, with ``variant="hf"``, that of transformers' Adafactor.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-import optimx._native
+from optimx import _batch, _native
 from tests.cases import (
     CASES,
     CLOSE,
@@ -59,8 +59,9 @@ def test_pieces_equal_the_whole(case: Case, dtype: torch.dtype, monkeypatch: pyt
     """On a CPU: large tensors cut into pieces that fit the cache, small ones in several batches."""
     if INTERPRETED:
         pytest.skip("kernels have no pieces")
-    for name, size in (("PIECE", 64), ("BATCH", 64), ("SMALL", 16)):
-        monkeypatch.setattr(optimx._native, name, size)
+    monkeypatch.setattr(_native, "PIECE", 64)
+    monkeypatch.setattr(_batch, "BATCH", 64)
+    monkeypatch.setattr(_batch, "SMALL", 16)
     kwargs = case.rounded({"weight_decay": 0.1} if case.has("weight_decay") else {}, dtype)
     shapes = [(3,), (300,), (16,), (16,), (16,), (9,), (8, 24), (2,), (64,), (65,)]
     ours, stock, _ = twins(case, make_params(shapes, dtype=dtype), kwargs, max_grad_norm=100.0)
