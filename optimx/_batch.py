@@ -50,16 +50,12 @@ class Batch:
         self.numel = sum(self.sizes)
         self._are_vectors = all(tensor.dim() == 1 for tensor in self.roles[0])
         self._views: dict[int, list[Tensor]] = {}
-        self.flat_grads: Tensor | None = None
 
     def flatten(self, grads: Sequence[Tensor]) -> Tensor:
-        """This step's gradients in one tensor, made once."""
-        if self.flat_grads is None:
-            members = [grads[i] for i in self.indices]
-            # which makes each of them a vector first, in twice the time
-            flatten = torch.cat if self._are_vectors else _compat.flatten_dense_tensors
-            self.flat_grads = flatten(members)
-        return self.flat_grads
+        """The batch's gradients, of those of a call, in one tensor."""
+        members = [grads[i] for i in self.indices]
+        # makes each of them a vector first, in twice the time
+        return torch.cat(members) if self._are_vectors else _compat.flatten_dense_tensors(members)
 
     def gather(self, slot: int, memory: Tensor) -> None:
         """Copy the tensors of a role to scratch memory.

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import _compat
 from ._batch import SMALL
-from ._native import PIECE, Call, NativeBucket
+from ._call import Call
+from ._native import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
 _ALL = slice(None)
@@ -214,8 +215,8 @@ def _larger(values: Tensor, than: float) -> Tensor:
 class FactoredCall(Call):
     """Members with equal settings."""
 
-    def __init__(self, bucket: FactoredBucket, members: list[int] | None) -> None:
-        super().__init__(bucket, members)
+    def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
+        super().__init__(bucket, members, index)
         together: dict[tuple[int, ...], list[int]] = {}
         groups: list[list[int]] = []
         for i, param in enumerate(self.params):
@@ -243,8 +244,8 @@ class FactoredBucket(NativeBucket):
 
     _calls: Sequence[FactoredCall]
 
-    def new_call(self, members: list[int] | None) -> FactoredCall:
-        return FactoredCall(self, members)
+    def new_call(self, members: list[int] | None, index: int) -> FactoredCall:
+        return FactoredCall(self, members, index)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         if wide:

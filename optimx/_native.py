@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from . import _compat
-from ._batch import Batch, split_by_size
+from ._batch import Batch
 from ._buckets import Bucket
+from ._call import Call, MixedCall, mix
 from ._layout import flat, is_part_of_memory
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
@@ -45,38 +46,6 @@ class Piece(NamedTuple):
     numel: int
 
 
-class Call:
-    """Members with equal settings, which are updated together.
-
-    Attributes:
-        setting: For an operator the hyperparameters, for a formula the row.
-    """
-
-    def __init__(self, bucket: NativeBucket, members: list[int] | None) -> None:
-        self._members = members
-        self.setting: tuple[Any, ...] = ()
-        self.params, *self.states = map(self.pick, (bucket.params, *bucket.states))
-        self.roles = (self.params, *self.states)
-        small, self.large = split_by_size(self.params)
-        self.batches = [Batch(indices, self.roles) for indices in small]
-        self.steps: Sequence[Tensor] = []
-        self.first_step: Sequence[Tensor] = []
-        if bucket.counts is not None:
-            self.steps = self.pick([bucket.counts.views[i] for i in bucket.count_indices])
-            # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
-            self.first_step = [self.steps[0]] * len(self.steps)
-
-    def settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        """Let states of small tensors move together for a formula; yields those that did, and their home."""
-        if bucket.has_formula:
-            for batch in self.batches:
-                batch.homes[1:] = homes = [*map(bucket.home_of, batch.roles[1:])]
-                yield from ((role, home) for role, home in zip(batch.roles[1:], homes, strict=True) if home is not None)
-
-    def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if self._members is None else [tensors[i] for i in self._members]
-
-
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
@@ -90,7 +59,7 @@ class NativeBucket(Bucket):
         self._staged = self.rule.operator(self.key.structure, self.compute_dtype)
         self._scratch: list[Tensor] = []
         self._grads: Sequence[Tensor] = []
-        self._flattened = False
+        self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
@@ -122,11 +91,13 @@ class NativeBucket(Bucket):
 
     def _forget(self) -> None:
         """Keep no copies of this step's gradients."""
-        if self._flattened:
-            self._flattened = False
-            for call in self._calls:
-                for batch in call.batches:
-                    batch.flat_grads = None
+        self._flat_grads.clear()
+
+    def _flatten(self, batch: Batch, grads: Sequence[Tensor]) -> Tensor:
+        """A batch's gradients in one tensor, made once a step."""
+        if batch not in self._flat_grads:
+            self._flat_grads[batch] = batch.flatten(grads)
+        return self._flat_grads[batch]
 
     def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
         """One call for equal settings; which are equal changes less often than their values."""
@@ -139,19 +110,22 @@ class NativeBucket(Bucket):
             members: dict[int, list[int]] = {}
             for i, setting in enumerate(setting_of_member):
                 members.setdefault(pattern[setting], []).append(i)
-            self._calls = [self.new_call(None if len(members) == 1 else indices) for indices in members.values()]
-            self._call_settings = [setting_of_member[indices[0]] for indices in members.values()]
+            calls = [
+                self.new_call(None if len(members) == 1 else indices, setting_of_member[indices[0]])
+                for indices in members.values()
+            ]
+            self._calls = mix(self, calls, settings) if self._direct is not None and self.rule.by_element else calls
             # now: before the next step somebody may replace the memory
             homed = [pair for call in self._calls for pair in call.settle(self)]
             self._homes = [home for role, home in homed if len(role) > 1]
             self._housed = [*chain.from_iterable(role for role, _ in homed)]
             self._addresses = [*map(Tensor.data_ptr, self._housed)]
-        for call, i in zip(self._calls, self._call_settings, strict=True):
-            call.setting = settings[i]
+        for call in self._calls:
+            call.read(settings)
 
-    def new_call(self, members: list[int] | None) -> Call:
-        """Members with equal settings; None stands for all."""
-        return Call(self, members)
+    def new_call(self, members: list[int] | None, index: int) -> Call:
+        """Members (None stands for all) with equal settings, those at ``index`` of all settings."""
+        return Call(self, members, index)
 
     def home_of(self, states: Sequence[Tensor]) -> Tensor | None:
         """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
@@ -180,10 +154,9 @@ class NativeBucket(Bucket):
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
         dtype = torch.float64 if wide else self.compute_dtype
         norms: list[Tensor] = []
-        self._flattened = True
         for call in self._calls:
             grads = call.pick(self._grads)
-            norms += [torch.linalg.vector_norm(batch.flatten(grads), dtype=dtype) for batch in call.batches]
+            norms += [torch.linalg.vector_norm(self._flatten(batch, grads), dtype=dtype) for batch in call.batches]
             if call.large:
                 norms += _compat.foreach_norm([grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
@@ -192,25 +165,35 @@ class NativeBucket(Bucket):
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
         if not skip:
             self.count()
-            if self._direct is not None and scale == 1.0:
+            together = False
+            if self._direct is not None:
                 fewest, most = (0, 0) if self.counts is None else self.counts.steps.aminmax()
                 together = bool(fewest == most)
-                for call in self._calls:
-                    steps = call.first_step if together else call.steps
-                    self._direct(call.setting, call.params, call.pick(grads), call.states, steps)
-            else:
-                self._flattened = True
-                for call in self._calls:
-                    self._update_in_pieces(call, call.pick(grads), scale)
+            for call in self._calls:
+                if isinstance(call, MixedCall) and call.settings and together:
+                    self._update_mixed(call, call.pick(grads), scale, float(most))
+                    continue
+                for part in call.parts:
+                    if self._direct is not None and scale == 1.0:
+                        steps = part.first_step if together else part.steps
+                        self._direct(part.setting, part.params, part.pick(grads), part.states, steps)
+                    else:
+                        self._update_in_pieces(part, part.pick(grads), scale)
         self._grads = []
         self._forget()
+
+    def _update_mixed(self, call: MixedCall, grads: Sequence[Tensor], scale: float, step: float) -> None:
+        for batch, setting in zip(call.batches, call.settings, strict=True):
+            for piece in self._batch(call, batch, grads, scale, by_formula=True):
+                p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
+                self.rule.formula_by_element(setting, p, g, states, step, self.temporaries(p))
 
     def _update_in_pieces(self, call: Call, grads: Sequence[Tensor], scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.setting[0]
         for batch in call.batches:
-            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor))
+            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor, self.has_formula))
         for i in call.large:
             self._update_tensors(call.setting, partial(self._pieces, call, i, grads[i], factor))
 
@@ -245,9 +228,11 @@ class NativeBucket(Bucket):
             self._scratch[i] = torch.empty(numel, dtype=self.compute_dtype, device="cpu")
         return self._scratch[i][:numel]
 
-    def _batch(self, call: Call, batch: Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
+    def _batch(
+        self, call: Call, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool
+    ) -> Iterator[Piece]:
         """A batch as one piece: as one tensor a role for a formula, else the tensors themselves."""
-        flat_grads = batch.flatten(grads)
+        flat_grads = self._flatten(batch, grads)
         scaled = factor != 1.0 or flat_grads.dtype is not self.compute_dtype
         memory = [self.scratch(i, batch.numel) for i in range(1 + len(batch.roles))]
         if scaled:
@@ -255,11 +240,11 @@ class NativeBucket(Bucket):
         copied = [
             slot
             for slot, (role, home) in enumerate(zip(batch.roles, batch.homes, strict=True), 1)
-            if home is None and (self.has_formula or role[0].dtype is not self.compute_dtype)
+            if home is None and (by_formula or role[0].dtype is not self.compute_dtype)
         ]
         for slot in copied:
             batch.gather(slot, memory[slot])
-        if self.has_formula:
+        if by_formula:
             params, *states = ([m if home is None else home] for m, home in zip(memory[1:], batch.homes, strict=True))
             yield Piece(params, [flat_grads], states, [], batch.sizes, batch.numel)
         else:
