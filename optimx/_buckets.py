@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,6 +72,9 @@ class Bucket:
         self._keys: list[tuple[int, int]] = []
         self._new_counts: list[tuple[float, ...]] = []
 
+    def inherit(self, former: Iterable[Bucket]) -> None:
+        """Take over what belonged to buckets that nobody will use any more."""
+
     def drop_states(self) -> None:
         """Forget the members' states, as before their first step."""
         for state in self._state_dicts:
@@ -78,7 +82,8 @@ class Bucket:
                 del state[name]
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        """Each group's hyperparameters, for the step at hand."""
+        """Each group's hyperparameters, for the members and the step at hand."""
+        values = [*map(self.rule.values_for, values, repeat(self.key.dtypes[0]))]
         return [*map(self.rule.first_values, values)] if self.key.first else values
 
     def host_rows(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[Row], list[int] | None]:

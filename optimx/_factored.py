@@ -8,14 +8,15 @@ the tensor's size is ever allocated. Small tensors of one shape are copied toget
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _compat
-from ._native import PIECE, SMALL, Call, NativeBucket
+from ._batch import SMALL
+from ._call import Call
+from ._native import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
 _ALL = slice(None)
@@ -56,7 +57,8 @@ class Stack:
         self.sums: tuple[Tensor, Tensor] | None = None
         self.pieces = [*self._pieces()]
         self._views: dict[int, list[Tensor]] = {}
-        self.homes = [None if self.alone else bucket.home_of(role) for role in self.averages]
+        #: Where averages lie together.
+        self.homes: list[Tensor | None] = [None] * len(self.averages)
 
     def oriented(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors with rows that are contiguous."""
@@ -213,8 +215,8 @@ def _larger(values: Tensor, than: float) -> Tensor:
 class FactoredCall(Call):
     """Members with equal settings."""
 
-    def __init__(self, bucket: FactoredBucket, members: list[int] | None) -> None:
-        super().__init__(bucket, members)
+    def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
+        super().__init__(bucket, members, index)
         together: dict[tuple[int, ...], list[int]] = {}
         groups: list[list[int]] = []
         for i, param in enumerate(self.params):
@@ -230,64 +232,20 @@ class FactoredCall(Call):
                 groups.append([i])
         self.stacks = [Stack(bucket, self.roles, indices) for indices in groups]
 
+    def settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
+        for stack in self.stacks:
+            if not stack.alone:
+                stack.homes = homes = [*map(bucket.home_of, stack.averages)]
+                yield from ((role, home) for role, home in zip(stack.averages, homes, strict=True) if home is not None)
+
 
 class FactoredBucket(NativeBucket):
     """Members on a CPU."""
 
-    def finish(self) -> None:
-        super().finish()
-        self._homes: list[Tensor] = []
-        self._housed: list[Tensor] = []
-        self._addresses: list[int] = []
+    _calls: Sequence[FactoredCall]
 
-    def matches(self) -> bool:
-        """A state whose memory is replaced, by hand or by a plan for other gradients, has left its home."""
-        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._addresses
-
-    def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
-        calls = self._calls
-        super()._merge(settings, setting_of_member)
-        if self._calls is not calls:
-            # now: before the next step somebody may replace the memory
-            stacks = [stack for call in self._calls for stack in call.stacks]  # type: ignore[attr-defined]
-            homed = [(role, h) for s in stacks for role, h in zip(s.averages, s.homes, strict=True) if h is not None]
-            self._homes = [home for _, home in homed]
-            self._housed = [*chain.from_iterable(role for role, _ in homed)]
-            self._addresses = [*map(Tensor.data_ptr, self._housed)]
-
-    def home_of(self, states: Sequence[Tensor]) -> Tensor | None:
-        """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
-
-        They stay the tensors they are. Those that share other memory than this bucket's former homes belong to a plan
-        for other gradients.
-        """
-        former = {*map(Tensor.data_ptr, self._homes)}
-        for state in states:
-            memory = state.untyped_storage()
-            if state.dtype is not self.compute_dtype:
-                return None
-            if memory.nbytes() != state.nbytes and memory.data_ptr() not in former:
-                return None
-        home = torch.stack([*states])
-        for state, place in zip(states, home, strict=True):
-            state.set_(place)  # type: ignore[call-overload]
-        return home
-
-    def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]
-
-    def new_call(self, members: list[int] | None) -> FactoredCall:
-        return FactoredCall(self, members)
-
-    def scratch(self, i: int, numel: int) -> Tensor:
-        """Memory that stays: one row of a matrix may be longer than a piece."""
-        while len(self._scratch) <= i:
-            self._scratch.append(torch.empty(0, dtype=self.compute_dtype, device="cpu"))
-        if len(self._scratch[i]) < numel:
-            self._scratch[i] = torch.empty(
-                max(numel, min(PIECE, TOGETHER + SMALL)), dtype=self.compute_dtype, device="cpu"
-            )
-        return self._scratch[i][:numel]
+    def new_call(self, members: list[int] | None, index: int) -> FactoredCall:
+        return FactoredCall(self, members, index)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         if wide:
@@ -295,7 +253,7 @@ class FactoredBucket(NativeBucket):
         norms = []
         for call in self._calls:
             grads = call.pick(self._grads)
-            for stack in call.stacks:  # type: ignore[attr-defined]
+            for stack in call.stacks:
                 stack.sums = stack.measure(stack.gather(GRADS, [grads[i] for i in stack.indices]))
                 of_rows, _ = stack.sums
                 norms.append(of_rows.sum(dtype=torch.float64).sqrt_())
@@ -304,7 +262,7 @@ class FactoredBucket(NativeBucket):
     def _forget(self) -> None:
         super()._forget()
         for call in self._calls:
-            for stack in call.stacks:  # type: ignore[attr-defined]
+            for stack in call.stacks:
                 stack.sums = None
 
     def _update_in_pieces(self, call: Any, grads: Sequence[Tensor], scale: float) -> None:

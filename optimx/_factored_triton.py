@@ -37,9 +37,6 @@ class FactoredTritonBucket(TritonBucket):
         super().send(grads, values)
         self._measured, self._grad_scale = False, None
 
-    def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
-        return [self.rule.with_eps(group, self.key.dtypes[0]) for group in values]  # type: ignore[attr-defined]
-
     def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         self._measured, self._grad_scale = True, grad_scale
         self._sum(partials[:, offset:], grad_scale, None, warmup=False)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _compat
-from ._native import NativeBucket, split_by_size
+from ._batch import split_by_size
+from ._native import NativeBucket
 
 if TYPE_CHECKING:
     from ._buckets import Bucket

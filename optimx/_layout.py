@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from . import _compat
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -40,3 +43,10 @@ def memory_order(tensor: Tensor) -> str | None:
 def flat(tensor: Tensor) -> Tensor:
     """A dense tensor's elements in the order of its memory."""
     return tensor.detach().as_strided((tensor.numel(),), (1,))
+
+
+def is_part_of_memory(tensor: Tensor) -> bool:
+    """Whether a tensor on a CPU shares the memory allocated for it with others, or leaves some of it unused."""
+    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not _compat.is_plain(tensor):
+        return False
+    return tensor.untyped_storage().nbytes() > tensor.nbytes

@@ -6,43 +6,23 @@ memory sees each byte once; small ones are copied together, because an operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _compat
+from ._batch import Batch
 from ._buckets import Bucket
-from ._layout import flat
+from ._call import Call, MixedCall, mix
+from ._layout import flat, is_part_of_memory
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
 PIECE = 1 << 19
-#: Elements of small tensors that are copied together.
-BATCH = 1 << 16
-#: Contiguous tensors up to this many elements are copied together rather than one by one.
-SMALL = 1 << 12
-
-
-def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Indices of small tensors, batch by batch, and of large (or not contiguous) ones."""
-    small: list[list[int]] = []
-    large: list[int] = []
-    room = 0
-    for i, tensor in enumerate(tensors):
-        numel = tensor.numel()
-        if numel > SMALL or not tensor.is_contiguous():
-            large.append(i)
-            continue
-        if numel > room:
-            small.append([])
-            room = BATCH
-        if small:
-            small[-1].append(i)
-            room -= numel
-    return small, large
 
 
 class Piece(NamedTuple):
@@ -66,56 +46,6 @@ class Piece(NamedTuple):
     numel: int
 
 
-class _Batch:
-    """Small tensors that pass through scratch memory together."""
-
-    def __init__(self, indices: list[int], roles: Sequence[Sequence[Tensor]]) -> None:
-        self.indices = indices
-        self.roles = [[role[i] for i in indices] for role in roles]
-        self.sizes = [tensor.numel() for tensor in self.roles[0]]
-        self._views: list[list[Tensor]] = []
-        self.flat_grads: Tensor | None = None
-
-    def flatten(self, grads: Sequence[Tensor]) -> Tensor:
-        """This step's gradients in one tensor, made once."""
-        if self.flat_grads is None:
-            self.flat_grads = _compat.flatten_dense_tensors([grads[i] for i in self.indices])
-        return self.flat_grads
-
-    def views(self, scratch: Sequence[Tensor]) -> list[list[Tensor]]:
-        """The members' places in scratch memory, for each role. A thousand views cost more than the step: they stay."""
-        if not self._views:
-            shapes = [tensor.shape for tensor in self.roles[0]]
-            split = [memory[: sum(self.sizes)].split(self.sizes) for memory in scratch]
-            self._views = [[v.view(shape) for v, shape in zip(role, shapes, strict=True)] for role in split]
-        return self._views
-
-
-class Call:
-    """Members with equal settings, which are updated together.
-
-    Attributes:
-        setting: For an operator the hyperparameters, for a formula the row.
-    """
-
-    def __init__(self, bucket: NativeBucket, members: list[int] | None) -> None:
-        self._members = members
-        self.setting: tuple[Any, ...] = ()
-        self.params, *self.states = map(self.pick, (bucket.params, *bucket.states))
-        self.roles = (self.params, *self.states)
-        small, self.large = split_by_size(self.params)
-        self.batches = [_Batch(indices, self.roles) for indices in small]
-        self.steps: Sequence[Tensor] = []
-        self.first_step: Sequence[Tensor] = []
-        if bucket.counts is not None:
-            self.steps = self.pick([bucket.counts.views[i] for i in bucket.count_indices])
-            # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
-            self.first_step = [self.steps[0]] * len(self.steps)
-
-    def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if self._members is None else [tensors[i] for i in self._members]
-
-
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
@@ -129,16 +59,31 @@ class NativeBucket(Bucket):
         self._staged = self.rule.operator(self.key.structure, self.compute_dtype)
         self._scratch: list[Tensor] = []
         self._grads: Sequence[Tensor] = []
-        self._flattened = False
+        self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
-        self._calls: list[Call] = []
+        self._calls: Sequence[Call] = []
+        self._homes: list[Tensor] = []
+        self._housed: list[Tensor] = []
+        self._addresses: list[int] = []
+
+    @property
+    def has_formula(self) -> bool:
+        """Whether no operator updates the members."""
+        return self._staged is None
+
+    def inherit(self, former: Iterable[Bucket]) -> None:
+        self._homes = [home for bucket in former if isinstance(bucket, NativeBucket) for home in bucket._homes]
+
+    def matches(self) -> bool:
+        """A state whose memory is replaced, by hand or by a plan for other gradients, has left its home."""
+        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._addresses
 
     def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
         self._grads = grads
         self._forget()
-        if self._staged is None:
+        if self.has_formula:
             self._merge(*self.host_rows(values))
         elif values is not self._values:
             self._values = values
@@ -146,11 +91,13 @@ class NativeBucket(Bucket):
 
     def _forget(self) -> None:
         """Keep no copies of this step's gradients."""
-        if self._flattened:
-            self._flattened = False
-            for call in self._calls:
-                for batch in call.batches:
-                    batch.flat_grads = None
+        self._flat_grads.clear()
+
+    def _flatten(self, batch: Batch, grads: Sequence[Tensor]) -> Tensor:
+        """A batch's gradients in one tensor, made once a step."""
+        if batch not in self._flat_grads:
+            self._flat_grads[batch] = batch.flatten(grads)
+        return self._flat_grads[batch]
 
     def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
         """One call for equal settings; which are equal changes less often than their values."""
@@ -163,23 +110,53 @@ class NativeBucket(Bucket):
             members: dict[int, list[int]] = {}
             for i, setting in enumerate(setting_of_member):
                 members.setdefault(pattern[setting], []).append(i)
-            self._calls = [self.new_call(None if len(members) == 1 else indices) for indices in members.values()]
-            self._call_settings = [setting_of_member[indices[0]] for indices in members.values()]
-        for call, i in zip(self._calls, self._call_settings, strict=True):
-            call.setting = settings[i]
+            calls = [
+                self.new_call(None if len(members) == 1 else indices, setting_of_member[indices[0]])
+                for indices in members.values()
+            ]
+            self._calls = mix(self, calls, settings) if self._direct is not None and self.rule.by_element else calls
+            # now: before the next step somebody may replace the memory
+            homed = [pair for call in self._calls for pair in call.settle(self)]
+            self._homes = [home for role, home in homed if len(role) > 1]
+            self._housed = [*chain.from_iterable(role for role, _ in homed)]
+            self._addresses = [*map(Tensor.data_ptr, self._housed)]
+        for call in self._calls:
+            call.read(settings)
 
-    def new_call(self, members: list[int] | None) -> Call:
-        """Members with equal settings; None stands for all."""
-        return Call(self, members)
+    def new_call(self, members: list[int] | None, index: int) -> Call:
+        """Members (None stands for all) with equal settings, those at ``index`` of all settings."""
+        return Call(self, members, index)
+
+    def home_of(self, states: Sequence[Tensor]) -> Tensor | None:
+        """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
+
+        They stay the tensors they are. Those that share other memory than former homes of this bucket's states belong
+        to a plan for other gradients or to somebody else, who may be another process. A single one need not move.
+        """
+        if any(state.dtype is not self.compute_dtype for state in states):
+            return None
+        if len(states) == 1:
+            return flat(states[0])
+        former = {*map(Tensor.data_ptr, self._homes)}
+        for state in states:
+            if state.is_shared():
+                return None
+            if is_part_of_memory(state) and state.untyped_storage().data_ptr() not in former:
+                return None
+        home = torch.cat([state.view(-1) for state in states])
+        offset = 0
+        for state in states:
+            state.set_(home.untyped_storage(), offset, state.shape, state.stride())
+            offset += state.numel()
+        return home
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
         dtype = torch.float64 if wide else self.compute_dtype
         norms: list[Tensor] = []
-        self._flattened = True
         for call in self._calls:
             grads = call.pick(self._grads)
-            norms += [torch.linalg.vector_norm(batch.flatten(grads), dtype=dtype) for batch in call.batches]
+            norms += [torch.linalg.vector_norm(self._flatten(batch, grads), dtype=dtype) for batch in call.batches]
             if call.large:
                 norms += _compat.foreach_norm([grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
@@ -188,25 +165,35 @@ class NativeBucket(Bucket):
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
         if not skip:
             self.count()
-            if self._direct is not None and scale == 1.0:
+            together = False
+            if self._direct is not None:
                 fewest, most = (0, 0) if self.counts is None else self.counts.steps.aminmax()
                 together = bool(fewest == most)
-                for call in self._calls:
-                    steps = call.first_step if together else call.steps
-                    self._direct(call.setting, call.params, call.pick(grads), call.states, steps)
-            else:
-                self._flattened = True
-                for call in self._calls:
-                    self._update_in_pieces(call, call.pick(grads), scale)
+            for call in self._calls:
+                if isinstance(call, MixedCall) and call.settings and together:
+                    self._update_mixed(call, call.pick(grads), scale, float(most))
+                    continue
+                for part in call.parts:
+                    if self._direct is not None and scale == 1.0:
+                        steps = part.first_step if together else part.steps
+                        self._direct(part.setting, part.params, part.pick(grads), part.states, steps)
+                    else:
+                        self._update_in_pieces(part, part.pick(grads), scale)
         self._grads = []
         self._forget()
+
+    def _update_mixed(self, call: MixedCall, grads: Sequence[Tensor], scale: float, step: float) -> None:
+        for batch, setting in zip(call.batches, call.settings, strict=True):
+            for piece in self._batch(call, batch, grads, scale, by_formula=True):
+                p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
+                self.rule.formula_by_element(setting, p, g, states, step, self.temporaries(p))
 
     def _update_in_pieces(self, call: Call, grads: Sequence[Tensor], scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.setting[0]
         for batch in call.batches:
-            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor))
+            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor, self.has_formula))
         for i in call.large:
             self._update_tensors(call.setting, partial(self._pieces, call, i, grads[i], factor))
 
@@ -228,39 +215,47 @@ class NativeBucket(Bucket):
     def temporaries(self, like: Tensor, count: int = 2) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
         first = 2 + len(self.states)
-        return tuple(self._memory(first + i)[: len(like)] for i in range(count))
+        return tuple(self.scratch(first + i, len(like)) for i in range(count))
 
-    def _memory(self, i: int) -> Tensor:
-        """A piece's worth of memory that stays in the cache: fresh memory of that size is mapped anew every time."""
+    def scratch(self, i: int, numel: int) -> Tensor:
+        """Memory that stays, in the cache: fresh memory of that size is mapped anew every time.
+
+        Up to a piece it is always the same memory; longer than a piece are some matrices' rows.
+        """
         while len(self._scratch) <= i:
             self._scratch.append(torch.empty(PIECE, dtype=self.compute_dtype, device="cpu"))
-        return self._scratch[i]
+        if len(self._scratch[i]) < numel:
+            self._scratch[i] = torch.empty(numel, dtype=self.compute_dtype, device="cpu")
+        return self._scratch[i][:numel]
 
-    def _batch(self, call: Call, batch: _Batch, grads: Sequence[Tensor], factor: float) -> Iterator[Piece]:
-        """A batch as one piece: copied together for a formula, else where its members are."""
-        numel = sum(batch.sizes)
-        memory = [*map(self._memory, range(1 + len(batch.roles)))]
-        grad_views, *views = batch.views(memory)
-        flat_grads = memory[0][:numel]
-        if factor == 1.0 and grads[batch.indices[0]].dtype is self.compute_dtype:
-            flat_grads = batch.flatten(grads)
-            grad_views = [grads[i] for i in batch.indices]
+    def _batch(
+        self, call: Call, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool
+    ) -> Iterator[Piece]:
+        """A batch as one piece: as one tensor a role for a formula, else the tensors themselves."""
+        flat_grads = self._flatten(batch, grads)
+        scaled = factor != 1.0 or flat_grads.dtype is not self.compute_dtype
+        memory = [self.scratch(i, batch.numel) for i in range(1 + len(batch.roles))]
+        if scaled:
+            flat_grads = memory[0].copy_(flat_grads).mul_(factor)
+        copied = [
+            slot
+            for slot, (role, home) in enumerate(zip(batch.roles, batch.homes, strict=True), 1)
+            if home is None and (by_formula or role[0].dtype is not self.compute_dtype)
+        ]
+        for slot in copied:
+            batch.gather(slot, memory[slot])
+        if by_formula:
+            params, *states = ([m if home is None else home] for m, home in zip(memory[1:], batch.homes, strict=True))
+            yield Piece(params, [flat_grads], states, [], batch.sizes, batch.numel)
         else:
-            flat_grads.copy_(batch.flatten(grads)).mul_(factor)
-        staged = [self._staged is None or role[0].dtype is not self.compute_dtype for role in batch.roles]
-        for role, copies, is_staged in zip(batch.roles, views, staged, strict=True):
-            if is_staged:
-                _compat.foreach_copy_(copies, role)
-        if self._staged is None:
-            params, *states = ([m[:numel]] for m in memory[1:])
-            yield Piece(params, [flat_grads], states, [], batch.sizes, numel)
-        else:
-            params, *states = (c if s else r for r, c, s in zip(batch.roles, views, staged, strict=True))
+            params, *states = (
+                batch.views(slot, memory[slot]) if slot in copied else role for slot, role in enumerate(batch.roles, 1)
+            )
+            working_grads = batch.views(0, memory[0]) if scaled else [grads[i] for i in batch.indices]
             steps = [call.steps[i] for i in batch.indices] if call.steps else []
-            yield Piece(params, grad_views, states, steps, batch.sizes, numel)
-        for role, copies, is_staged in zip(batch.roles, views, staged, strict=True):
-            if is_staged:
-                _compat.foreach_copy_(role, copies)
+            yield Piece(params, working_grads, states, steps, batch.sizes, batch.numel)
+        for slot in copied:
+            batch.scatter(slot, memory[slot])
 
     def _pieces(self, call: Call, i: int, grad: Tensor, factor: float) -> Iterator[Piece]:
         """A large tensor, piece by piece; what is not in the dtype to compute in passes through scratch memory."""
@@ -268,14 +263,14 @@ class NativeBucket(Bucket):
         split = [flat(tensor).split(PIECE) for tensor in (grad, *(role[i] for role in call.roles))]
         for g, *roles in zip(*split, strict=True):
             if factor != 1.0 or g.dtype is not self.compute_dtype:
-                scaled = self._memory(0)[: len(g)]
+                scaled = self.scratch(0, len(g))
                 if g.dtype is self.compute_dtype:
                     torch.mul(g, factor, out=scaled)
                 else:
                     scaled.copy_(g).mul_(factor)
                 g = scaled
             working = [
-                role if role.dtype is self.compute_dtype else self._memory(1 + j)[: len(role)].copy_(role)
+                role if role.dtype is self.compute_dtype else self.scratch(1 + j, len(role)).copy_(role)
                 for j, role in enumerate(roles)
             ]
             p, *states = working

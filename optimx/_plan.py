@@ -233,6 +233,12 @@ class StepPlan:
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
         self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads), *self._states])
 
+    def inherit(self, gone: Sequence[StepPlan]) -> None:
+        """Take over what belonged to plans that nobody will use any more."""
+        former = [bucket for plan in gone for bucket in plan.buckets]
+        for bucket in self.buckets:
+            bucket.inherit(former)
+
     @staticmethod
     def _new_bucket(key: BucketKey, optimizer: MultiTensorStep) -> Bucket:
         if key.backend == _backend.NATIVE:

@@ -33,6 +33,7 @@ class UpdateRule:
         counts_on_device: They are where the parameter is, also without ``capturable``.
         native_bucket: The class of buckets on a CPU.
         optional_settings: Of groups, also where the optimizer has no default for them.
+        by_element: Which of the values :meth:`formula_by_element` takes by element; empty where there is no such thing.
     """
 
     module: ClassVar[str]
@@ -40,6 +41,7 @@ class UpdateRule:
     counts_on_device: ClassVar[bool] = False
     native_bucket: ClassVar[type[NativeBucket]] = NativeBucket
     optional_settings: ClassVar[tuple[str, ...]] = ()
+    by_element: ClassVar[tuple[int, ...]] = ()
 
     def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
         """The kernel variant of a group."""
@@ -52,6 +54,10 @@ class UpdateRule:
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The hyperparameters, ``RAW`` in the kernel's module: numbers, or tensors of one element if given as such."""
         raise NotImplementedError
+
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        """A group's values for parameters of ``dtype``, where a default depends on it."""
+        return values
 
     def unsuitable(self, param: Tensor) -> str | None:
         """Why the kernels cannot update a parameter that most could; None if they can."""
@@ -123,6 +129,23 @@ class UpdateRule:
 
         All tensors are one-dimensional, float32 or float64, and fit the cache together. ``g`` is multiplied by the
         row's factor already and must not be written; the two tensors of ``scratch`` may.
+        """
+        raise NotImplementedError
+
+    def formula_by_element(
+        self,
+        values: tuple[Any, ...],
+        p: Tensor,
+        g: Tensor,
+        states: Sequence[Tensor],
+        step: float,
+        scratch: tuple[Tensor, ...],
+    ) -> None:
+        """Like the operator, for one piece of many tensors whose values differ, as :meth:`formula` has them.
+
+        Args:
+            values: Those of ``by_element`` are tensors of the piece's size.
+            step: The count of all the tensors, with the present step.
         """
         raise NotImplementedError
 

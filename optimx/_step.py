@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from . import _backend, _compat
 from ._counts import Counts
 from ._grad_norm import Amp, measure
+from ._layout import is_part_of_memory
 from ._plan import Leftover, StepPlan, asks_for_torch
 from ._rule import UpdateRule
 
@@ -80,6 +81,11 @@ class MultiTensorStep(Optimizer):
         if not all("differentiable" in group for group in self.param_groups):
             # torch adds this default to any optimizer; Lion and LAMB have no such setting
             self.defaults.pop("differentiable", None)
+        for values in self.state.values():
+            for name, value in values.items() if isinstance(values, dict) else ():
+                if isinstance(value, Tensor) and is_part_of_memory(value):
+                    # in another optimizer states of small tensors lie together; here they are to do so anew
+                    values[name] = value.clone()
         self._reset_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -219,7 +225,9 @@ class MultiTensorStep(Optimizer):
         # plans for other patterns of gradients stay; a stale one would keep alive what was replaced
         kept = [plan for plan in self._plans if not plan.is_for(grads)]
         plan = StepPlan(self, params, grads)
-        self._plans = [plan, *(plan for plan in kept[: _PLANS_KEPT - 1] if plan.holds(self, params))]
+        kept = [plan for plan in kept[: _PLANS_KEPT - 1] if plan.holds(self, params)]
+        plan.inherit([gone for gone in self._plans if gone not in kept])
+        self._plans = [plan, *kept]
         return plan
 
     def _run(self, plan: StepPlan, grads: list[Tensor | None], amp: Amp) -> None:

@@ -112,8 +112,8 @@ class AdafactorRule(UpdateRule):
             return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
         return param.new_zeros(shape, dtype=dtype)
 
-    def with_eps(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        """The values with torch's default of eps, which depends on the parameter's dtype."""
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+        # torch's default of eps depends on the parameter's dtype
         return values if values[2] is not None else (*values[:2], torch.finfo(dtype).eps, *values[3:])
 
     def prepare(self, values, counts):
@@ -165,7 +165,7 @@ class AdafactorLoop(torch.optim.Adafactor):
             for name in names:
                 if name not in state:
                     state[name] = RULE.new_state(name, param, group, self.defaults)
-            values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
+            values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
             (_, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = RULE.prepare(
                 values, (float(state["step"]),)
             )
@@ -326,12 +326,6 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         super().__setstate__(state)
         # a checkpoint of torch's has none of ours
         self._fill_groups()
-        for values in self.state.values():
-            for name, value in values.items():
-                if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-                    # in another optimizer averages of small tensors lie together; here they are to do so anew
-                    values[name] = value.clone()
-        self._reset_step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave, or, with ``variant="hf"``, that of transformers' Adafactor.
@@ -354,7 +348,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
                 continue
             param = group["params"][0]
             done = self.state.get(param, {}).get("step", 1.0)
-            values = RULE.with_eps(tuple(map(_number, RULE.values(group))), param.dtype)
+            values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
             row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
             _, _, _, _, rho, eps2, scaled, *_ = row
             sizes.append(rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho)

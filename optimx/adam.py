@@ -21,6 +21,8 @@ class AdamRule(UpdateRule):
     """One step of Adam: with the weight decay in the gradient, or decoupled from it (AdamW)."""
 
     module = "adam"
+    # lr and weight_decay
+    by_element = (0, 4)
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
     def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
@@ -49,6 +51,23 @@ class AdamRule(UpdateRule):
             eps,
         )
         return row, (step,)
+
+    def formula_by_element(self, values, p, g, states, step, scratch):
+        lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
+        exp_avg, exp_avg_sq, *largest = states
+        if maximize:
+            g = torch.neg(g, out=scratch[0])
+        if decoupled:
+            p.addcmul_(p, torch.mul(lr, weight_decay, out=scratch[1]), value=-1)
+        elif weight_decay.any():
+            g = torch.addcmul(g, p, weight_decay, out=scratch[0])
+        # no operator that wakes threads for a few elements: neither torch's own one nor sqrt
+        exp_avg.lerp_(g, 1.0 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+        square = torch.maximum(largest[0], exp_avg_sq, out=largest[0]) if largest else exp_avg_sq
+        denominator = torch.rsqrt(square, out=scratch[1]).reciprocal_()
+        denominator.div_(math.sqrt(1.0 - beta2**step)).add_(eps)
+        p.addcdiv_(torch.mul(exp_avg, lr, out=scratch[0]), denominator, value=-1.0 / (1.0 - beta1**step))
 
     def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator:
         return fused_adam

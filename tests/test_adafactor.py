@@ -225,57 +225,6 @@ def test_an_infinite_norm_clips_to_zero(kwargs: dict, device: torch.device) -> N
     torch.testing.assert_close(good, before)
 
 
-def test_gradients_come_and_go() -> None:
-    """Averages of small tensors lie together, for one pattern of gradients; others find them where they are."""
-    ours, stock, _ = twins(ADAFACTOR, make_params([(5, 6)] * 6 + [(7,)] * 4), {"lr": 0.5})
-    for step, skip in enumerate([(), (0, 1), (7,), (), (0, 1), tuple(range(6)), (), ()]):
-        train([ours, stock], 1, first=step, skip=skip)
-        if step == 5:
-            for optimizer in (ours, stock):
-                state = optimizer.state[params_of(optimizer)[2]]
-                state["row_var"].data = state["row_var"] * 2
-    assert_same(ours, stock)
-
-
-@pytest.mark.parametrize("after", [0, 1], ids=["first_step", "second_step"])
-def test_memory_of_averages_is_replaced(after: int) -> None:
-    """Beneath a state that stays the same tensor."""
-    ours, stock, _ = twins(ADAFACTOR, make_params([(5, 6)] * 3), {"lr": 0.5})
-    for step in range(4):
-        train([ours, stock], 1, first=step)
-        if step == after:
-            for optimizer in (ours, stock):
-                state = optimizer.state[params_of(optimizer)[1]]
-                state["row_var"].data = state["row_var"] * 50
-    assert_same(ours, stock)
-
-
-def test_small_tensors_stay_together() -> None:
-    """Where settings become different, and in a copy or after loading, averages lie together once more."""
-
-    def together(optimizer: optimx.Adafactor) -> bool:
-        calls = [call for bucket in optimizer._plans[0].buckets for call in bucket._calls]
-        return all(home is not None for call in calls for stack in call.stacks for home in stack.homes)
-
-    first, second = make_params([(5, 6)] * 3), make_params([(5, 6)] * 3)
-    ours = optimx.Adafactor([{"params": first}, {"params": second}])
-    loaded = optimx.Adafactor(make_params([(5, 6)] * 6))
-    train([ours], 1)
-    assert together(ours)
-    ours.param_groups[0]["lr"] = 0.1
-    train([ours], 1)
-    assert together(ours)
-    copied = copy.deepcopy(ours)
-    loaded.load_state_dict({**ours.state_dict(), "param_groups": loaded.state_dict()["param_groups"]})
-    before = copy.deepcopy(ours.state_dict()["state"])
-    train([copied, loaded], 1)
-    assert together(copied)
-    assert together(loaded)
-    torch.testing.assert_close(ours.state_dict()["state"], before, rtol=0.0, atol=0.0)
-    train([ours], 1)
-    assert together(ours)
-
-
 @interpreted
 @pytest.mark.parametrize(
     "edit", [{"beta1": 0.9}, {"variant": "hf"}, {"scale_parameter": False}, {"relative_step": False}], ids=str

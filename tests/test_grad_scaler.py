@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optimx
-from optimx import _native
+from optimx import _batch, _native
 from tests.cases import (
     CASES,
     CLOSE,
@@ -753,8 +753,9 @@ def test_many_tensors_in_several_pieces(
     case: Case, kwargs: dict, scaler_cls: type, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     """Of memory, on the native backend, and of a launch."""
-    for name, elements in {"PIECE": 1000, "BATCH": 300, "SMALL": 60}.items():
-        monkeypatch.setattr(_native, name, elements)
+    monkeypatch.setattr(_native, "PIECE", 1000)
+    monkeypatch.setattr(_batch, "BATCH", 300)
+    monkeypatch.setattr(_batch, "SMALL", 60)
     big, count = (300, 6) if INTERPRETED else (3001, 60)
     params = make_params([(big,), (3, big // 3 + 1), *[(i * 37 % 130,) for i in range(count)]], device)
     params[1] = Parameter(params[1].detach().t())

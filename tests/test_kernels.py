@@ -85,9 +85,8 @@ def rows(*values: Sequence[float], device: torch.device) -> Tensor:
 
 
 def values_of(rule: Any, group: dict[str, Any]) -> tuple[Any, ...]:
-    """The raw hyperparameters; Adafactor has one that depends on the dtype."""
-    values = rule.values(group)
-    return rule.with_eps(values, torch.float32) if rule.module == "adafactor" else values
+    """The raw hyperparameters."""
+    return rule.values_for(rule.values(group), torch.float32)
 
 
 def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:

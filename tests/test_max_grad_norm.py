@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optimx
-from optimx import _native
+from optimx import _batch, _native
 from tests.cases import (
     CASES,
     CLOSE,
@@ -209,8 +209,9 @@ def test_gradients_of_another_dtype(case: Case, dtype: torch.dtype, of_grad: tor
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the native backend takes at once, small enough that small tensors are large."""
-    for name, elements in {"PIECE": 1000, "BATCH": 300, "SMALL": 60}.items():
-        monkeypatch.setattr(_native, name, elements)
+    monkeypatch.setattr(_native, "PIECE", 1000)
+    monkeypatch.setattr(_batch, "BATCH", 300)
+    monkeypatch.setattr(_batch, "SMALL", 60)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import Parameter
 
-import optimx._native
+from optimx import _batch, _native
+from optimx._call import MixedCall
 from tests.cases import (
     CASES,
     CLOSE,
@@ -60,14 +62,47 @@ def test_groups_that_differ(case: Case, kwargs: dict, device: torch.device) -> N
     assert_same(ours, stock)
 
 
+def _mixed_calls(optimizer: Any) -> list[MixedCall]:
+    calls = [call for bucket in optimizer._plans[0].buckets for call in bucket._calls]
+    return [call for call in calls if isinstance(call, MixedCall) and call.settings]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels take settings by tensor")
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
+@pytest.mark.parametrize(("case", "kwargs"), [row for row in VARIANTS if row.id.startswith(("adam-", "adamw-"))])
+def test_a_setting_for_each_tensor(case: Case, kwargs: dict, max_grad_norm: float | None) -> None:
+    """On a CPU one formula for all small ones, where settings differ only in what it has by element."""
+    shapes = [(), (0,), (1,), (3, 5), (64,), (70, 80), (1200,), *[(i,) for i in range(2, 11)]]
+
+    def groups(params: Any) -> list[dict[str, Any]]:
+        return [{"params": [p], "lr": 0.01 * 0.9**i, "weight_decay": 0.1 * (i % 3)} for i, p in enumerate(params)]
+
+    ours, stock, copies = twins(case, make_params(shapes), kwargs, groups, max_grad_norm=max_grad_norm)
+    for step in range(7):
+        for optimizer in (ours, stock):
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.9 if step % 2 else 1.0
+            optimizer.param_groups[3]["eps"] = 1e-3 if step == 4 else optimizer.param_groups[0]["eps"]
+        # a step count of its own, at last
+        skip = [4] if step == 5 else []
+        train([ours], 1, first=step, skip=skip)
+        set_grads(copies, step, skip=skip)
+        if max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(copies, max_grad_norm)
+        stock.step()
+        assert len(_mixed_calls(ours)) == (step != 4)
+    assert_same(ours, stock)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_pieces_equal_the_whole(case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU: large tensors cut into pieces that fit the cache, small ones in several batches."""
     if INTERPRETED:
         pytest.skip("kernels have no pieces")
-    for name, size in (("PIECE", 64), ("BATCH", 64), ("SMALL", 16)):
-        monkeypatch.setattr(optimx._native, name, size)
+    monkeypatch.setattr(_native, "PIECE", 64)
+    monkeypatch.setattr(_batch, "BATCH", 64)
+    monkeypatch.setattr(_batch, "SMALL", 16)
     kwargs = case.rounded({"weight_decay": 0.1} if case.has("weight_decay") else {}, dtype)
     shapes = [(3,), (300,), (16,), (16,), (16,), (9,), (8, 24), (2,), (64,), (65,)]
     ours, stock, _ = twins(case, make_params(shapes, dtype=dtype), kwargs, max_grad_norm=100.0)
