@@ -69,7 +69,10 @@ def _mixed_calls(optimizer: Any) -> list[MixedCall]:
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels take settings by tensor")
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
-@pytest.mark.parametrize(("case", "kwargs"), [row for row in VARIANTS if row.id.startswith(("adam-", "adamw-"))])
+@pytest.mark.parametrize(
+    ("case", "kwargs"),
+    [pytest.param(case, kw, id=name) for case, kw, name in VARIANTS if name.startswith(("adam-", "adamw-"))],
+)
 def test_a_setting_for_each_tensor(case: Case, kwargs: dict, max_grad_norm: float | None) -> None:
     """On a CPU one formula for all small ones, where settings differ only in what it has by element."""
     shapes = [(), (0,), (1,), (3, 5), (64,), (70, 80), (1200,), *[(i,) for i in range(2, 11)]]
