@@ -24,8 +24,8 @@ def prepare(raw, counts):
 def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
     """States: prev, step_size."""
     eta_minus, eta_plus, smallest, largest = hyper
-    agreement = sign(g * states[0])
-    # comparisons with NaN are false, so NaN stays
+    # above or below 0, or NaN; comparisons with it are false, so it stays
+    agreement = g * states[0]
     factor = tl.where(
         agreement > 0, eta_plus, tl.where(agreement < 0, eta_minus, tl.where(agreement == 0, 1.0, agreement))
     )
