@@ -22,6 +22,14 @@ fused_adagrad_: Any = torch._fused_adagrad_
 _FAR = torch.tensor(2.0**60, device="cpu")
 
 
+def plain_sgd_(p: Tensor, g: Tensor, lr: float, weight_decay: float) -> None:
+    """SGD without momentum: decay and step in one pass."""
+    fused_sgd_(
+        [p], [g], [], weight_decay=weight_decay, momentum=0.0, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+        is_first_step=False,
+    )  # fmt: skip
+
+
 def uncorrected_adam_(
     p: Tensor,
     g: Tensor,

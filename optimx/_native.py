@@ -212,7 +212,7 @@ class NativeBucket(Bucket):
                 p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
                 self.rule.formula(self.key.structure, setting, p, g, states, self.temporaries(p))
 
-    def temporaries(self, like: Tensor, count: int = 2) -> tuple[Tensor, ...]:
+    def temporaries(self, like: Tensor, count: int = 3) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
         first = 2 + len(self.states)
         return tuple(self.scratch(first + i, len(like)) for i in range(count))

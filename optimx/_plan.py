@@ -26,6 +26,7 @@ from ._layout import is_dense, same_layout
 if TYPE_CHECKING:
     from ._step import MultiTensorStep
 
+_NUMBERS = {bool, int, float, type(None)}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -96,6 +97,10 @@ def is_capturing() -> bool:
 
 def has_device_values(values: Iterable[Any]) -> bool:
     """Whether a hyperparameter is a tensor that the host could not read without waiting."""
+    values = [*values]
+    # numbers are the rule, and hundreds of groups may change every step
+    if _NUMBERS.issuperset(map(type, values)):
+        return False
     return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
 
 

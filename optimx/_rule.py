@@ -128,7 +128,7 @@ class UpdateRule:
         """Update one piece in place, where there is no operator.
 
         All tensors are one-dimensional, float32 or float64, and fit the cache together. ``g`` is multiplied by the
-        row's factor already and must not be written; the two tensors of ``scratch`` may.
+        row's factor already and must not be written; the three tensors of ``scratch`` may.
         """
         raise NotImplementedError
 

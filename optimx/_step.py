@@ -7,7 +7,7 @@ an :class:`UpdateRule`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
 from operator import is_, itemgetter
@@ -24,7 +24,7 @@ from ._layout import is_part_of_memory
 from ._plan import Leftover, StepPlan, asks_for_torch
 from ._rule import UpdateRule
 
-_CONSTANTS = (bool, int, float, str, type(None), torch.dtype)
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
 #: Patterns of gradients (which are None) for which a plan is kept.
 _PLANS_KEPT = 4
@@ -205,8 +205,10 @@ class MultiTensorStep(Optimizer):
             settings += [group.get(name) for group in self.param_groups for name in self.rule.optional_settings]
         if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
             return
-        values = [tuple(map(_readable, self.rule.values(group))) for group in self.param_groups]
-        self._settings = settings if all(map(_is_constant, settings)) else []
+        values = [*map(self.rule.values, self.param_groups)]
+        if not _are_constants(chain.from_iterable(values)):
+            values = [tuple(map(_readable, group)) for group in values]
+        self._settings = settings if _are_constants(settings) else []
         self._values = values
 
     def _amp(self) -> Amp:
@@ -295,9 +297,13 @@ def _triton_errors(expected: bool) -> Iterator[None]:
         raise _TritonError(error) from error
 
 
-def _is_constant(value: Any) -> bool:
-    """Whether a setting that is the same object is the same value."""
-    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(map(_is_constant, value)))
+def _are_constants(settings: Iterable[Any]) -> bool:
+    """Whether settings that are the same objects are the same values. They are many, their types few."""
+    settings = [*settings]
+    if not all(issubclass(cls, _CONSTANTS) for cls in {*map(type, settings)}):
+        return False
+    tuples = [value for value in settings if isinstance(value, tuple)]
+    return not tuples or _are_constants(chain.from_iterable(tuples))
 
 
 def _readable(value: Any) -> Any:

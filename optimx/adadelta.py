@@ -37,9 +37,9 @@ class AdadeltaRule(UpdateRule):
         square_avg, acc_delta = states
         g = l2_gradient(g, p, l2, scratch[0])
         square_avg.mul_(rho).addcmul_(g, g, value=rho_c)
-        # rsqrt would save a pass and a digit
-        delta = torch.add(acc_delta, eps, out=scratch[1]).sqrt_().mul_(g)
-        delta.div_(torch.add(square_avg, eps, out=scratch[0]).sqrt_())
+        # one root of a ratio for a ratio of roots; rsqrt would save a pass and a digit
+        delta = torch.add(acc_delta, eps, out=scratch[1])
+        delta.div_(torch.add(square_avg, eps, out=scratch[2])).sqrt_().mul_(g)
         acc_delta.mul_(rho).addcmul_(delta, delta, value=rho_c)
         p.add_(delta, alpha=-lr)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._rule import UpdateRule, l2_gradient
+from . import _compat
+from ._rule import UpdateRule
 from ._step import MultiTensorStep
 
 __all__ = ["ASGD"]
@@ -43,10 +44,9 @@ class ASGDRule(UpdateRule):
     def formula(self, structure, row, p, g, states, scratch):
         _, l2, decay, eta, mu = row
         (ax,) = states
-        g = l2_gradient(g, p, l2, scratch[0])
-        if decay != 1.0:
-            p.mul_(decay)
-        p.add_(g, alpha=-eta)
+        if eta:
+            # both decays are SGD's
+            _compat.plain_sgd_(p, g, eta, l2 + (1.0 - decay) / eta)
         if mu == 1.0:
             ax.copy_(p)
         else:

@@ -42,11 +42,8 @@ class LionRule(UpdateRule):
         (exp_avg,) = states
         step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()
         if decay != 1.0 and lr:
-            # decay and step in one pass: SGD whose gradient is the sign
-            _compat.fused_sgd_(
-                [p], [step], [], weight_decay=(1.0 - decay) / lr, momentum=0.0, lr=lr, dampening=0.0, nesterov=False,
-                maximize=False, is_first_step=False,
-            )  # fmt: skip
+            # SGD whose gradient is the sign
+            _compat.plain_sgd_(p, step, lr, (1.0 - decay) / lr)
         else:
             p.add_(step, alpha=-lr)
         exp_avg.lerp_(g, beta2_c)
