@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
 from bench.convergence_chart import draw as draw_convergence
-from bench.packages import PEERS
+from bench.packages import is_peer
 from bench.report import millions
 from bench.results import Row
 from bench.saved import Results
@@ -75,9 +75,9 @@ def models(results: Results, path: Path) -> bool:
     series: dict[str, list[float]] = {DEFAULT: [], FOREACH: [], OTHERS: [], OURS: []}
     for rows in cases:
         medians = {row.contestant: row.median_ms for row in rows if row.median_ms}
-        medians[OTHERS] = min((ms for name, ms in medians.items() if name in PEERS), default=math.nan)
+        medians[OTHERS] = min((ms for name, ms in medians.items() if is_peer(name)), default=math.nan)
         for name, values in series.items():
-            values.append(medians[FUSED] / medians.get(name, math.nan))
+            values.append(medians.get(FUSED, math.nan) / medians.get(name, math.nan))
     series = {name: values for name, values in series.items() if not all(map(math.isnan, values))}
     with style.figure(9, 3.4) as figure:
         axes = figure.subplots()

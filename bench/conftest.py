@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bench.case import Case
-from bench.packages import PEERS
 from bench.provenance import circumstances, machine
 from bench.results import Row, Verdict, judge
 from bench.suite import REPLAY
@@ -85,8 +84,8 @@ def enter(benchmark: Any, measured: Callable[[Case], Measured]) -> Callable[[Cas
         if times is None:
             # pytest-benchmark would complain that nobody used its fixture
             benchmark.skipped = True
-            if contestant in PEERS:
-                pytest.skip(row.missing or "")
+            if row.missing is not None:
+                pytest.skip(row.missing)
             pytest.fail(f"{contestant} in {case.name}: {row.error}", pytrace=False)
         benchmark.group = case.name
         benchmark.extra_info.update(asdict(row))

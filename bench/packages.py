@@ -117,3 +117,8 @@ BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
 
 #: Every package there is a contestant of.
 PEERS = frozenset(peer.package for peers in BY_OPTIMIZER.values() for peer in peers)
+
+
+def is_peer(contestant: str) -> bool:
+    """Whether it is of another package, whose name its own begins with: "torchao", "torchao 8-bit"."""
+    return contestant.partition(" ")[0] in PEERS

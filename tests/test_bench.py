@@ -12,6 +12,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -148,12 +149,14 @@ def test_a_package_that_is_missing_or_raises_is_no_error():
         **STEP,
         "apex": partial(suite.package_step, peer=absent),
         "torchao": partial(suite.package_step, peer=raising),
+        "torchao 8-bit": partial(suite.package_step, peer=absent),
     }
     measured = measure(tiny(contestants=contestants), BUDGET)
     assert measured.rows["apex"].missing == "apex is not installed"
     assert "no_such_class" in measured.rows["torchao"].missing
+    assert measured.rows["torchao 8-bit"].missing == "apex is not installed"
     assert set(measured.times) == set(STEP)
-    assert [row.error for row in measured.rows.values()] == [None] * 5
+    assert [row.error for row in measured.rows.values()] == [None] * 6
 
 
 def test_a_package_steps_with_the_arguments_of_the_case():
@@ -261,6 +264,16 @@ def test_a_contestant_that_raises_has_a_row_and_the_others_have_times():
     assert rows[FUSED].ratio == 1.0
 
 
+def test_a_contestant_that_raises_when_it_is_counted_has_no_times():
+    def run(case: Case) -> Run:
+        return plain._replace(optimizer=object())
+
+    plain = STEP[FUSED](tiny())
+    measured = measure(tiny(contestants={FUSED: STEP[FUSED], OURS: run}), BUDGET)
+    assert "has no attribute 'state'" in measured.rows[OURS].error
+    assert set(measured.times) == {FUSED}
+
+
 def test_without_a_baseline_there_are_times_but_no_ratios():
     rows = measure(tiny(contestants={FUSED: broken, DEFAULT: STEP[DEFAULT]}), BUDGET).rows
     assert rows[DEFAULT].median_ms > 0
@@ -312,6 +325,9 @@ def test_state_counts_what_is_shared_once_and_scalars_not_at_all():
     for p in params:
         optimizer.state[p] = {"exp_avg": shared, "own": torch.zeros(10, dtype=torch.bfloat16), "step": torch.zeros(())}
     assert state_bytes(optimizer) == 40 + 2 * 20
+    optimizer.state["quantised"] = {"exp_avg": SimpleNamespace(codes=torch.zeros(6), bits=8)}
+    assert state_bytes(optimizer) == 80 + 24
+    del optimizer.state["quantised"]
     counts = count(Run(lambda: None, lambda: None, optimizer), "cpu")
     assert counts == {"state_bytes": 80, "peak_bytes": 0}
 
