@@ -41,8 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = "cuda" if config.getoption("--gpu") else "cpu"
-    there = [item for item in items if not hasattr(item, "callspec") or item.callspec.params["case"].device == device]
-    config.hook.pytest_deselected(items=[item for item in items if item not in there])
+    there, elsewhere = [], []
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        # other tests may have cases of their own
+        (elsewhere if isinstance(case, Case) and case.device != device else there).append(item)
+    config.hook.pytest_deselected(items=elsewhere)
     items[:] = there
 
 

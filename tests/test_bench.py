@@ -103,7 +103,8 @@ def test_cases_are_consistent():
     for case in CASES:
         assert case.baseline in case.contestants
         assert case.traffic.keys() | case.notes.keys() <= case.contestants.keys()
-        assert max(map(len, case.contestants)) < tables.NAME_WIDTH, case.name
+        assert max(map(len, case.contestants)) <= tables.NAME_WIDTH, case.name
+        assert (COPY in case.contestants) == any(name in case.traffic for name in case.contestants), case.name
         for target in case.targets:
             rivals = set(STOCK) if target.against == BEST_STOCK else {target.against or target.contestant}
             assert target.contestant in case.contestants
