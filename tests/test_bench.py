@@ -477,26 +477,59 @@ def test_sizes(count, text):
 
 def test_the_driver_runs_a_file_a_question(monkeypatch, tmp_path):
     commands: list[list[str]] = []
+    codes = {"test_host.py": 5, "test_clip.py": 1, "test_step.py": 0}
 
     def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
         commands.append(command)
-        return subprocess.CompletedProcess(command, 5 if "test_host.py" in command[3] else 1)
+        for word in command:
+            if word.startswith("--benchmark-json="):
+                # older versions of pytest-benchmark leave an empty file where nothing has run
+                text = "" if "host" in word else "new"
+                Path(word.partition("=")[2]).write_text(text)
+        return subprocess.CompletedProcess(command, codes[Path(command[3]).name])
 
     monkeypatch.setattr(driver.subprocess, "run", run)
-    assert driver.main(["host", "--out", str(tmp_path)]) == 0
-    assert driver.main(["clip", "host", "--out", str(tmp_path), "--quick", "-k", "4x4M"]) == 1
-    assert [Path(command[3]).name for command in commands] == ["test_host.py", "test_clip.py", "test_host.py"]
-    assert '--command=python -m bench clip --quick -k "4x4M"' in commands[1]
-    assert f"--benchmark-json={tmp_path / 'clip.json'}" in commands[1]
+    (tmp_path / "host.json").write_text("earlier")
+    out = ["--out", str(tmp_path)]
+    assert driver.main(["host", "step", *out]) == 0
+    assert driver.main(["host", *out]) == 5
+    assert driver.main(["clip", "host", "--quick", "-k", "4x4M", *out]) == 1
+    asked = ["host", "step", "host", "clip", "host"]
+    assert [Path(command[3]).name for command in commands] == [f"test_{question}.py" for question in asked]
+    assert '--command=python -m bench clip --quick -k "4x4M"' in commands[3]
+    contents = {path.stem: path.read_text() for path in tmp_path.iterdir()}
+    assert contents == {"host": "earlier", "step": "new", "clip": "new"}
 
 
-def test_the_driver_compares_with_earlier_results(tmp_path):
-    (tmp_path / "clip.json").write_text("{}")
-    options = driver.parse(["clip", "--compare", str(tmp_path)])
-    assert f"--benchmark-compare={tmp_path / 'clip.json'}" in driver.pytest_command(options, "clip", tmp_path)
-    # nothing to compare with
-    words = driver.pytest_command(options, "step", tmp_path)
-    assert not any(word.startswith("--benchmark-compare") for word in words)
+def test_a_part_of_the_results_replaces_no_whole_ones():
+    for part in (["--quick"], ["-k", "rmsprop"]):
+        options = driver.parse(part)
+        assert options.out is None
+        words = driver.pytest_command(options, "step", options.out)
+        assert not any(word.startswith("--benchmark-json") for word in words)
+    assert driver.parse([]).out.parent == driver.RESULTS
+
+
+def test_a_run_compares_itself_with_an_earlier_one(tmp_path, capfd, monkeypatch):
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which its run is none of
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    arguments = ["--quick", "-k", "host-1x4", "--out", str(tmp_path)]
+    assert driver.main(["host", *arguments]) == 0
+    before = (tmp_path / "host.json").read_text()
+    capfd.readouterr()
+    # its own folder, whose files the run is about to replace; and a question that has no results there
+    assert driver.main(["host", "schedulers", *arguments, "--compare", str(tmp_path)]) == 0
+    printed = capfd.readouterr().out
+    assert printed.count("host-1x4-optimx] (NOW)") == 1
+    assert printed.count("host-1x4-optimx] (") == 2
+    assert (tmp_path / "host.json").read_text() != before
+
+
+def test_a_folder_to_compare_with_has_to_exist(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        driver.parse(["--compare", str(tmp_path / "nowhere")])
+    assert "--compare should be a folder of results" in capsys.readouterr().err
 
 
 def test_an_unknown_question_is_an_error(capsys):
