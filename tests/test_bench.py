@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import bench.__main__ as driver
-from bench import packages, peers, shapes, suite, tables
+from bench import packages, peers, shapes, suite, tables, test_host
 from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK, Case, Target
 from bench.contestants import COPY_NUMEL, Model, Run, device_copy, layer_decay, optimx_step, torch_step
 from bench.counting import count, peak_memory, state_bytes
@@ -130,13 +130,27 @@ def test_whoever_is_stock_takes_steps(case):
     assert {row.optimizer for row in rows.values()} == {case.call}
 
 
-def test_the_bare_operator_takes_the_steps_of_the_optimizer():
-    host = next(case for case in CASES if case.name == "host-1x4")
-    runs = {name: start(host) for name, start in host.contestants.items()}
-    assert set(runs) == {FUSED, OURS, "torch's operator"}
-    for run in runs.values():
-        run.prepare()
-        run.step()
+def test_the_bare_operator_takes_the_steps_of_the_optimizer(monkeypatch):
+    models: list[Model] = []
+
+    def recorded(case: Case) -> Model:
+        models.append(Model(case))
+        return models[-1]
+
+    monkeypatch.setattr(test_host, "Model", recorded)
+    run = test_host.operator_step(tiny())
+    run.prepare()
+    run.step()
+    expected = Model(tiny())
+    optimizer = torch.optim.AdamW(expected.params, fused=True)
+    for _ in range(2):
+        expected.backward()
+        optimizer.step()
+        # the bare operator counts no steps: each is the first
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    for p, q in zip(models[0].params, expected.params, strict=True):
+        assert torch.equal(p, q)
 
 
 def test_an_optimizer_that_does_not_exist_is_an_error_of_its_row():
@@ -473,6 +487,17 @@ def test_a_run_prints_80_columns_and_saves_rows_and_targets(tmp_path):
 )
 def test_sizes(count, text):
     assert tables.size(count) == text
+
+
+def test_columns_do_not_touch():
+    rows = empty_rows(tiny(contestants={"x" * tables.NAME_WIDTH: broken}, baseline="x" * tables.NAME_WIDTH))
+    row = next(iter(rows.values()))
+    row.rounds, row.median_ms, row.p20_ms, row.p80_ms, row.ratio = 5, 0.00415, 0.00382, 0.00569, 12.5
+    row.copy_fraction, row.peak_bytes, row.launches = 1.234, 123_400_000, 120_000
+    words = ["x" * tables.NAME_WIDTH, "0.00415", "0.00382", "0.00569", "12.50x", "123.4%", "123 MB", "120000"]
+    line = tables.text_case([row], []).splitlines()[1]
+    assert line.replace("123 MB", "123MB").split() == [word.replace(" ", "") for word in words]
+    assert len(line) == len(tables.text_header()) == tables.WIDTH
 
 
 def test_the_driver_runs_a_file_a_question(monkeypatch, tmp_path):
