@@ -113,6 +113,14 @@ def test_cases_are_consistent():
             assert target.quantity in quantities
 
 
+def test_contestants_on_a_gpu_fit_together():
+    for case in CASES:
+        # parameters, gradients and those to come, two states; a foreach step's intermediates, one at a time
+        floats = case.numel * (5 * sum(name != COPY for name in case.contestants) + 3)
+        copy = 8 * max(case.numel, COPY_NUMEL) if COPY in case.contestants else 0
+        assert case.dtype.itemsize * floats + copy < 120e9, case.name
+
+
 def test_optimizers_take_the_arguments_of_their_cases():
     for case in CASES:
         module = peers if hasattr(peers, case.optimizer) else torch.optim
