@@ -66,8 +66,7 @@ docs: .venv/.installed
 
 gpu:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
-	$(PYTHON) -m bench --gpu $(if $(OUT),--out $(OUT))
-	$(PYTHON) -m bench.report $(OUT)
+	$(PYTHON) -m bench --gpu $(if $(OUT),--out $(OUT)); status=$$?; $(PYTHON) -m bench.report $(OUT) && exit $$status
 
 clean:
 	rm -rf .venv .venv-bench build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

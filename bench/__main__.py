@@ -9,15 +9,21 @@ raising is, and makes the exit status 1.
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import torch
 
 from bench.provenance import machine_folder
 
 HERE = Path(__file__).parent
 QUESTIONS = tuple(sorted(path.stem.removeprefix("test_") for path in HERE.glob("test_*.py")))
 RESULTS = Path("bench/results")
+#: Pytest's exit status where a question has no case for this device, or none that matches.
+NOTHING_RUN = 5
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -25,13 +31,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)} (default: all)")
     parser.add_argument("--gpu", action="store_true", help="the GPU cases instead of the CPU cases")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not for numbers")
-    parser.add_argument("--out", type=Path, help=f"folder of the results (default: one for the machine in {RESULTS})")
+    out = f"folder of the results (default: one for the machine in {RESULTS}; with --quick or -k nothing is saved)"
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--compare", type=Path, metavar="DIR", help="folder of earlier results to print beside these")
     parser.add_argument("-k", dest="expression", default="", help="only cases and contestants that match, as in pytest")
     options = parser.parse_args(arguments)
     for question in options.questions:
         if question not in QUESTIONS:
             parser.error(f"question should be one of {', '.join(QUESTIONS)}, but is: {question}")
+    if options.gpu and not torch.cuda.is_available():
+        parser.error("--gpu needs a GPU that torch can use; torch.cuda.is_available() is False")
+    if options.out is None and not (options.quick or options.expression):
+        # what is saved here is whole, and for numbers
+        options.out = RESULTS / machine_folder(options.gpu)
+    if options.compare is not None and not options.compare.is_dir():
+        parser.error(f"--compare should be a folder of results, but is: {options.compare}")
     return options
 
 
@@ -42,13 +56,12 @@ def command(options: argparse.Namespace, question: str) -> str:
     return " ".join(words)
 
 
-def pytest_command(options: argparse.Namespace, question: str, folder: Path) -> list[str]:
-    words = [sys.executable, "-m", "pytest", str(HERE / f"test_{question}.py"), "-q", "-W", "ignore", "--no-header"]
-    words += [
-        "--benchmark-only",
-        f"--benchmark-json={folder / question}.json",
-        f"--command={command(options, question)}",
-    ]
+def pytest_command(options: argparse.Namespace, question: str, saved: Path | None) -> list[str]:
+    words = [sys.executable, "-m", "pytest", str(HERE / f"test_{question}.py"), "-q", "--no-header"]
+    # but that optimx has gone over to torch's own steps makes the comparison pointless
+    words += ["-W", "ignore", "-W", "error:optimx:RuntimeWarning"]
+    words += ["--benchmark-only", f"--command={command(options, question)}"]
+    words += [f"--benchmark-json={saved}"] if saved else []
     words += ["--gpu"] * options.gpu + ["--quick"] * options.quick
     words += ["-k", options.expression] if options.expression else []
     earlier = options.compare / f"{question}.json" if options.compare else None
@@ -60,14 +73,29 @@ def pytest_command(options: argparse.Namespace, question: str, folder: Path) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    folder = options.out or RESULTS / machine_folder(options.gpu)
-    folder.mkdir(parents=True, exist_ok=True)
-    status = 0
-    for question in options.questions or QUESTIONS:
-        code = subprocess.run(pytest_command(options, question, folder), check=False).returncode
-        # 5: the question has no case for this device, or none that matches
-        status = status or (code if code != 5 else 0)
-    return status
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+    codes = [run(options, question) for question in options.questions or QUESTIONS]
+    failures = [code for code in codes if code not in (0, NOTHING_RUN)]
+    if failures:
+        return failures[0]
+    if 0 not in codes:
+        print("bench: no case matches", file=sys.stderr)
+        return NOTHING_RUN
+    return 0
+
+
+def run(options: argparse.Namespace, question: str) -> int:
+    """Put one question; returns the exit status."""
+    if options.out is None:
+        return subprocess.run(pytest_command(options, question, None), check=False).returncode
+    # some versions of pytest-benchmark empty the file when they begin; it may be what is compared with
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder, f"{question}.json")
+        code = subprocess.run(pytest_command(options, question, saved), check=False).returncode
+        if saved.exists() and saved.stat().st_size:
+            shutil.copy(saved, options.out)
+    return code
 
 
 if __name__ == "__main__":

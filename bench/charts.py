@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
 from bench.convergence_chart import draw as draw_convergence
-from bench.packages import PEERS
+from bench.packages import is_peer
 from bench.report import millions
 from bench.results import Row
 from bench.saved import Results
@@ -69,16 +69,16 @@ def within(y: float, series: dict[str, list[float]]) -> bool:
 
 
 def models(results: Results, path: Path) -> bool:
-    cases = [rows for case, rows in results.questions["step"].cases() if case.startswith("step-") and rows[0].model]
-    if not cases:
-        return False
+    cases = [rows for _, rows in results.cases("step", "step-") if rows[0].model]
     series: dict[str, list[float]] = {DEFAULT: [], FOREACH: [], OTHERS: [], OURS: []}
     for rows in cases:
         medians = {row.contestant: row.median_ms for row in rows if row.median_ms}
-        medians[OTHERS] = min((ms for name, ms in medians.items() if name in PEERS), default=math.nan)
+        medians[OTHERS] = min((ms for name, ms in medians.items() if is_peer(name)), default=math.nan)
         for name, values in series.items():
-            values.append(medians[FUSED] / medians.get(name, math.nan))
+            values.append(medians.get(FUSED, math.nan) / medians.get(name, math.nan))
     series = {name: values for name, values in series.items() if not all(map(math.isnan, values))}
+    if not series:
+        return False
     with style.figure(9, 3.4) as figure:
         axes = figure.subplots()
         labels = [f"{rows[0].model}\n{rows[0].tensors} tensors, {millions(rows[0].params)}" for rows in cases]
@@ -90,7 +90,11 @@ def models(results: Results, path: Path) -> bool:
 
 
 def optimizers(results: Results, path: Path) -> bool:
-    cases = {case: rows for case, rows in results.questions["step"].cases() if OURS in {row.contestant for row in rows}}
+    cases = {
+        case.removesuffix("-float32").replace("step-", "adamw-"): rows
+        for case, rows in [*results.cases("step"), *results.cases("adafactor")]
+        if OURS in {row.contestant for row in rows}
+    }
     endings = {ending: label for ending, label in SHAPES.items() if any(case.endswith(ending) for case in cases)}
     if not endings:
         return False
@@ -165,8 +169,7 @@ def lines(axes: Axes, rows: Sequence[Row], x: Callable[[Row], float]) -> None:
 
 
 def sweep(results: Results, question: str, start: str) -> list[Row]:
-    rows = results.questions[question].rows if question in results.questions else []
-    return [row for row in rows if row.case.startswith(start) and row.contestant != COPY]
+    return [row for _, rows in results.cases(question, start) for row in rows if row.contestant != COPY]
 
 
 def groups(results: Results, path: Path) -> bool:
@@ -220,6 +223,8 @@ DRAWN_BY: dict[str, Callable[[Results, Path], bool]] = {
 
 def draw(results: Results) -> list[str]:
     """Draw everything there are results for, into their folder; returns the names of the files."""
+    drawn = [name for name, draw_chart in DRAWN_BY.items() if draw_chart(results, results.folder / name)]
     if results.convergence:
         draw_convergence(results.convergence, results.folder / "convergence.png")
-    return [name for name, draw_chart in DRAWN_BY.items() if draw_chart(results, results.folder / name)]
+        drawn.append("convergence.png")
+    return drawn

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bench.case import Case
-from bench.packages import PEERS
 from bench.provenance import circumstances, machine
 from bench.results import Row, Verdict, judge
 from bench.suite import REPLAY
@@ -42,8 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     device = "cuda" if config.getoption("--gpu") else "cpu"
-    there = [item for item in items if not hasattr(item, "callspec") or item.callspec.params["case"].device == device]
-    config.hook.pytest_deselected(items=[item for item in items if item not in there])
+    there, elsewhere = [], []
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        # other tests may have cases of their own
+        (elsewhere if isinstance(case, Case) and case.device != device else there).append(item)
+    config.hook.pytest_deselected(items=elsewhere)
     items[:] = there
 
 
@@ -85,8 +88,8 @@ def enter(benchmark: Any, measured: Callable[[Case], Measured]) -> Callable[[Cas
         if times is None:
             # pytest-benchmark would complain that nobody used its fixture
             benchmark.skipped = True
-            if contestant in PEERS:
-                pytest.skip(row.missing or "")
+            if row.missing is not None:
+                pytest.skip(row.missing)
             pytest.fail(f"{contestant} in {case.name}: {row.error}", pytrace=False)
         benchmark.group = case.name
         benchmark.extra_info.update(filled(row))

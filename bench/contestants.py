@@ -4,6 +4,7 @@ The optimizer is the one that the case names, from torch.optim, from optimx or f
 the contestant is built, so that one that is missing is an error in its row and nowhere else.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -108,8 +109,9 @@ peer_step = partial(plain_step, module=peers)
 
 def package_step(case: "Case", *, peer: packages.Peer) -> Run:
     model = Model(case)
-    # some have no default for the learning rate
-    optimizer = peer.load()(model.params, **{"lr": 1e-3, **case.kwargs, **peer.kwargs})
+    # some have no default for the learning rate, or another one
+    lr = inspect.signature(getattr(optimx, case.optimizer)).parameters["lr"].default
+    optimizer = peer.load()(model.params, **{"lr": lr, **case.kwargs, **peer.kwargs})
     return Run(model.backward, optimizer.step, optimizer)
 
 

@@ -216,7 +216,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description="Loss curves of optimx's optimizers beside those of torch.optim.",
     )
     parser.add_argument("--gpu", action="store_true", help="on the GPU instead of the CPU")
-    parser.add_argument("--out", type=Path, help=f"folder of the results (default: one for the machine in {RESULTS})")
+    out = (
+        f"folder of the results (default: one for the machine in {RESULTS}; with --quick or --filter nothing is saved)"
+    )
+    parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--quick", action="store_true", help="two seeds, half of the steps")
     parser.add_argument("--filter", default="", metavar="SUBSTR", help="only TASK-OPTIMIZER that contain this")
     return parser.parse_args(arguments)
@@ -245,9 +248,11 @@ def main(arguments: list[str] | None = None) -> int:
             recipe, seeds = replace(recipe, steps=recipe.steps // 2, warmup=recipe.warmup // 2), 2
         results["runs"].append(compare(tasks[task], name, recipe, seeds))
         print(line(results["runs"][-1]), flush=True)
-    folder = options.out or RESULTS / machine_folder(options.gpu)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "convergence.json").write_text(json.dumps(results) + "\n")
+    whole = not (options.quick or options.filter)
+    folder = options.out or (RESULTS / machine_folder(options.gpu) if whole else None)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "convergence.json").write_text(json.dumps(results) + "\n")
     agree = sum(entry["verdict"] == "AGREE" for entry in results["runs"])
     print(f"\n{agree} of {len(results['runs'])} agree")
     return int(agree < len(results["runs"]))

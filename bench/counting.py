@@ -38,13 +38,17 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those that a state is made of: quantised states are subclasses with several inside."""
+    """Those that a state is made of: quantised states are subclasses or plain objects with several inside."""
     if hasattr(value, "__tensor_flatten__"):
         names, _ = value.__tensor_flatten__()
         for name in names:
             yield from plain_tensors(getattr(value, name))
     elif isinstance(value, torch.Tensor):
         yield value
+    elif hasattr(value, "__dict__"):
+        for part in vars(value).values():
+            if isinstance(part, torch.Tensor):
+                yield part
 
 
 def peak_memory(run: Run, device: str) -> int:

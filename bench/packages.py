@@ -62,25 +62,30 @@ def import_torchvision() -> None:
 # operators live as long as their library
 LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 
-#: Optimizer -> contestant -> where it is. The arithmetic is that of the case, give or take where eps is added.
+#: Else FlashOptim's quantise the state and correct 16-bit parameters, and optimi's add up 16-bit ones with Kahan's sum.
+FLASH: dict[str, Any] = {"quantize": False, "master_weight_bits": None}
+OPTIMI: dict[str, Any] = {"kahan_sum": False}
+
+#: Optimizer -> contestant -> where it is. The arithmetic is that of the case, give or take where eps is added and how
+#: the first averages are corrected; the states of bitsandbytes are float32 with 16-bit parameters too.
 BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
     "AdamW": (
-        Peer("flashoptim", "flashoptim:FlashAdamW"),
-        Peer("torch-optimi", "optimi:AdamW"),
+        Peer("flashoptim", "flashoptim:FlashAdamW", FLASH),
+        Peer("torch-optimi", "optimi:AdamW", OPTIMI),
         Peer("torchao", "torchao.optim:_AdamW"),
         Peer("bitsandbytes", "bitsandbytes.optim:AdamW32bit"),
         Peer("timm", "timm.optim:AdamWLegacy"),
-        Peer("apex", "apex.optimizers:FusedAdam"),
+        Peer("apex", "apex.optimizers:FusedAdam", {"weight_decay": 0.01}),
     ),
     "Adam": (
-        Peer("flashoptim", "flashoptim:FlashAdam"),
-        Peer("torch-optimi", "optimi:Adam"),
+        Peer("flashoptim", "flashoptim:FlashAdam", FLASH),
+        Peer("torch-optimi", "optimi:Adam", OPTIMI),
         Peer("bitsandbytes", "bitsandbytes.optim:Adam32bit"),
         Peer("apex", "apex.optimizers:FusedAdam", {"adam_w_mode": False}),
     ),
     "SGD": (
-        Peer("flashoptim", "flashoptim:FlashSGD"),
-        Peer("torch-optimi", "optimi:SGD"),
+        Peer("flashoptim", "flashoptim:FlashSGD", FLASH),
+        Peer("torch-optimi", "optimi:SGD", OPTIMI),
         Peer("bitsandbytes", "bitsandbytes.optim:SGD32bit"),
         Peer("apex", "apex.optimizers:FusedSGD"),
     ),
@@ -91,29 +96,35 @@ BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
     ),
     "NAdam": (Peer("timm", "timm.optim:NAdamLegacy"),),
     "RAdam": (
-        Peer("torch-optimi", "optimi:RAdam"),
+        Peer("torch-optimi", "optimi:RAdam", OPTIMI),
         Peer("timm", "timm.optim:RAdamLegacy"),
         Peer("pytorch_optimizer", "pytorch_optimizer:RAdam"),
     ),
     "Lion": (
-        Peer("flashoptim", "flashoptim:FlashLion"),
-        Peer("torch-optimi", "optimi:Lion"),
+        Peer("flashoptim", "flashoptim:FlashLion", FLASH),
+        Peer("torch-optimi", "optimi:Lion", OPTIMI),
         Peer("bitsandbytes", "bitsandbytes.optim:Lion32bit"),
         Peer("timm", "timm.optim:Lion"),
         Peer("pytorch_optimizer", "pytorch_optimizer:Lion"),
     ),
     "LAMB": (
         Peer("bitsandbytes", "bitsandbytes.optim:LAMB32bit"),
-        Peer("timm", "timm.optim:Lamb"),
+        Peer("timm", "timm.optim:Lamb", {"max_grad_norm": None}),
         Peer("pytorch_optimizer", "pytorch_optimizer:Lamb"),
         Peer("apex", "apex.optimizers:FusedLAMB"),
     ),
     "Adafactor": (
-        Peer("transformers", "transformers.optimization:Adafactor", {"relative_step": False, "scale_parameter": False}),
-        Peer("timm", "timm.optim:Adafactor", {"scale_parameter": False}),
-        Peer("pytorch_optimizer", "pytorch_optimizer:AdaFactor", {"relative_step": False, "scale_parameter": False}),
+        Peer("transformers", "transformers.optimization:Adafactor", {"relative_step": False}),
+        Peer("timm", "timm.optim:Adafactor"),
+        # without a first average, as torch's is
+        Peer("pytorch_optimizer", "pytorch_optimizer:AdaFactor", {"relative_step": False, "betas": (None, 0.999)}),
     ),
 }
 
 #: Every package there is a contestant of.
 PEERS = frozenset(peer.package for peers in BY_OPTIMIZER.values() for peer in peers)
+
+
+def is_peer(contestant: str) -> bool:
+    """Whether it is of another package, whose name its own begins with: "torchao", "torchao 8-bit"."""
+    return contestant.partition(" ")[0] in PEERS

@@ -57,12 +57,17 @@ def report(results: Results, charts: Sequence[str]) -> str:
         LEGEND,
         "",
     ]
-    lines += ["## AdamW on real models", "", *markdown_table(models_table(results)), ""]
-    for name in charts:
-        lines += [f"## {TITLES[name]}", "", f"![{TITLES[name]}]({name})", ""]
-        lines += [*markdown_table(laws_table(results)), ""] if name == "scaling.png" else []
+    tables = {"models.png": models_table(results), "scaling.png": laws_table(results)}
+    for name, title in TITLES.items():
+        # without matplotlib there is a table and no chart; a head alone is no table
+        chart, table = name in charts, tables.get(name, [])
+        if chart or len(table) > 1:
+            lines += [f"## {title}", ""]
+            lines += [f"![{title}]({name})", ""] if chart else []
+            lines += [*markdown_table(table), ""] if len(table) > 1 else []
     if results.convergence:
         lines += ["## Convergence", "", *convergence_lines(results.convergence), ""]
+        lines += ["![Loss curves, stock and optimx](convergence.png)", ""] if "convergence.png" in charts else []
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -71,7 +76,9 @@ def report(results: Results, charts: Sequence[str]) -> str:
 
 def models_table(results: Results) -> list[list[str]]:
     """AdamW's cases in a line each: milliseconds of torch's implementations and of ours."""
-    cases = [(case, rows) for case, rows in results.questions["step"].cases() if case.startswith("step-")]
+    cases = [
+        (case, rows) for case, rows in results.cases("step", "step-") if any(row.contestant == OURS for row in rows)
+    ]
     stock = [name for name in STOCK if any(row.contestant == name for _, rows in cases for row in rows)]
     table = [["AdamW, ms a step", "tensors", "parameters", *stock, OURS, f"over {FUSED}"]]
     for case, rows in cases:
@@ -97,7 +104,7 @@ def times(ratio: float | None) -> str:
 
 def laws_table(results: Results) -> list[list[str]]:
     """What the time of AdamW's step is made of, fitted to both sweeps."""
-    rows = [row for row in results.questions["scaling"].rows if row.contestant != COPY and row.median_ms]
+    rows = [row for _, rows in results.cases("scaling") for row in rows if row.contestant != COPY and row.median_ms]
     table = [["AdamW", "fixed", "a tensor", "bytes", "typical error of the law"]]
     for name in [name for name in (*STOCK, OURS) if any(row.contestant == name for row in rows)]:
         law = fit([row for row in rows if row.contestant == name])
@@ -119,8 +126,6 @@ def convergence_lines(convergence: dict[str, Any]) -> list[str]:
         "they are apart, which must be within the standard error between seeds; and nowhere may the curves be further",
         "apart than one standard deviation.",
         f"`{convergence['run']['command']}`",
-        "",
-        "![Loss curves, stock and optimx](convergence.png)",
         "",
         *markdown_table(table),
     ]

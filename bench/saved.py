@@ -43,6 +43,12 @@ class Results:
     def verdicts(self) -> list[Verdict]:
         return [verdict for question in self.questions.values() for verdict in question.verdicts]
 
+    def cases(self, question: str, start: str = "") -> list[tuple[str, list[Row]]]:
+        """Cases of a question whose names begin so, with their rows; none where the question was not put."""
+        if question not in self.questions:
+            return []
+        return [(case, rows) for case, rows in self.questions[question].cases() if case.startswith(start)]
+
     @property
     def machine(self) -> dict[str, str]:
         return next(iter(self.questions.values())).machine

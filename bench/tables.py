@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.results import Row, Verdict
 
-WIDTH, NAME_WIDTH = 80, 24
+WIDTH, NAME_WIDTH = 80, 23
 
 
 def number(value: float) -> str:
@@ -46,7 +46,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "note": ("note", str),
 }
 TEXT_COLUMNS = {
-    "median_ms": 9, "p20_ms": 7, "p80_ms": 7, "ratio": 7, "copy_fraction": 8, "peak_bytes": 8, "launches": 8
+    "median_ms": 8, "p20_ms": 8, "p80_ms": 8, "ratio": 7, "copy_fraction": 8, "peak_bytes": 8, "launches": 8
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ CONTESTANTS = {
     INSIDE: partial(optimx_step, max_grad_norm=MAX_NORM),
     BEFORE: optimx_clip_step,
 }
+WITH_COPY = CONTESTANTS | {COPY: device_copy}
 clip = partial(Case, contestants=CONTESTANTS, baseline=TORCH)
 inside = partial(at_least, contestant=INSIDE, against=TORCH)
 
@@ -30,10 +31,11 @@ def traffic(grad_norm: float) -> dict[str, float]:
 
 def cpu_cases() -> list[Case]:
     gpt2, factor = shapes.MODELS["gpt2-124m"]
-    model = {"shapes": shapes.sized_down(gpt2, factor), "model": f"gpt2-124m / {factor}"}
+    model = {"shapes": shapes.sized_down(gpt2, factor), "model": f"gpt2-124m / {factor}", "contestants": WITH_COPY}
+    large = partial(clip, shapes=LARGE, contestants=WITH_COPY, targets=(inside(1.1),))
     return [
-        clip("clip-4x4M-below", LARGE, targets=(inside(1.1),), traffic=traffic(BELOW)),
-        clip("clip-4x4M-clipped", LARGE, grad_norm=CLIPPED, targets=(inside(1.1),), traffic=traffic(CLIPPED)),
+        large("clip-4x4M-below", traffic=traffic(BELOW)),
+        large("clip-4x4M-clipped", grad_norm=CLIPPED, traffic=traffic(CLIPPED)),
         clip("clip-1000x4-below", SMALL, targets=(inside(3),)),
         clip("clip-1000x4-clipped", SMALL, grad_norm=CLIPPED, targets=(inside(3),)),
         clip("clip-gpt2-124m-below", **model, traffic=traffic(BELOW)),
@@ -43,7 +45,7 @@ def cpu_cases() -> list[Case]:
 
 def gpu_cases() -> list[Case]:
     # more contestants would not fit
-    contestants = {name: CONTESTANTS[name] for name in (TORCH, INSIDE, BEFORE)} | {COPY: device_copy}
+    contestants = {name: WITH_COPY[name] for name in (TORCH, INSIDE, BEFORE, COPY)}
     llama = partial(
         clip, shapes=shapes.llama(), contestants=contestants, device="cuda", clock="device", model="llama-3.2-1b",
         targets=(inside(1.22), Target(INSIDE, "syncs", 0)),

@@ -7,30 +7,24 @@ from functools import partial
 from typing import Any
 
 from bench import shapes
-from bench.case import DEFAULT, FOREACH, FUSED, NO_SYNC, OURS, Case, Target, at_least
+from bench.case import FUSED, NO_SYNC, OURS, Case, Target, at_least
 from bench.contestants import Groups, group_each, layer_decay, optimx_step, torch_step, vit_layer_decay
 from bench.shapes import Shape
-from bench.suite import contests
+from bench.suite import contests, step_case
 
 MANY = [(4,)] * 465
-WAYS = {
-    DEFAULT: torch_step,
-    FOREACH: partial(torch_step, foreach=True),
-    FUSED: partial(torch_step, fused=True),
-    OURS: optimx_step,
-}
 
 
 def grouped(name: str, tensors: list[Shape], groups: Groups, count: int, **settings: Any) -> Case:
-    contestants = {name: partial(start, groups=groups) for name, start in WAYS.items()}
-    return Case(name, tensors, contestants, FUSED, groups=count, **settings)
+    case = step_case(name, tensors, peers=False, groups=count, **settings)
+    return replace(case, contestants={name: partial(run, groups=groups) for name, run in case.contestants.items()})
 
 
 def beside_one_group(
     name: str, tensors: list[Shape], number: int, groups: Groups, bound: float, **settings: Any
 ) -> Case:
     """What many groups cost: held against the same step with one."""
-    ways = {name: WAYS[name] for name in (FUSED, OURS)}
+    ways = {FUSED: partial(torch_step, fused=True), OURS: optimx_step}
     one = {f"{contestant}, one group": start for contestant, start in ways.items()}
     many = {f"{contestant}, {number} groups": partial(start, groups=groups) for contestant, start in ways.items()}
     target = Target(f"{OURS}, {number} groups", "speed", bound, f"{OURS}, one group")

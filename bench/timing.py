@@ -12,7 +12,7 @@ import torch
 from bench.case import COPY, Case
 from bench.contestants import Run
 from bench.counting import count
-from bench.packages import PEERS, Missing
+from bench.packages import Missing, is_peer
 from bench.results import Row, empty_rows, summarize
 
 CPU_THREADS = 2
@@ -102,12 +102,14 @@ def measure(case: Case, budget: Budget) -> Measured:
     quick = {name: run for name, run in runs.items() if name not in slow}
     calls = {name: max(1, min(budget.calls, int(budget.turn / median(warm[name])))) for name in quick}
     times = take_turns(case, quick, calls, rows, budget) | slow
-    for name in times:
+    for name in list(times):
         if name != COPY:
             with recorded(rows[name]):
                 # under a profiler a slow step takes too long
                 for column, value in count(runs[name], case.device, steps=name in quick).items():
                     setattr(rows[name], column, value)
+            if rows[name].out:
+                del times[name]
     moved = {name: run.moved for name, run in runs.items() if run.moved is not None}
     summarize(case, rows, times, moved)
     return Measured(rows, times)
@@ -149,7 +151,7 @@ def recorded(row: Row) -> Iterator[None]:
     except Exception as error:
         first_line = str(error).partition("\n")[0]
         text = f"{type(error).__name__}: {first_line}"[:200]
-        if row.contestant in PEERS:
+        if is_peer(row.contestant):
             row.missing = str(error) if isinstance(error, Missing) else text
         else:
             row.error = text

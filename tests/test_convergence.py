@@ -89,6 +89,12 @@ def test_a_missing_schedule_disagrees(tmp_path, monkeypatch):
     assert run(tmp_path, "text-sgd")[0] == 1
 
 
+def test_a_part_of_the_results_replaces_no_whole_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr(convergence, "RESULTS", tmp_path)
+    assert main(["--quick", "--filter", "digits-ra"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_that_nothing_has_is_an_error(capsys):
     assert main(["--filter", "sdg"]) == 2
     assert "no task and optimizer have 'sdg' in their name" in capsys.readouterr().err

@@ -98,6 +98,36 @@ def test_charts_without_rows_are_left_out(folder):
     assert "groups.png" not in page
 
 
+def test_without_matplotlib_the_tables_stay(folder, monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "| vit-b16 / 4 | 152 |" in page
+    assert "typical error of the law" in page
+    assert ".png" not in page
+    assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize("question", ["step", "groups", "scaling"])
+def test_one_question_is_enough(folder, question):
+    for path in folder.glob("*.json"):
+        if path.stem != question:
+            path.unlink()
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert f"## {question.capitalize()}" in page
+    assert ("over torch fused |" in page) == (question == "step")
+    assert ("typical error" in page) == (question == "scaling")
+
+
+def test_a_baseline_that_failed_has_no_bars(folder):
+    rows = [row for row in rows_of("step-vit-b16", model="vit-b16 / 4") if row.contestant != FUSED]
+    rows += rows_of("step-lora", model="lora / 8")
+    save(folder, "step", [*rows, row("step-vit-b16", FUSED, None, error="OutOfMemoryError")])
+    assert report.main([str(folder)]) == 0
+    assert "models.png" in (folder / "report.md").read_text()
+
+
 def test_the_readme_has_the_numbers_of_the_folder_it_names(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
     readme = tmp_path / "README.md"
