@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from . import _compat
-from ._batch import SMALL
 from ._call import Call
 from ._native import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
 _ALL = slice(None)
 
-#: Elements of small tensors that are updated together; three roles of them fit the cache.
-TOGETHER = 1 << 18
+#: Elements of tensors of one shape that are updated together, where that is more than one: the forty operators of
+#: an update cost more than copies of them (measured from 2**18 to 2**20).
+TOGETHER = 1 << 19
 
 #: What is in scratch memory.
 WORK, GRADS, PARAMS, MOMENTS = range(4)
@@ -221,12 +221,12 @@ class FactoredCall(Call):
         groups: list[list[int]] = []
         for i, param in enumerate(self.params):
             numel = param.numel()
-            if 0 < numel <= SMALL:
+            if 0 < numel <= TOGETHER // 2:
                 same = together.setdefault(tuple(param.shape), [])
                 if not same:
                     groups.append(same)
                 same.append(i)
-                if len(same) * numel >= TOGETHER:
+                if (len(same) + 1) * numel > TOGETHER:
                     del together[tuple(param.shape)]
             elif numel:
                 groups.append([i])
