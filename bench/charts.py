@@ -81,7 +81,7 @@ def models(results: Results, path: Path) -> bool:
         return False
     with style.figure(9, 3.4) as figure:
         axes = figure.subplots()
-        labels = [f"{rows[0].model}\n{rows[0].tensors} tensors, {millions(rows[0].params)}" for rows in cases]
+        labels = [f"{rows[0].model}\n{rows[0].tensors} tensors\n{millions(rows[0].params)}" for rows in cases]
         bars(axes, labels, series, "speed, fused = 1")
         axes.tick_params(axis="x", labelsize=7)
         figure.legend(loc="outside upper center", ncols=len(series))

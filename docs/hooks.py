@@ -72,6 +72,8 @@ def section(file: str, heading: str) -> str:
     """The text below a second-level heading of a Markdown file at the root. Links out of the site become paths."""
     parts = re.split(r"^## (.+)\n", (ROOT / file).read_text(), flags=re.MULTILINE)
     text = dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
+    # marks of what a program writes there
+    text = DIRECTIVE.sub("", text)
     # in links and in the attributes of HTML
     text = re.sub(r'(\]\(|")docs/', r"\1", text)
     endings = "|".join(map(re.escape, SUFFIXES))
