@@ -6,18 +6,18 @@ SOURCES := optimx triton_kernels tests bench docs
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test audit lint format bench convergence report demo plots docs gpu clean
+.PHONY: help test audit lint format bench report demo plots docs gpu gpu-test gpu-bench clean
 
 help:
 	@echo "make test    tests: native, then the Triton kernels interpreted on the CPU"
-	@echo "make audit   compile every kernel for sm_80, sm_90, sm_100, gfx942 and gfx950 and check the assembly (no GPU needed)"
+	@echo "make audit   compile every kernel for five GPU architectures, read the assembly"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   benchmarks against torch.optim and other packages on this machine, and the convergence check"
-	@echo "make report  a page and charts of every machine's results, and the README's tables"
+	@echo "make bench   benchmarks beside torch.optim and other packages; convergence"
+	@echo "make report  a page and charts of all results, and the README\'s tables"
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots   draw the README's picture of all schedules"
 	@echo "make docs    build the documentation in site/"
-	@echo "make gpu     tests and benchmarks on the GPU, with the python3 on PATH; results in OUT"
+	@echo "make gpu     gpu-test, then gpu-bench: with the python3 on PATH, results in OUT"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -64,8 +64,14 @@ docs: export NO_MKDOCS_2_WARNING = true
 docs: .venv/.installed
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-gpu:
+# no numbers of what is wrong
+gpu: gpu-test
+	@$(MAKE) gpu-bench
+
+gpu-test:
 	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
+
+gpu-bench:
 	$(PYTHON) -m bench --gpu $(if $(OUT),--out $(OUT)); status=$$?; $(PYTHON) -m bench.report $(OUT) && exit $$status
 
 clean:
