@@ -13,7 +13,7 @@ help:
 	@echo "make audit   compile every kernel for five GPU architectures, read the assembly"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   benchmarks beside torch.optim and other packages; convergence"
-	@echo "make report  a page and charts of all results, and the README\'s tables"
+	@echo "make report  a page and charts of all results, and the README's tables"
 	@echo "make demo    train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots   draw the README's picture of all schedules"
 	@echo "make docs    build the documentation in site/"
