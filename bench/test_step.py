@@ -15,8 +15,7 @@ from bench.suite import LARGE, SMALL, contests, model_case, no_sync, step_case
 #: foreach: where somebody has counted it.
 ADAM = {FUSED: 28.0, OURS: 28.0}
 TRAFFIC: dict[str, dict[str, float]] = {
-    "AdamW": ADAM,
-    "Adam": ADAM,
+    "adam": ADAM,
     "sgd": {FUSED: 12.0, OURS: 12.0},
     "sgd-momentum": {FOREACH: 32.0, FUSED: 20.0, OURS: 20.0},
     "rmsprop": {FOREACH: 52.0, OURS: 20.0},
@@ -65,7 +64,7 @@ def adamw_on_cpu() -> list[Case]:
 def others_on_cpu() -> list[Case]:
     cases = []
     for name, (optimizer, kwargs) in OTHERS.items():
-        case = step_case(name, LARGE, optimizer, TRAFFIC.get(name, ADAM), kwargs=kwargs)
+        case = step_case(name, LARGE, optimizer, TRAFFIC[name], kwargs=kwargs)
         large = (at_least(0.97 if FUSED in case.contestants else 1.5, against=BEST_STOCK),)
         if DEFAULT in case.contestants:
             small = (at_least(3, against=DEFAULT), at_least(0.97, against=BEST_STOCK))

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
 
 import pytest
-import torch
 from torch import nn
 
-if importlib.util.find_spec("torchvision"):
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        # its CUDA build finds no operators beside a CPU build of torch; they only have to be declared
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from bench.packages import import_torchvision
+
+# timm and transformers load it
+import_torchvision()
 
 
 def timm_model(cls: str, **config: object) -> nn.Module:
