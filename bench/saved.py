@@ -53,17 +53,6 @@ class Results:
     def machine(self) -> dict[str, str]:
         return next(iter(self.questions.values())).machine
 
-    def row(self, case: str, contestant: str) -> Row:
-        """The one row.
-
-        Raises:
-            KeyError: There is none.
-        """
-        for row in self.rows:
-            if (row.case, row.contestant) == (case, contestant):
-                return row
-        raise KeyError(f"{contestant} in {case}")
-
 
 def load(folder: Path) -> Results:
     """What is in a folder of results.

@@ -15,7 +15,6 @@ from bench import report
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS
 from bench.charts import DRAWN_BY, over_best
 from bench.results import Row, Verdict
-from bench.saved import load
 from bench.scaling import ADAMW_BYTES, Law, fit
 
 TIMES = {DEFAULT: 4.0, FOREACH: 3.0, FUSED: 2.0, OURS: 1.0}
@@ -154,13 +153,6 @@ def test_the_projects_readme_is_up_to_date(tmp_path):
 def test_a_folder_without_results_is_an_error(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 2
     assert "has no results" in capsys.readouterr().err
-
-
-def test_rows_are_found_by_case_and_contestant(folder):
-    results = load(folder)
-    assert results.row("lion-4x4M", FUSED).median_ms == 2.0
-    with pytest.raises(KeyError, match="apex in lion"):
-        results.row("lion-4x4M", "apex")
 
 
 def test_a_known_law_is_found():
