@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -31,6 +31,8 @@ from .registry import list_optimizers, list_schedulers, register_optimizer, regi
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+
+_torch_names.stand_in(__name__)
 
 __version__ = "0.1.0"
 

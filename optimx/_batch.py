@@ -1,83 +1,156 @@
-"""Small tensors on a CPU: copied together, because an operator call costs more than their elements."""
+"""Small tensors on a CPU: updated together, because an operator call costs more than their elements."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from . import _compat
+from ._buckets import Members, picker
 
-#: Elements of small tensors that are copied together.
+#: Elements of small tensors that are updated together.
 BATCH = 1 << 16
-#: Contiguous tensors up to this many elements are copied together rather than one by one.
+#: Contiguous tensors up to this many elements are updated together rather than one by one.
 SMALL = 1 << 12
+#: Fewer tensors whose states are neighbours in memory are copied, with others, rather than updated where they are.
+RUN = 8
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor is updated together with others."""
+    return tensor.numel() <= SMALL and tensor.is_contiguous()
 
 
 def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Indices of small tensors, batch by batch, and of large (or not contiguous) ones."""
-    small: list[list[int]] = []
-    large: list[int] = []
+    """Indices of small tensors, batch by batch, and of large (or not contiguous) ones; without those of no elements."""
+    small = [i for i, tensor in enumerate(tensors) if is_small(tensor) and tensor.numel()]
+    return cut(small, tensors), [i for i, tensor in enumerate(tensors) if not is_small(tensor)]
+
+
+def cut(indices: Sequence[int], tensors: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of small tensors, batch by batch."""
+    batches: list[list[int]] = []
     room = 0
-    for i, tensor in enumerate(tensors):
-        numel = tensor.numel()
-        if numel > SMALL or not tensor.is_contiguous():
-            large.append(i)
-            continue
-        if numel > room:
-            small.append([])
+    for i in indices:
+        numel = tensors[i].numel()
+        if numel > room or not batches:
+            batches.append([])
             room = BATCH
-        if small:
-            small[-1].append(i)
-            room -= numel
-    return small, large
+        batches[-1].append(i)
+        room -= numel
+    return batches
+
+
+def runs(indices: Sequence[int], roles: Sequence[Sequence[Tensor]]) -> list[list[int]]:
+    """Indices cut into runs of tensors that follow each other in memory, in every role, in the order of memory."""
+    if not indices or not roles:
+        return [[*indices]] if indices else []
+    ordered = sorted(indices, key=lambda i: roles[0][i].data_ptr())
+    result = [ordered[:1]]
+    for before, after in pairwise(ordered):
+        if all(_follows(role[before], role[after]) for role in roles):
+            result[-1].append(after)
+        else:
+            result.append([after])
+    return result
+
+
+def _follows(a: Tensor, b: Tensor) -> bool:
+    """Whether a contiguous tensor begins where another one ends, in the same storage."""
+    return (
+        a.data_ptr() + a.nbytes == b.data_ptr()
+        and a.dtype is b.dtype
+        and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    )
+
+
+def in_order(tensors: Sequence[Tensor]) -> bool:
+    """Whether addresses rise."""
+    return all(a.data_ptr() < b.data_ptr() for a, b in pairwise(tensors))
 
 
 class Batch:
     """Small tensors that are updated together.
 
+    Args:
+        indices: Which of a call's members.
+        members: The call's members.
+        together: Their states lie one after the other, in this order.
+
     Attributes:
-        roles: For each role (parameter, then states) the tensors.
-        homes: For each role its elements in one tensor, if they lie so; None: they are to be copied.
+        sizes: Elements of each tensor.
+        numel: Elements of all.
     """
 
-    def __init__(self, indices: list[int], roles: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(self, indices: list[int], members: Members, together: bool = False) -> None:
         self.indices = indices
-        self.roles = [[role[i] for i in indices] for role in roles]
-        self.homes: list[Tensor | None] = [None] * len(roles)
-        self.sizes = [tensor.numel() for tensor in self.roles[0]]
+        self.together = together
+        self._pick = picker(indices)
+        params = self._pick(members.params)
+        self.sizes = [param.numel() for param in params]
         self.numel = sum(self.sizes)
-        self._are_vectors = all(tensor.dim() == 1 for tensor in self.roles[0])
+        self._are_vectors = all(param.dim() == 1 for param in params)
+        self._shapes = [param.shape for param in params]
         self._views: dict[int, list[Tensor]] = {}
 
-    def flatten(self, grads: Sequence[Tensor]) -> Tensor:
-        """The batch's gradients, of those of a call, in one tensor."""
-        members = [grads[i] for i in self.indices]
-        # makes each of them a vector first, in twice the time
-        return torch.cat(members) if self._are_vectors else _compat.flatten_dense_tensors(members)
+    def of(self, members: Members) -> Members:
+        """The batch's tensors of those of its call."""
+        return members.pick(self._pick)
 
-    def gather(self, slot: int, memory: Tensor) -> None:
+    def flatten(self, grads: Sequence[Tensor]) -> Tensor:
+        """The batch's gradients in one tensor."""
+        # the second one makes each of them a vector first, in twice the time
+        return torch.cat([*grads]) if self._are_vectors else _compat.flatten_dense_tensors([*grads])
+
+    def where_they_are(self, role: Sequence[Tensor]) -> Tensor:
+        """All elements of a role that lies together, as one tensor."""
+        return role[0].as_strided((self.numel,), (1,))
+
+    def gather(self, slot: int, role: Sequence[Tensor], memory: Tensor) -> None:
         """Copy the tensors of a role to scratch memory.
 
         Args:
             slot: 0 for gradients, then the roles.
+            role: Its tensors.
             memory: As many elements, the same ones at every call.
         """
-        tensors = self.roles[slot - 1]
-        if self._are_vectors and tensors[0].dtype is memory.dtype:
-            torch.cat(tensors, out=memory)
+        if self._are_vectors and role[0].dtype is memory.dtype:
+            torch.cat([*role], out=memory)
         else:
-            _compat.foreach_copy_(self.views(slot, memory), tensors)
+            _compat.foreach_copy_(self.views(slot, memory), role)
 
-    def scatter(self, slot: int, memory: Tensor) -> None:
+    def scatter(self, slot: int, role: Sequence[Tensor], memory: Tensor) -> None:
         """Copy them back."""
-        _compat.foreach_copy_(self.roles[slot - 1], self.views(slot, memory))
+        _compat.foreach_copy_(role, self.views(slot, memory))
 
     def views(self, slot: int, memory: Tensor) -> list[Tensor]:
         """The tensors' places in scratch memory. A thousand views cost more than the step: they stay."""
         if slot not in self._views:
-            shapes = [tensor.shape for tensor in self.roles[0]]
             parts = memory.split(self.sizes)
-            self._views[slot] = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+            self._views[slot] = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
         return self._views[slot]
+
+
+def batches_of(members: Members, together: bool) -> tuple[list[Batch], list[int]]:
+    """Batches of a call's small members, and indices of the large ones; who has no elements is neither.
+
+    Args:
+        members: The call's.
+        together: Take tensors whose states lie together on their own; False: where states lie makes no difference.
+    """
+    small = [i for i, param in enumerate(members.params) if is_small(param) and param.numel()]
+    large = [i for i, param in enumerate(members.params) if not is_small(param)]
+    batches: list[Batch] = []
+    if together:
+        scattered: list[int] = []
+        for run in runs(small, members.states):
+            if len(run) >= min(RUN, len(small)):
+                batches += [Batch(indices, members, together=True) for indices in cut(run, members.params)]
+            else:
+                scattered += run
+        small = sorted(scattered)
+    batches += [Batch(indices, members) for indices in cut(small, members.params)]
+    return batches, large

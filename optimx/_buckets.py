@@ -1,18 +1,60 @@
-"""What a bucket of either backend holds: the tensors one launch (or one native call) updates."""
+"""What a bucket of either backend holds: which tensors one launch (or one native call) updates, and how to find them.
+
+A bucket keeps positions, never tensors: whatever the user takes out of ``optimizer.state`` or ``param_groups`` is free
+at once, and whatever lies there instead is what the next step uses. :meth:`Bucket.bind` gives it the tensors of a step,
+:meth:`Bucket.release` takes them away.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import repeat
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ._scalars import Scalars
+
 if TYPE_CHECKING:
-    from ._counts import CountBuffer, Counts
+    from collections.abc import Container
+
     from ._plan import BucketKey
     from ._rule import Row, UpdateRule
+
+Picker = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def picker(indices: Sequence[int]) -> Picker:
+    """A function that takes the elements at ``indices`` out of a list, in C."""
+    first, n = indices[0], len(indices)
+    stride = indices[1] - first if n > 1 else 1
+    if stride > 0 and [*indices] == [*range(first, first + stride * n, stride)]:
+        return itemgetter(slice(first, first + stride * (n - 1) + 1, stride))
+    return itemgetter(*indices)
+
+
+class Members(NamedTuple):
+    """The tensors of a bucket, or of some of its members, in the step at hand.
+
+    Attributes:
+        params, grads: One entry a member.
+        states: For each state name of the rule the members' tensors.
+        scalars: For each scalar state of the rule the members' tensors, step counts first.
+    """
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]]
+    scalars: Sequence[Sequence[Tensor]]
+
+    def pick(self, pick: Picker) -> Members:
+        """Some of the members."""
+        return Members(pick(self.params), pick(self.grads), [*map(pick, self.states)], [*map(pick, self.scalars)])
+
+
+NOBODY = Members((), (), (), ())
 
 
 class Bucket:
@@ -21,65 +63,63 @@ class Bucket:
     Attributes:
         positions: Index in the step's list of all parameters.
         groups: Index of the parameter's group.
-        states: For each state name of the rule, the tensors.
-        counts, count_indices: Where the scalar states are; None where the rule has none.
-        increments: None if all of ``counts`` are members', else 1 for members and 0 for others.
+        members: The tensors, between :meth:`bind` and :meth:`release`.
     """
-
-    counts: CountBuffer | None
-    count_indices: list[int]
-    increments: Tensor | None
 
     def __init__(self, key: BucketKey, rule: UpdateRule) -> None:
         self.key = key
         self.rule = rule
-        self.params: list[Tensor] = []
         self.positions: list[int] = []
         self.groups: list[int] = []
-        self._state_names = rule.state_names(key.structure)
-        self.states: list[list[Tensor]] = [[] for _ in self._state_names]
-        self._state_dicts: list[dict[str, Any]] = []
+        self.members = NOBODY
+        self.state_names = rule.state_names(key.structure)
 
-    def add(self, param: Tensor, position: int, group: int, state: dict[str, Any]) -> None:
+    def add(self, position: int, group: int) -> None:
         """Make a parameter a member."""
-        self.params.append(param)
         self.positions.append(position)
         self.groups.append(group)
-        self._state_dicts.append(state)
-        for tensors, name in zip(self.states, self._state_names, strict=True):
-            tensors.append(state[name])
 
-    def home(self, counts: Counts, all_states: Iterable[Any]) -> None:
-        """Bring the scalar states together. This may move those of another bucket; they are to be asked once more."""
-        self.counts, self.count_indices = None, []
-        if self.rule.counts:
-            device = self.key.device if self.key.on_device else torch.device("cpu")
-            self.counts, self.count_indices = counts.home(self.rule.counts, self._state_dicts, device, all_states)
+    def locate(self, values_of: Sequence[dict[str, int]]) -> None:
+        """All members are there; ``values_of`` tells of each where its states are among all states."""
+        self._pick = picker(self.positions)
+        self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
+        self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.counts]
 
-    def finish(self) -> None:
-        """All members are there, and scalar states at home."""
-        self.increments = None
+    def bind(self, params: Sequence[Tensor], grads: Sequence[Any], values: Sequence[Any]) -> None:
+        """Take the members out of all parameters, their gradients, and the values of all states."""
+        self.members = Members(
+            self._pick(params),
+            self._pick(grads),
+            [pick(values) for pick in self._pick_states],
+            [pick(values) for pick in self._pick_scalars],
+        )
+
+    def release(self) -> None:
+        """Forget the tensors of the step."""
+        self.members = NOBODY
+
+    def finish(self, known_scalars: Container[int]) -> None:
+        """Plan what depends on the members, which are bound.
+
+        Args:
+            known_scalars: Addresses of all scalar states of the optimizer, members' and others'.
+        """
         # looking at every state would take a sixth of a step on many small tensors; who swaps the memory beneath states
         # does it to all of them, so a few tell. Where addresses are kept, all of those are compared
-        shapes = [(param.dim(), param.numel()) for param in self.params]
+        shapes = [(param.dim(), param.numel()) for param in self.members.params]
         self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
-        if self.counts is not None and len(self.count_indices) != len(self.counts.views):
-            self.increments = torch.zeros_like(self.counts.steps)
-            self.increments[self.count_indices] = 1
-        self._count_tensors = [self._state_dicts[i][name] for i in self._watched for name in self.rule.counts]
-        self._count_addresses = [*map(Tensor.data_ptr, self._count_tensors)]
-        #: Group and count index of each distinct row
+        #: None where the host does not count.
+        self.scalars: Scalars | None = None
+        if self.rule.counts and not self.key.on_device:
+            self.scalars = Scalars(self.members.scalars, known_scalars)
+        self._scalar_addresses = self._addresses_of_scalars()
+        #: Group and member of each distinct row, and each member's row.
         self._keys: list[tuple[int, int]] = []
+        self._row_of_member: list[int] = []
         self._new_counts: list[tuple[float, ...]] = []
 
-    def inherit(self, former: Iterable[Bucket]) -> None:
-        """Take over what belonged to buckets that nobody will use any more."""
-
-    def drop_states(self) -> None:
-        """Forget the members' states, as before their first step."""
-        for state in self._state_dicts:
-            for name in self._state_names:
-                del state[name]
+    def _addresses_of_scalars(self) -> list[int]:
+        return [role[i].data_ptr() for role in self.members.scalars for i in self._watched]
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""
@@ -93,17 +133,19 @@ class Bucket:
             The rows, and each member's row; None if those are the ones of the last call.
         """
         values = self.values_of(values)
-        counts = None if self.counts is None else self.counts.values.t().tolist()
+        counts: list[Any] = []
         row_of_member = None
-        unchanged = self.counts is None or self.counts.unchanged_since(self)
+        unchanged = True
+        if self.scalars is not None:
+            found, unchanged = self.scalars.read(self.members.scalars)
+            counts = found.t().tolist()
         if not (unchanged and self._keys):
             distinct: dict[tuple[Any, ...], int] = {}
             self._keys, row_of_member = [], []
             for i, group in enumerate(self.groups):
-                index = self.count_indices[i] if counts else 0
-                row = distinct.setdefault((group, *counts[index]) if counts else (group,), len(distinct))
+                row = distinct.setdefault((group, *counts[i]) if counts else (group,), len(distinct))
                 if row == len(self._keys):
-                    self._keys.append((group, index))
+                    self._keys.append((group, i))
                 row_of_member.append(row)
             self._row_of_member = row_of_member
         steps = [self.rule.prepare(values[g], tuple(counts[i]) if counts else ()) for g, i in self._keys]
@@ -112,14 +154,15 @@ class Bucket:
 
     def count(self) -> None:
         """The step happens: bring scalar states on the host up to date (if they are many, after :meth:`host_rows`)."""
-        if self.counts is None:
+        if self.scalars is None:
             return
-        self.counts.count(self.increments)
+        others = None
         if len(self.rule.counts) > 1:
-            others = torch.tensor([new[1:] for new in self._new_counts], dtype=torch.float64, device="cpu")
-            self.counts.set_others(self.count_indices, others[self._row_of_member].t())
+            new = torch.tensor([new[1:] for new in self._new_counts], dtype=torch.float64, device="cpu")
+            others = new[self._row_of_member].t()
+        self.scalars.count(self.members.scalars, others)
 
-    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
+    def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Get ready for the launches of this step; may fail, and changes no parameter, state or count."""
 
     def compile(self, control: Tensor | None) -> None:
@@ -127,17 +170,16 @@ class Bucket:
 
     def watched_states(self) -> list[Tensor]:
         """State tensors whose shapes, strides and dtypes are compared every step."""
-        return [tensors[i] for tensors in self.states for i in self._watched]
+        return [role[i] for role in self.members.states for i in self._watched]
 
     def matches(self) -> bool:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""
-        return [*map(Tensor.data_ptr, self._count_tensors)] == self._count_addresses
+        return self._addresses_of_scalars() == self._scalar_addresses
 
-    def update(self, grads: Sequence[Tensor], control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> None:
         """Update all members in place, with the hyperparameters :meth:`send` was given.
 
         Args:
-            grads: The members' gradients.
             control: float64 ``[3]``, norm, gradient factor and skip mark, on any device; None: plain gradients.
         """
         raise NotImplementedError

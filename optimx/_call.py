@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from ._batch import Batch, split_by_size
+from ._batch import batches_of
+from ._buckets import Members, picker
 
 if TYPE_CHECKING:
     from ._native import NativeBucket
@@ -21,52 +21,47 @@ FEW, MANY, TINY = 2, 8, 1 << 8
 class Call:
     """Members with equal settings.
 
+    Args:
+        bucket: Theirs, bound.
+        members: Their indices; None stands for all.
+        index: Where their setting is among all settings.
+        together: Where the states lie makes a difference (see :func:`optimx._batch.batches_of`).
+
     Attributes:
         parts: Calls that can take this one's place.
         setting: For an operator the hyperparameters, for a formula the row.
     """
 
-    def __init__(self, bucket: NativeBucket, members: list[int] | None, index: int) -> None:
-        self.members = members
+    def __init__(self, bucket: NativeBucket, members: list[int] | None, index: int, together: bool) -> None:
         self.index = index
         self.parts: Sequence[Call] = [self]
         self.setting: tuple[Any, ...] = ()
-        self.params, *self.states = map(self.pick, (bucket.params, *bucket.states))
-        self.roles = (self.params, *self.states)
-        small, self.large = split_by_size(self.params)
-        self.batches = [Batch(indices, self.roles) for indices in small]
-        self.steps: Sequence[Tensor] = []
-        self.first_step: Sequence[Tensor] = []
-        if bucket.counts is not None:
-            self.steps = self.pick([bucket.counts.views[i] for i in bucket.count_indices])
-            # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
-            self.first_step = [self.steps[0]] * len(self.steps)
+        self.indices = members
+        self._pick = None if members is None else picker(members)
+        self.batches, self.large = batches_of(self.of(bucket.members), together)
+
+    def of(self, members: Members) -> Members:
+        """The call's tensors of those of its bucket."""
+        return members if self._pick is None else members.pick(self._pick)
+
+    @property
+    def has_neighbours(self) -> bool:
+        """Whether states are updated where they lie together."""
+        return any(batch.together for batch in self.batches)
 
     def read(self, settings: Sequence[tuple[Any, ...]]) -> None:
         """Take the setting of this step."""
         self.setting = settings[self.index]
-
-    def settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        """Let states of small tensors move together for a formula; yields those that did, and their home."""
-        if bucket.has_formula:
-            yield from self._settle(bucket)
-
-    def _settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        for batch in self.batches:
-            batch.homes[1:] = homes = [*map(bucket.home_of, batch.roles[1:])]
-            yield from ((role, home) for role, home in zip(batch.roles[1:], homes, strict=True) if home is not None)
-
-    def pick(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if self.members is None else [tensors[i] for i in self.members]
 
 
 class MixedCall(Call):
     """Small members whose settings are different, a call each; or one formula for all, with settings by element."""
 
     def __init__(self, bucket: NativeBucket, parts: Sequence[Call]) -> None:
-        super().__init__(bucket, [i for part in parts for i in part.members or ()], parts[0].index)
+        indices = [i for part in parts for i in part.indices or ()]
+        super().__init__(bucket, indices, parts[0].index, together=True)
         self.parts = parts
-        self._indices = [part.index for part in parts for _ in part.params]
+        self._indices = [part.index for part in parts for _ in part.indices or ()]
         self._by_element = bucket.rule.by_element
         self._elements = [torch.tensor(batch.sizes, device="cpu") for batch in self.batches]
         self._dtype = bucket.compute_dtype
@@ -86,17 +81,18 @@ class MixedCall(Call):
                     setting[i] = values.repeat_interleave(elements)
                 self.settings.append(tuple(setting))
 
-    def settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        return self._settle(bucket)
 
-
-def mix(bucket: NativeBucket, calls: Sequence[Call], settings: Sequence[tuple[Any, ...]]) -> Sequence[Call]:
-    """The same calls, those mixed that a formula could make in one."""
+def mix(
+    bucket: NativeBucket, calls: Sequence[Call], settings: Sequence[tuple[Any, ...]], everyone: Sequence[int]
+) -> Sequence[Call]:
+    """The same calls, those mixed that a formula could make in one; ``everyone`` is all members, a call's ``None``."""
     by_element = bucket.rule.by_element
     alike: dict[tuple[Any, ...], list[Call]] = {}
     others: list[Call] = []
+    params = bucket.members.params
     for call in calls:
-        if len(call.params) <= FEW and not call.large and all(param.numel() <= TINY for param in call.params):
+        indices = everyone if call.indices is None else call.indices
+        if len(indices) <= FEW and not call.large and all(params[i].numel() <= TINY for i in indices):
             setting = settings[call.index]
             common = tuple(value for i, value in enumerate(setting) if i not in by_element)
             alike.setdefault(common, []).append(call)

@@ -5,13 +5,15 @@ No other file touches a name of torch that begins with an underscore; when a rel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 fused_adam_: Any = torch._fused_adam_
 fused_adamw_: Any = torch._fused_adamw_
@@ -50,26 +52,64 @@ def uncorrected_adam_(
 
 
 foreach_norm = torch._foreach_norm
+foreach_add_: Any = torch._foreach_add_
 foreach_mul_ = torch._foreach_mul_
 foreach_copy_: Any = torch._foreach_copy_
 flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
 
-def stock_step(optimizer: Optimizer, mixin: type) -> None:
-    """The step that ``mixin`` overrides, mostly torch's own, without the step hooks.
-
-    ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step`` carries
-    the hook runner, and the user's hooks, which already run around our step, would run twice.
-    """
-    bases = type(optimizer).__mro__
-    step: Any = next(vars(cls)["step"] for cls in bases[bases.index(mixin) + 1 :] if "step" in vars(cls))
-    without_hooks(step)(optimizer)
-
-
 def without_hooks(step: Any) -> Any:
     """A class's ``step`` as it was before the first instance wrapped it."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+def is_called_unnoticed(optimizer: Optimizer, step: Any) -> bool:
+    """Whether a call of ``optimizer.step`` is one of ``step`` and nothing else: no override, wrapper or step hook.
+
+    A scheduler's wrapper only notes that a step was taken; as long as it has none, it may have to note that not.
+    """
+    if without_hooks(type(optimizer).step) is not step:
+        return False
+    own = vars(optimizer).get("step")
+    if own is not None:
+        code = getattr(own, "__code__", None)
+        if code is None or code.co_filename != lr_scheduler.__file__ or not vars(optimizer).get("_opt_called"):
+            return False
+    return not (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+
+
+_SUPPORT = "_step_supports_amp_scaling"
+
+
+def delegates_amp_scaling_support(optimizer: Any) -> bool:
+    """Whether a wrapper passes on that the optimizer inside unscales by itself, to whom nobody will hand the scale."""
+    own = _SUPPORT in getattr(optimizer, "__dict__", {}) or hasattr(type(optimizer), _SUPPORT)
+    return not own and bool(getattr(optimizer, _SUPPORT, False))
+
+
+@contextmanager
+def amp_scaling_support(optimizer: Any, supports: bool) -> Iterator[None]:
+    """Let GradScaler believe that a step unscales by itself, or that it does not."""
+    before = getattr(optimizer, "__dict__", {}).get(_SUPPORT)
+    setattr(optimizer, _SUPPORT, supports)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(optimizer, _SUPPORT)
+        else:
+            setattr(optimizer, _SUPPORT, before)
+
+
+def is_distributed() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:
@@ -147,6 +187,11 @@ def metadata_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 def is_flat_parameter(param: Tensor) -> bool:
     """Whether FSDP1 made it of many (``use_orig_params=False``)."""
     return getattr(param, "_is_flat_param", False)
+
+
+def is_flat_shard(param: Tensor) -> bool:
+    """Whether FSDP1 keeps a part of it in this process, with or without ``use_orig_params``."""
+    return getattr(param, "_fsdp_flattened", False)
 
 
 def unsharded_shapes(model: torch.nn.Module) -> dict[Tensor, torch.Size]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from . import _compat
+from ._batch import in_order, runs
+from ._buckets import Members, picker
 from ._call import Call
 from ._native import PIECE, NativeBucket
 
@@ -34,19 +36,15 @@ class Stack:
     Roles are seen as ``[n_tensors, n_matrices, n_rows, n_columns]``, in the order of memory.
 
     Args:
-        bucket: Theirs.
-        roles: For each role (parameter, then states) all tensors of the call.
+        structure: Of the bucket's key.
+        members: The call's.
         indices: Which of them.
     """
 
-    def __init__(self, bucket: FactoredBucket, roles: Sequence[Sequence[Tensor]], indices: list[int]) -> None:
-        self.bucket = bucket
-        self.indices = indices
-        self.params, *states = ([role[i] for i in indices] for role in roles)
-        self.factored, self.transposed, self.has_moment = bucket.key.structure
-        self.moments = states.pop() if self.has_moment else []
-        self.averages = states
-        first = self.params[0]
+    def __init__(self, structure: tuple[bool, ...], members: Members, indices: list[int]) -> None:
+        self._pick = picker(indices)
+        self.factored, self.transposed, self.has_moment = structure
+        first, *_ = self.of(members).params
         n, (n_rows, n_columns) = len(indices), (1, first.numel())
         if self.factored:
             n_rows, n_columns = first.mT.shape[-2:] if self.transposed else first.shape[-2:]
@@ -57,8 +55,13 @@ class Stack:
         self.sums: tuple[Tensor, Tensor] | None = None
         self.pieces = [*self._pieces()]
         self._views: dict[int, list[Tensor]] = {}
-        #: Where averages lie together.
-        self.homes: list[Tensor | None] = [None] * len(self.averages)
+        averages = self.of(members).states[: 1 + self.factored]
+        #: Whether averages, of each kind, lie one after the other.
+        self.together = not self.alone and len(runs(range(n), averages)) == 1 and in_order(averages[0])
+
+    def of(self, members: Members) -> Members:
+        """The stack's tensors of those of its call."""
+        return members.pick(self._pick)
 
     def oriented(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The tensors with rows that are contiguous."""
@@ -85,13 +88,13 @@ class Stack:
                 for i in range(0, n_rows, step):
                     yield _ALL, slice(matrix, matrix + 1), slice(i, i + step), _ALL
 
-    def gather(self, i: int, tensors: Sequence[Tensor]) -> Tensor:
+    def gather(self, bucket: FactoredBucket, i: int, tensors: Sequence[Tensor]) -> Tensor:
         """A role's elements, where they are if alone, else copied to scratch memory ``i``, for :meth:`scatter`."""
         if self.alone:
             return self.where_it_is(tensors[0])
-        memory = self.bucket.scratch(i, len(tensors) * self.numel)
+        memory = bucket.scratch(i, len(tensors) * self.numel)
         if i not in self._views:
-            shape = self.oriented(self.params[:1])[0].shape
+            shape = self.oriented(tensors[:1])[0].shape
             self._views[i] = [part.view(shape) for part in memory.split(self.numel)]
         _compat.foreach_copy_(self._views[i], self.oriented(tensors))
         return memory.view(self.shape)
@@ -100,15 +103,15 @@ class Stack:
         if not self.alone:
             _compat.foreach_copy_(self.oriented(tensors), self._views[i])
 
-    def measure(self, g_all: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    def measure(self, bucket: FactoredBucket, g_all: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Sums of squares of gradients times ``factor``: ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
-        compute = self.bucket.compute_dtype
+        compute = bucket.compute_dtype
         n, n_matrices, n_rows, n_columns = self.shape
         of_rows = torch.zeros(n, n_matrices, n_rows, dtype=compute, device="cpu")
         of_columns = torch.zeros(n, n_matrices, n_columns, dtype=compute, device="cpu")
         for piece in self.pieces:
             g = g_all[piece].to(compute)
-            square = torch.mul(g, g if factor == 1.0 else factor, out=self._work(g))
+            square = torch.mul(g, g if factor == 1.0 else factor, out=_work(bucket, g))
             if factor != 1.0:
                 square.square_()
             _, matrices, rows, columns = piece
@@ -116,33 +119,32 @@ class Stack:
             of_columns[:, matrices, columns] += square.sum(-2)
         return of_rows, of_columns
 
-    def _work(self, like: Tensor) -> Tensor:
-        return self.bucket.scratch(WORK, like.numel()).view(like.shape)
-
     def _squares(self, tensors: Tensor) -> Tensor:
         """Of each tensor the squared norm, in float64."""
         return torch.linalg.vector_norm(tensors, dim=(1, 2, 3)).double().square()
 
-    def update(self, grads: Sequence[Tensor], row: Sequence[float], scale: float) -> None:
+    def update(self, bucket: FactoredBucket, members: Members, row: Sequence[float], scale: float) -> None:
         """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``."""
+        params, grads, states, _ = self.of(members)
+        averages = states[: 1 + self.factored]
         sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
-        compute, factor = self.bucket.compute_dtype, sign * scale
-        g_all = self.gather(GRADS, grads)
-        of_rows, of_columns = self.sums or self.measure(g_all)
+        compute, factor = bucket.compute_dtype, sign * scale
+        g_all = self.gather(bucket, GRADS, grads)
+        of_rows, of_columns = self.sums or self.measure(bucket, g_all)
         square = factor * factor
         if square != 1.0 and not bool(of_rows.sum().isfinite()):
             # squares of scaled gradients overflow float32 long before those of the gradients would
-            of_rows, of_columns = self.measure(g_all, factor)
+            of_rows, of_columns = self.measure(bucket, g_all, factor)
             square = 1.0
         _, _, n_rows, n_columns = self.shape
         if self.factored:
             of_rows.mul_(square / n_columns).add_(eps_stat)
             of_columns.mul_(square / n_rows).add_(eps_stat)
-            r, c = (self._average(i, means, omega) for i, means in enumerate((of_rows, of_columns)))
+            r, c = (self._average(*of, omega) for of in zip(averages, (of_rows, of_columns), strict=True))
             # torch's mean is of the logical rows, and so are its roundings
             r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps)
         else:
-            c = self._average(0, of_columns.mul_(square).add_(eps_stat), omega)
+            c = self._average(averages[0], of_columns.mul_(square).add_(eps_stat), omega)
             r = torch.ones((), dtype=compute, device="cpu").expand_as(of_rows)
         # roots of factors: their product stays in range where that of the factors would not
         r, c = r.sqrt(), c.sqrt()
@@ -152,8 +154,8 @@ class Stack:
             r, c = r.reciprocal_().mul_(factor), c.reciprocal_()
         r, c = r.unsqueeze(-1), c.unsqueeze(-2)
 
-        p_all = self.gather(PARAMS, self.params)
-        moments = self.gather(MOMENTS, self.moments) if self.has_moment else None
+        p_all = self.gather(bucket, PARAMS, params)
+        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
         alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
         if scaled:
             squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
@@ -162,7 +164,7 @@ class Stack:
         def direction(piece: Slices) -> Tensor:
             of_tensor, matrices, rows, columns = piece
             g = g_all[piece].to(compute)
-            out = self._work(g)
+            out = _work(bucket, g)
             r_piece, c_piece = r[of_tensor, matrices, rows], c[of_tensor, matrices, :, columns]
             if separable:
                 return torch.mul(g, c_piece, out=out).mul_(r_piece)
@@ -192,19 +194,22 @@ class Stack:
                 p.sub_(u.mul_(sizes))
             if p.dtype is not p_all.dtype:
                 p_all[piece] = p
-        self.scatter(PARAMS, self.params)
+        self.scatter(PARAMS, params)
         if self.has_moment:
-            self.scatter(MOMENTS, self.moments)
+            self.scatter(MOMENTS, states[-1])
 
-    def _average(self, i: int, means: Tensor, omega: float) -> Tensor:
+    def _average(self, states: Sequence[Tensor], means: Tensor, omega: float) -> Tensor:
         """Move averages towards this step's means; returns them as they are stored, rounded or not."""
-        states, home = self.averages[i], self.homes[i]
-        if home is not None:
-            return home.view(means.shape).lerp_(means, omega)
+        if self.together and states[0].dtype is means.dtype:
+            return states[0].as_strided(means.shape, means.stride()).lerp_(means, omega)
         stored = torch.stack([*states]).view(means.shape)
         average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
         _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
         return average.to(means.dtype)
+
+
+def _work(bucket: FactoredBucket, like: Tensor) -> Tensor:
+    return bucket.scratch(WORK, like.numel()).view(like.shape)
 
 
 def _larger(values: Tensor, than: float) -> Tensor:
@@ -216,10 +221,11 @@ class FactoredCall(Call):
     """Members with equal settings."""
 
     def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
-        super().__init__(bucket, members, index)
+        super().__init__(bucket, members, index, together=False)
+        call_members = self.of(bucket.members)
         together: dict[tuple[int, ...], list[int]] = {}
         groups: list[list[int]] = []
-        for i, param in enumerate(self.params):
+        for i, param in enumerate(call_members.params):
             numel = param.numel()
             if 0 < numel <= TOGETHER // 2:
                 same = together.setdefault(tuple(param.shape), [])
@@ -230,13 +236,11 @@ class FactoredCall(Call):
                     del together[tuple(param.shape)]
             elif numel:
                 groups.append([i])
-        self.stacks = [Stack(bucket, self.roles, indices) for indices in groups]
+        self.stacks = [Stack(bucket.key.structure, call_members, indices) for indices in groups]
 
-    def settle(self, bucket: NativeBucket) -> Iterator[tuple[Sequence[Tensor], Tensor]]:
-        for stack in self.stacks:
-            if not stack.alone:
-                stack.homes = homes = [*map(bucket.home_of, stack.averages)]
-                yield from ((role, home) for role, home in zip(stack.averages, homes, strict=True) if home is not None)
+    @property
+    def has_neighbours(self) -> bool:
+        return any(stack.together for stack in self.stacks)
 
 
 class FactoredBucket(NativeBucket):
@@ -252,19 +256,19 @@ class FactoredBucket(NativeBucket):
             return super().norms(wide)
         norms = []
         for call in self._calls:
-            grads = call.pick(self._grads)
+            members = call.of(self.members)
             for stack in call.stacks:
-                stack.sums = stack.measure(stack.gather(GRADS, [grads[i] for i in stack.indices]))
+                stack.sums = stack.measure(self, stack.gather(self, GRADS, stack.of(members).grads))
                 of_rows, _ = stack.sums
                 norms.append(of_rows.sum(dtype=torch.float64).sqrt_())
         return norms
 
-    def _forget(self) -> None:
-        super()._forget()
+    def release(self) -> None:
+        super().release()
         for call in self._calls:
             for stack in call.stacks:
                 stack.sums = None
 
-    def _update_in_pieces(self, call: Any, grads: Sequence[Tensor], scale: float) -> None:
+    def _update_in_pieces(self, call: Any, members: Members, scale: float) -> None:
         for stack in call.stacks:
-            stack.update([grads[i] for i in stack.indices], call.setting, scale)
+            stack.update(self, members, call.setting, scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from .triton_kernels.matrix_table import tables
 class FactoredTritonBucket(TritonBucket):
     """Members that one round of launches updates; kernels of convolutions have a round of their own."""
 
-    def finish(self) -> None:
-        super().finish()
+    def finish(self, known_scalars: Container[int]) -> None:
+        super().finish(known_scalars)
         factored, transposed, _ = self.key.structure
         size = self.table.size
-        shapes = [_matrices(param, factored, transposed) for param in self.params]
+        shapes = [_matrices(param, factored, transposed) for param in self.members.params]
         self._matrices = tables(shapes, factored, self.key.device, size, size.block(self.key.dtypes))
         divisor = adafactor.row_divisor(self.key.dtypes)
         self._rows_aligned = all(n_columns % divisor == 0 for _, _, n_columns in shapes)
@@ -33,8 +33,8 @@ class FactoredTritonBucket(TritonBucket):
     def n_partials(self) -> int:
         return sum(table.n_programs for table in self._matrices)
 
-    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
-        super().send(grads, values)
+    def send(self, values: Sequence[tuple[Any, ...]]) -> None:
+        super().send(values)
         self._measured, self._grad_scale = False, None
 
     def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:

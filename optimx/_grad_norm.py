@@ -95,7 +95,7 @@ def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
 
 
 def measure(
-    gathered: Sequence[tuple[Bucket, Sequence[Tensor]]],
+    buckets: Sequence[Bucket],
     others: Sequence[Tensor],
     max_norm: float | None,
     amp: Amp,
@@ -105,7 +105,7 @@ def measure(
     """Norm and ``control`` of a step.
 
     Args:
-        gathered: Buckets and their gradients. Triton buckets have been sent.
+        buckets: Bound to the step's tensors, and sent.
         others: Gradients that torch's own step will use.
         max_norm: Clip to this 2-norm; None: do not.
         amp: From GradScaler.
@@ -117,10 +117,10 @@ def measure(
     """
     triton: list[TritonBucket] = []
     native: list[NativeBucket] = []
-    for bucket, _ in gathered:
+    for bucket in buckets:
         (native if isinstance(bucket, NativeBucket) else triton).append(bucket)  # type: ignore[arg-type]
-    all_grads = [*others, *chain.from_iterable(grads for _, grads in gathered)]
-    dtype = result_dtype([bucket.key.dtypes[1] for bucket, _ in gathered] + [grad.dtype for grad in others])
+    all_grads = [*others, *chain.from_iterable(bucket.members.grads for bucket in buckets)]
+    dtype = result_dtype([bucket.key.dtypes[1] for bucket in buckets] + [grad.dtype for grad in others])
     scaled = amp.grad_scale is not None
     needed = max_norm is not None or amp.check
     if triton:

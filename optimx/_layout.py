@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
-
-from . import _compat
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -45,8 +42,10 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.detach().as_strided((tensor.numel(),), (1,))
 
 
-def is_part_of_memory(tensor: Tensor) -> bool:
-    """Whether a tensor on a CPU shares the memory allocated for it with others, or leaves some of it unused."""
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not _compat.is_plain(tensor):
-        return False
-    return tensor.untyped_storage().nbytes() > tensor.nbytes
+def extent(tensor: Tensor) -> tuple[int, int]:
+    """Addresses at which a strided tensor's memory begins and ends."""
+    start = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return start, start + tensor.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + (last + 1) * tensor.itemsize

@@ -6,7 +6,7 @@ memory sees each byte once; small ones are copied together, because an operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from . import _compat
 from ._batch import Batch
-from ._buckets import Bucket
+from ._buckets import Bucket, Members
 from ._call import Call, MixedCall, mix
-from ._layout import flat, is_part_of_memory
+from ._layout import flat
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
@@ -49,8 +49,8 @@ class Piece(NamedTuple):
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
-    def finish(self) -> None:
-        super().finish()
+    def finish(self, known_scalars: Container[int]) -> None:
+        super().finish(known_scalars)
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._direct = self.rule.operator(self.key.structure, self.key.dtypes[0])
@@ -58,14 +58,12 @@ class NativeBucket(Bucket):
             self._direct = None
         self._staged = self.rule.operator(self.key.structure, self.compute_dtype)
         self._scratch: list[Tensor] = []
-        self._grads: Sequence[Tensor] = []
         self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
         self._calls: Sequence[Call] = []
-        self._homes: list[Tensor] = []
-        self._housed: list[Tensor] = []
+        #: Addresses of states, where it matters that they lie together.
         self._addresses: list[int] = []
 
     @property
@@ -73,25 +71,24 @@ class NativeBucket(Bucket):
         """Whether no operator updates the members."""
         return self._staged is None
 
-    def inherit(self, former: Iterable[Bucket]) -> None:
-        self._homes = [home for bucket in former if isinstance(bucket, NativeBucket) for home in bucket._homes]
-
     def matches(self) -> bool:
-        """A state whose memory is replaced, by hand or by a plan for other gradients, has left its home."""
-        return super().matches() and [*map(Tensor.data_ptr, self._housed)] == self._addresses
+        """A state whose memory is replaced, by hand, may not lie beside its neighbours any more."""
+        return super().matches() and (not self._addresses or self._addresses_of_states() == self._addresses)
 
-    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
-        self._grads = grads
-        self._forget()
+    def _addresses_of_states(self) -> list[int]:
+        return [*map(Tensor.data_ptr, chain.from_iterable(self.members.states))]
+
+    def release(self) -> None:
+        super().release()
+        # copies of this step's gradients
+        self._flat_grads.clear()
+
+    def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         if self.has_formula:
             self._merge(*self.host_rows(values))
         elif values is not self._values:
             self._values = values
             self._merge(self.values_of(values), self.groups)
-
-    def _forget(self) -> None:
-        """Keep no copies of this step's gradients."""
-        self._flat_grads.clear()
 
     def _flatten(self, batch: Batch, grads: Sequence[Tensor]) -> Tensor:
         """A batch's gradients in one tensor, made once a step."""
@@ -114,88 +111,71 @@ class NativeBucket(Bucket):
                 self.new_call(None if len(members) == 1 else indices, setting_of_member[indices[0]])
                 for indices in members.values()
             ]
-            self._calls = mix(self, calls, settings) if self._direct is not None and self.rule.by_element else calls
-            # now: before the next step somebody may replace the memory
-            homed = [pair for call in self._calls for pair in call.settle(self)]
-            self._homes = [home for role, home in homed if len(role) > 1]
-            self._housed = [*chain.from_iterable(role for role, _ in homed)]
-            self._addresses = [*map(Tensor.data_ptr, self._housed)]
+            if self._direct is not None and self.rule.by_element:
+                self._calls = mix(self, calls, settings, range(len(self.positions)))
+            else:
+                self._calls = calls
+            neighbours = any(call.has_neighbours for call in self._calls)
+            self._addresses = self._addresses_of_states() if neighbours else []
         for call in self._calls:
             call.read(settings)
 
     def new_call(self, members: list[int] | None, index: int) -> Call:
         """Members (None stands for all) with equal settings, those at ``index`` of all settings."""
-        return Call(self, members, index)
-
-    def home_of(self, states: Sequence[Tensor]) -> Tensor | None:
-        """Let states lie one after the other in memory that can be updated at once; None if they cannot move there.
-
-        They stay the tensors they are. Those that share other memory than former homes of this bucket's states belong
-        to a plan for other gradients or to somebody else, who may be another process. A single one need not move.
-        """
-        if any(state.dtype is not self.compute_dtype for state in states):
-            return None
-        if len(states) == 1:
-            return flat(states[0])
-        former = {*map(Tensor.data_ptr, self._homes)}
-        for state in states:
-            if state.is_shared():
-                return None
-            if is_part_of_memory(state) and state.untyped_storage().data_ptr() not in former:
-                return None
-        home = torch.cat([state.view(-1) for state in states])
-        offset = 0
-        for state in states:
-            state.set_(home.untyped_storage(), offset, state.shape, state.stride())
-            offset += state.numel()
-        return home
+        return Call(self, members, index, together=self.has_formula)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
         dtype = torch.float64 if wide else self.compute_dtype
         norms: list[Tensor] = []
         for call in self._calls:
-            grads = call.pick(self._grads)
-            norms += [torch.linalg.vector_norm(self._flatten(batch, grads), dtype=dtype) for batch in call.batches]
+            members = call.of(self.members)
+            for batch in call.batches:
+                norms.append(torch.linalg.vector_norm(self._flatten(batch, batch.of(members).grads), dtype=dtype))
             if call.large:
-                norms += _compat.foreach_norm([grads[i] for i in call.large], 2.0, dtype=dtype)
+                norms += _compat.foreach_norm([members.grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
 
-    def update(self, grads: Sequence[Tensor], control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> None:
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
-        if not skip:
-            self.count()
-            together = False
-            if self._direct is not None:
-                fewest, most = (0, 0) if self.counts is None else self.counts.steps.aminmax()
-                together = bool(fewest == most)
-            for call in self._calls:
-                if isinstance(call, MixedCall) and call.settings and together:
-                    self._update_mixed(call, call.pick(grads), scale, float(most))
-                    continue
-                for part in call.parts:
-                    if self._direct is not None and scale == 1.0:
-                        steps = part.first_step if together else part.steps
-                        self._direct(part.setting, part.params, part.pick(grads), part.states, steps)
-                    else:
-                        self._update_in_pieces(part, part.pick(grads), scale)
-        self._grads = []
-        self._forget()
+        if skip:
+            return
+        self.count()
+        step: float | None = 0.0
+        if self._direct is not None and self.scalars is not None:
+            step = self.scalars.common_step(self.members.scalars[0])
+        for call in self._calls:
+            if isinstance(call, MixedCall) and call.settings and step is not None:
+                self._update_mixed(call, scale, step)
+                continue
+            for part in call.parts:
+                members = part.of(self.members)
+                direct = self._direct if scale == 1.0 else None
+                if direct is not None and self.rule.rounds_once(part.setting, self.key.dtypes[0]):
+                    params, grads, states, scalars = members
+                    steps: Sequence[Tensor] = scalars[0] if scalars else ()
+                    if step is not None:
+                        # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
+                        steps = [*steps[:1]] * len(steps)
+                    direct(part.setting, params, grads, states, steps)
+                else:
+                    self._update_in_pieces(part, members, scale)
 
-    def _update_mixed(self, call: MixedCall, grads: Sequence[Tensor], scale: float, step: float) -> None:
+    def _update_mixed(self, call: MixedCall, scale: float, step: float) -> None:
+        members = call.of(self.members)
         for batch, setting in zip(call.batches, call.settings, strict=True):
-            for piece in self._batch(call, batch, grads, scale, by_formula=True):
+            for piece in self._batch(batch, members, scale, by_formula=True):
                 p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
                 self.rule.formula_by_element(setting, p, g, states, step, self.temporaries(p))
 
-    def _update_in_pieces(self, call: Call, grads: Sequence[Tensor], scale: float) -> None:
+    def _update_in_pieces(self, call: Call, members: Members, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.setting[0]
         for batch in call.batches:
-            self._update_tensors(call.setting, partial(self._batch, call, batch, grads, factor, self.has_formula))
+            self._update_tensors(call.setting, partial(self._batch, batch, members, factor, self.has_formula))
         for i in call.large:
-            self._update_tensors(call.setting, partial(self._pieces, call, i, grads[i], factor))
+            self._update_tensors(call.setting, partial(self._pieces, i, members, factor))
 
     def _update_tensors(self, setting: tuple[Any, ...], pieces: Callable[[], Iterator[Piece]]) -> None:
         """Update one large tensor, or a batch.
@@ -214,7 +194,7 @@ class NativeBucket(Bucket):
 
     def temporaries(self, like: Tensor, count: int = 3) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
-        first = 2 + len(self.states)
+        first = 2 + len(self.state_names)
         return tuple(self.scratch(first + i, len(like)) for i in range(count))
 
     def scratch(self, i: int, numel: int) -> Tensor:
@@ -228,39 +208,48 @@ class NativeBucket(Bucket):
             self._scratch[i] = torch.empty(numel, dtype=self.compute_dtype, device="cpu")
         return self._scratch[i][:numel]
 
-    def _batch(
-        self, call: Call, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool
-    ) -> Iterator[Piece]:
+    def _batch(self, batch: Batch, members: Members, factor: float, by_formula: bool) -> Iterator[Piece]:
         """A batch as one piece: as one tensor a role for a formula, else the tensors themselves."""
+        params, grads, states, scalars = batch.of(members)
+        roles = (params, *states)
         flat_grads = self._flatten(batch, grads)
         scaled = factor != 1.0 or flat_grads.dtype is not self.compute_dtype
-        memory = [self.scratch(i, batch.numel) for i in range(1 + len(batch.roles))]
+        memory = [self.scratch(i, batch.numel) for i in range(1 + len(roles))]
         if scaled:
             flat_grads = memory[0].copy_(flat_grads).mul_(factor)
+        # a formula takes one tensor a role
+        whole = [
+            batch.where_they_are(role) if i and by_formula and batch.together and self._computes_in(role) else None
+            for i, role in enumerate(roles)
+        ]
         copied = [
             slot
-            for slot, (role, home) in enumerate(zip(batch.roles, batch.homes, strict=True), 1)
-            if home is None and (by_formula or role[0].dtype is not self.compute_dtype)
+            for slot, (role, tensor) in enumerate(zip(roles, whole, strict=True), 1)
+            if tensor is None and (by_formula or not self._computes_in(role))
         ]
         for slot in copied:
-            batch.gather(slot, memory[slot])
+            batch.gather(slot, roles[slot - 1], memory[slot])
         if by_formula:
-            params, *states = ([m if home is None else home] for m, home in zip(memory[1:], batch.homes, strict=True))
-            yield Piece(params, [flat_grads], states, [], batch.sizes, batch.numel)
+            p, *others = ([m if tensor is None else tensor] for m, tensor in zip(memory[1:], whole, strict=True))
+            yield Piece(p, [flat_grads], others, [], batch.sizes, batch.numel)
         else:
-            params, *states = (
-                batch.views(slot, memory[slot]) if slot in copied else role for slot, role in enumerate(batch.roles, 1)
+            working, *working_states = (
+                batch.views(slot, memory[slot]) if slot in copied else role for slot, role in enumerate(roles, 1)
             )
-            working_grads = batch.views(0, memory[0]) if scaled else [grads[i] for i in batch.indices]
-            steps = [call.steps[i] for i in batch.indices] if call.steps else []
-            yield Piece(params, working_grads, states, steps, batch.sizes, batch.numel)
+            working_grads = batch.views(0, memory[0]) if scaled else grads
+            yield Piece(working, working_grads, working_states, scalars[0] if scalars else [], batch.sizes, batch.numel)
         for slot in copied:
-            batch.scatter(slot, memory[slot])
+            batch.scatter(slot, roles[slot - 1], memory[slot])
 
-    def _pieces(self, call: Call, i: int, grad: Tensor, factor: float) -> Iterator[Piece]:
+    def _computes_in(self, role: Sequence[Tensor]) -> bool:
+        return role[0].dtype is self.compute_dtype
+
+    def _pieces(self, i: int, members: Members, factor: float) -> Iterator[Piece]:
         """A large tensor, piece by piece; what is not in the dtype to compute in passes through scratch memory."""
-        steps = [call.steps[i]] if call.steps else []
-        split = [flat(tensor).split(PIECE) for tensor in (grad, *(role[i] for role in call.roles))]
+        grad = members.grads[i]
+        steps = [members.scalars[0][i]] if members.scalars else []
+        roles_of_tensor = (members.params[i], *(role[i] for role in members.states))
+        split = [flat(tensor).split(PIECE) for tensor in (grad, *roles_of_tensor)]
         for g, *roles in zip(*split, strict=True):
             if factor != 1.0 or g.dtype is not self.compute_dtype:
                 scaled = self.scratch(0, len(g))

@@ -4,24 +4,27 @@ A parameter is a member of a *bucket* (device, dtypes, kernel variant) or, for a
 All parameter groups share the buckets: hyperparameters are data of a tensor, not arguments of a launch.
 
 A plan that is used although something changed would write to the wrong memory, so everything it stands
-on is compared every step, in a handful of C loops: about 0.5 µs a tensor.
+on is compared every step, in a handful of C loops: about 0.5 µs a tensor. It keeps no tensor alive: it knows where in
+the lists of a step its tensors are, what they look like and where they lie, and takes them anew each time.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from . import _backend, _compat
 from ._buckets import Bucket
-from ._layout import is_dense, same_layout
+from ._layout import extent, is_dense, same_layout
+from ._states import create_states
 
 if TYPE_CHECKING:
     from ._step import MultiTensorStep
@@ -56,11 +59,16 @@ class BucketKey:
 
 @dataclass(frozen=True)
 class Leftover:
-    """A parameter that torch's own step updates, and why."""
+    """A parameter that torch's own step updates, and why.
 
-    param: Tensor
+    Attributes:
+        position: Index in the step's list of all parameters.
+        in_turn: It shares memory with another one, so they are updated one after the other.
+    """
+
     position: int
     reason: str
+    in_turn: bool = False
 
 
 def asks_for_torch(group: dict[str, Any]) -> bool:
@@ -135,7 +143,7 @@ def classify(
         return None, "capture without capturable=True"
     values = rule.values(group)
     # a tensor lr on the device is read there, never here: so are the rows made, and the steps counted
-    on_device = triton and (capturable or has_device_values(values) or optimizer._device_counts)
+    on_device = triton and (capturable or has_device_values(values) or optimizer._engine.device_counts)
     on_device = on_device or (triton and bool(rule.counts) and (rule.counts_on_device or bool(group.get("fused"))))
     fresh_dtype = torch.float32
     if rule.counts_on_device or not on_device:
@@ -152,27 +160,30 @@ def classify(
     return BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned), ""
 
 
-def ensure_state(optimizer: MultiTensorStep, param: Tensor, group: dict[str, Any], key: BucketKey) -> dict[str, Any]:
-    """The parameter's state with what torch would have put there; only missing keys are filled in.
+class StepInputs:
+    """What a step finds: all parameters, their gradients, and the values of all states, in flat lists.
 
-    Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
+    Attributes:
+        params: Group after group.
+        grads: Of each parameter; None where it has none.
+        values: Of all state dicts, in their order.
+        ids: Identities of parameters, keys of the optimizer's state, and values. As long as nobody died, equal ids mean
+            the same objects.
     """
-    rule = optimizer.rule
-    names = rule.state_names(key.structure)
-    if not (rule.counts or names):
-        # as in torch, whose plain SGD leaves the state empty
-        return optimizer.state.get(param, {})
-    state = optimizer.state[param]
-    on_device = key.on_device or rule.counts_on_device or group.get("fused")
-    for name in rule.counts:
-        if not isinstance(state.get(name), Tensor):
-            value = float(state[name]) if name in state else rule.new_count(name, group)
-            device = param.device if on_device else torch.device("cpu")
-            state[name] = torch.full((), value, dtype=key.count_dtype, device=device)
-    for name in names:
-        if not isinstance(state.get(name), Tensor):
-            state[name] = rule.new_state(name, param, group, optimizer.defaults)
-    return state
+
+    def __init__(self, optimizer: MultiTensorStep) -> None:
+        self.params: list[Tensor] = [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+        self.grads: list[Any] = [param.grad for param in self.params]
+        self.read_states(optimizer)
+
+    def read_states(self, optimizer: MultiTensorStep) -> None:
+        """Bring the states up to date."""
+        state: Any = optimizer.state
+        try:
+            self.values = [*chain.from_iterable(map(dict.values, state.values()))]
+        except TypeError:  # somebody keeps something else there
+            self.values = [*chain.from_iterable(s.values() for s in state.values() if isinstance(s, dict))]
+        self.ids = [*map(id, chain(self.params, state, self.values))]
 
 
 class StepPlan:
@@ -180,69 +191,83 @@ class StepPlan:
 
     Args:
         optimizer: Whose step this plans; missing state is created.
-        params: All parameters, group after group.
-        grads: Their gradients; None where a parameter has none and is left out.
+        inputs: Of the step; a parameter without a gradient is left out.
+
+    Attributes:
+        leftovers: What torch's own step updates.
+        has_flat_shards: FSDP1 left this process a part of a parameter.
     """
 
-    def __init__(self, optimizer: MultiTensorStep, params: list[Tensor], grads: list[Tensor | None]) -> None:
-        rule = optimizer.rule
-        groups = optimizer.param_groups
-        self.buckets: list[Bucket] = []
+    def __init__(self, optimizer: MultiTensorStep, inputs: StepInputs) -> None:
+        rule, engine, groups = optimizer.rule, optimizer._engine, optimizer.param_groups
+        params, grads = inputs.params, inputs.grads
         self.leftovers: list[Leftover] = []
         self.relayout: list[int] = []
-        self.params = params
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
         self._capture = optimizer.capturable, is_capturing()
-        self._on_device = [*map(has_device_values, optimizer._values)]
-        self._values_seen = optimizer._values
-
+        self._on_device = [*map(has_device_values, engine.values)]
+        self._values_seen = engine.values
         self._group_sizes = [len(group["params"]) for group in groups]
-        # torch steps a parameter twice that is listed twice; in one launch the two would race
-        twice = {param for param, count in Counter(params).items() if count > 1}
+        self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
+        shared = sharing_memory(optimizer, params, grads)
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
         for position, (param, grad, g) in enumerate(zip(params, grads, group_of, strict=True)):
             if grad is None:
                 continue
             key, reason = classify(optimizer, param, grad, groups[g])
-            if param in twice:
-                key, reason = None, "listed twice"
-            if key is None:
-                self.leftovers.append(Leftover(param, position, reason))
-                continue
-            if not same_layout(grad, param):
-                self.relayout.append(position)
-            if key not in by_key:
-                by_key[key] = self._new_bucket(key, optimizer)
-            by_key[key].add(param, position, g, ensure_state(optimizer, param, groups[g], key))
-        self.buckets = list(by_key.values())
-        for bucket in self.buckets * 2:
-            # what a later bucket brings together may have been an earlier one's
-            bucket.home(optimizer._counts, optimizer.state.values())
-        for bucket in self.buckets:
-            bucket.finish()
-
-        # what is compared every step; read after the states were made
-        self._grad_types = [*map(type, grads)]
-        self._state_dicts = [*optimizer.state.values()]
-        self._value_dicts = [state for state in self._state_dicts if isinstance(state, dict)]
-        self._state_values = [*chain.from_iterable(map(dict.values, self._value_dicts))]
+            if position in shared:
+                self.leftovers.append(Leftover(position, shared[position], in_turn=True))
+            elif key is None:
+                self.leftovers.append(Leftover(position, reason))
+            else:
+                if not same_layout(grad, param):
+                    self.relayout.append(position)
+                if key not in by_key:
+                    by_key[key] = self._new_bucket(key, optimizer)
+                by_key[key].add(position, g)
+        self.buckets = [*by_key.values()]
         self._members = [position for bucket in self.buckets for position in bucket.positions]
         if self._members == list(range(len(params))):
             self._members = []
-        self._states = [tensor for bucket in self.buckets for tensor in bucket.watched_states()]
+        for bucket in self.buckets:
+            create_states(optimizer, bucket, [params[i] for i in bucket.positions])
+        inputs.read_states(optimizer)
+        self._locate(optimizer, inputs)
+
+        # what is compared every step; read after the states were made
+        self._ids = inputs.ids
+        self._grad_types = [*map(type, grads)]
+        #: Weak references to states come here when a state dies, whose id may be another's then. Parameters have none:
+        #: torch.utils.swap_tensors refuses tensors that have, and of all of them dtype, shape and layout are compared.
+        self._dead: list[Any] = []
+        tensors = chain.from_iterable((*b.members.states, *b.members.scalars) for b in self.buckets)
+        self._alive = [weakref.ref(tensor, self._dead.append) for tensor in chain.from_iterable(tensors)]
         # a first step that differs from the others is not planned for a second time
         self.is_first = any(bucket.key.first for bucket in self.buckets)
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
-        self._guard = _compat.metadata_guard([*self._guarded(params), *self._guarded(grads), *self._states])
+        self._guard = _compat.metadata_guard(self._compared(inputs))
 
-    def inherit(self, gone: Sequence[StepPlan]) -> None:
-        """Take over what belonged to plans that nobody will use any more."""
-        former = [bucket for plan in gone for bucket in plan.buckets]
+    def _locate(self, optimizer: MultiTensorStep, inputs: StepInputs) -> None:
+        """Tell the buckets where their members' states are, and let them plan."""
+        where: dict[int, dict[str, int]] = {}
+        n_values = 0
+        for param, state in optimizer.state.items():
+            if isinstance(state, dict):
+                where[id(param)] = {name: n_values + i for i, name in enumerate(state)}
+                n_values += len(state)
         for bucket in self.buckets:
-            bucket.inherit(former)
+            bucket.locate([where.get(id(inputs.params[i]), {}) for i in bucket.positions])
+        self.bind(inputs)
+        scalars = [
+            state[name] for state in optimizer.state.values() if isinstance(state, dict)
+            for name in optimizer.rule.counts if isinstance(state.get(name), Tensor)
+        ]  # fmt: skip
+        known = {scalar.data_ptr() for scalar in scalars if _compat.is_plain(scalar)}
+        for bucket in self.buckets:
+            bucket.finish(known)
 
     @staticmethod
     def _new_bucket(key: BucketKey, optimizer: MultiTensorStep) -> Bucket:
@@ -254,21 +279,40 @@ class StepPlan:
         """The entries of members; the empty list stands for all of them."""
         return [tensors[i] for i in self._members] if self._members or not self.buckets else tensors
 
-    def is_for(self, grads: list[Tensor | None]) -> bool:
-        """Whether the same parameters have gradients."""
-        return [*map(type, grads)] == self._grad_types
+    def _compared(self, inputs: StepInputs) -> list[Tensor]:
+        """Tensors whose dtypes, devices, shapes and strides are compared."""
+        states = chain.from_iterable(bucket.watched_states() for bucket in self.buckets)
+        return [*self._guarded(inputs.params), *self._guarded(inputs.grads), *states]
 
-    def holds(self, optimizer: MultiTensorStep, params: list[Tensor]) -> bool:
+    def bind(self, inputs: StepInputs) -> None:
+        """Give the buckets the tensors of a step."""
+        for bucket in self.buckets:
+            bucket.bind(inputs.params, inputs.grads, inputs.values)
+
+    def release(self) -> None:
+        """Keep no tensor of a step."""
+        for bucket in self.buckets:
+            bucket.release()
+
+    def lay_out_grads(self, inputs: StepInputs) -> None:
+        """Gradients laid out unlike their parameters are copied."""
+        if self.relayout:
+            grads = list(inputs.grads)
+            for i in self.relayout:
+                grads[i] = torch.empty_like(inputs.params[i], dtype=grads[i].dtype).copy_(grads[i])
+            for bucket in self.buckets:
+                bucket.bind(inputs.params, grads, inputs.values)
+
+    def is_for(self, inputs: StepInputs) -> bool:
+        """Whether the same parameters have gradients."""
+        return [*map(type, inputs.grads)] == self._grad_types
+
+    def holds(self, optimizer: MultiTensorStep, inputs: StepInputs) -> bool:
         """Whether parameters, groups and states are the objects they were."""
-        groups, states = optimizer.param_groups, optimizer.state
         return (
-            len(params) == len(self.params)
-            and all(map(is_, params, self.params))
-            and [len(group["params"]) for group in groups] == self._group_sizes
-            and len(states) == len(self._state_dicts)
-            and all(map(is_, states.values(), self._state_dicts))
-            and sum(map(len, self._value_dicts)) == len(self._state_values)
-            and all(map(is_, chain.from_iterable(map(dict.values, self._value_dicts)), self._state_values))
+            inputs.ids == self._ids
+            and not self._dead
+            and [len(group["params"]) for group in optimizer.param_groups] == self._group_sizes
             and self._same_variants(optimizer)
             and not self.is_first
             and self._capture == (optimizer.capturable, is_capturing())
@@ -276,39 +320,59 @@ class StepPlan:
 
     def _same_variants(self, optimizer: MultiTensorStep) -> bool:
         """Whether groups still choose the kernels they chose; looked at only where a setting has changed."""
-        if optimizer._values is self._values_seen:
+        values = optimizer._engine.values
+        if values is self._values_seen:
             return True
         rule, groups = optimizer.rule, optimizer.param_groups
         same = (
             [*map(rule.structure_of, groups)] == self.structure
             and [*map(rule.flags_of, groups)] == self.flags
-            and [*map(has_device_values, optimizer._values)] == self._on_device
+            and [*map(has_device_values, values)] == self._on_device
         )
         if same:
-            self._values_seen = optimizer._values
+            self._values_seen = values
         return same
 
-    def fits(self, params: list[Tensor], grads: list[Tensor | None]) -> bool:
-        """Whether dtypes, devices, shapes, strides and addresses are what they were."""
-        return self._guard(*self._guarded(params), *self._guarded(grads), *self._states) and all(
-            bucket.matches() for bucket in self.buckets
-        )
+    def fits(self, inputs: StepInputs) -> bool:
+        """Whether dtypes, devices, shapes, strides and addresses are what they were; the buckets are bound."""
+        return self._guard(*self._compared(inputs)) and all(bucket.matches() for bucket in self.buckets)
 
     def is_captured(self) -> bool:
         """Whether a CUDA graph records this step."""
         return self.on_triton and is_capturing()
 
-    def take_back_first(self) -> None:
+    def take_back_first(self, state: dict[Tensor, Any]) -> None:
         """A first step that was skipped is still to come."""
         for bucket in self.buckets:
-            if bucket.key.first:
-                bucket.drop_states()
+            for param in bucket.members.params if bucket.key.first else ():
+                for name in bucket.state_names:
+                    del state[param][name]
 
-    def gather(self, grads: list[Any]) -> Iterator[tuple[Bucket, Sequence[Tensor]]]:
-        """Each bucket with the gradients of its members, laid out like their parameters."""
-        if self.relayout:
-            grads = list(grads)
-            for i in self.relayout:
-                grads[i] = torch.empty_like(self.params[i], dtype=grads[i].dtype).copy_(grads[i])
-        for bucket in self.buckets:
-            yield bucket, self._guarded(grads) if len(self.buckets) == 1 else [grads[i] for i in bucket.positions]
+
+def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:
+    """Positions of parameters that have memory in common with another one, or whose states have; and how.
+
+    In one launch their updates would race, and copies would be written back over each other.
+    """
+    times = Counter(map(id, params))
+    found = {i: "listed twice" for i, param in enumerate(params) if times[id(param)] > 1 and grads[i] is not None}
+    ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for position, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        state = optimizer.state.get(param)
+        if grad is None or position in found:
+            continue
+        for tensor in (param, *(state.values() if isinstance(state, dict) else ())):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _compat.is_plain(tensor):
+                start, end = extent(tensor)
+                if 0 < start < end:
+                    ranges.setdefault(tensor.device, []).append((start, end, position))
+    for on_device in ranges.values():
+        # the one that reaches farthest, of those that begin before
+        on_device.sort()
+        farthest, owner = 0, -1
+        for start, end, position in on_device:
+            if start < farthest and position != owner:
+                found |= dict.fromkeys((position, owner), "shares memory with another parameter")
+            if end > farthest:
+                farthest, owner = end, position
+    return found

@@ -116,6 +116,10 @@ class UpdateRule:
         """
         return None
 
+    def rounds_once(self, values: tuple[Any, ...], dtype: torch.dtype) -> bool:
+        """Whether the operator, on tensors of ``dtype``, rounds nothing but results; else it gets wider ones."""
+        return True
+
     def formula(
         self,
         structure: tuple[bool, ...],

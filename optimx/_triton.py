@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from itertools import chain
 from typing import Any
 
@@ -31,23 +31,21 @@ class TritonBucket(Bucket):
     can fail lies before the last, so a failure leaves nothing half done.
     """
 
-    def finish(self) -> None:
-        super().finish()
-        device, n = self.key.device, len(self.params)
+    def finish(self, known_scalars: Container[int]) -> None:
+        super().finish(known_scalars)
+        device, n = self.key.device, len(self.positions)
         kernels = self.rule.kernels
-        self.table = TensorTable(
-            [param.numel() for param in self.params], [self.params, *self.states], range(n), device, launch_size
-        )
-        self._fixed = [*chain.from_iterable([self.params, *self.states])]
+        params, _, states, scalars = self.members
+        self.table = TensorTable([param.numel() for param in params], [params, *states], range(n), device, launch_size)
         self._compiled: set[tuple[bool, bool]] = set()
         if self.key.on_device:
-            scalars = [state[name] for state in self._state_dicts for name in self.rule.counts]
-            self._fixed += scalars
-            addresses = torch.tensor([*map(Tensor.data_ptr, scalars)], dtype=torch.int64, device="cpu")
-            self._count_table = upload(addresses.view(n, len(self.rule.counts)), device)
+            addresses = torch.tensor(
+                [[*map(Tensor.data_ptr, role)] for role in scalars], dtype=torch.int64, device="cpu"
+            )
+            self._count_table = upload(addresses.view(len(self.rule.counts), n).t().contiguous(), device)
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
-        self._addresses = [*map(Tensor.data_ptr, self._fixed)]
+        self._addresses = self._fixed_addresses()
         # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
         # and never given back
         self._spare: list[Tensor] = []
@@ -56,12 +54,17 @@ class TritonBucket(Bucket):
             words = _even(n) + 2 * _even(n * len(kernels.RAW))
             self._spare.append(torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True))
 
-    def matches(self) -> bool:
-        return super().matches() and [*map(Tensor.data_ptr, self._fixed)] == self._addresses
+    def _fixed_addresses(self) -> list[int]:
+        """Addresses that the tables have: all but those of gradients."""
+        params, _, states, scalars = self.members
+        return [*map(Tensor.data_ptr, chain(params, *states, *(scalars if self.key.on_device else ())))]
 
-    def send(self, grads: Sequence[Tensor], values: Sequence[tuple[Any, ...]]) -> None:
+    def matches(self) -> bool:
+        return super().matches() and self._fixed_addresses() == self._addresses
+
+    def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
-        addresses = array("q", map(Tensor.data_ptr, grads))
+        addresses = array("q", map(Tensor.data_ptr, self.members.grads))
         self.aligned = self.key.aligned and is_aligned(torch.frombuffer(addresses, dtype=torch.int64))
         if not self.key.on_device:
             rows, row_of_member = self.host_rows(values)
@@ -101,7 +104,7 @@ class TritonBucket(Bucket):
             self._launch(control, warmup=True)
             self._compiled.add(variant)
 
-    def update(self, grads: Sequence[Tensor], control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> None:
         if not self.key.on_device:
             self.count()
         self._launch(control, warmup=False)

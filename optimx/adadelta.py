@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adadelta as TorchAdadelta
 from torch.optim.optimizer import ParamsT
 
 from ._rule import UpdateRule, l2_gradient
@@ -44,7 +45,7 @@ class AdadeltaRule(UpdateRule):
         p.add_(delta, alpha=-lr)
 
 
-class Adadelta(MultiTensorStep, torch.optim.Adadelta):
+class Adadelta(MultiTensorStep, TorchAdadelta):
     """Adadelta, a drop-in for :class:`torch.optim.Adadelta`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -74,8 +75,8 @@ class Adadelta(MultiTensorStep, torch.optim.Adadelta):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,
+        TorchAdadelta.__init__(
+            self, params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,
             differentiable=differentiable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adafactor as TorchAdafactor
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -71,6 +72,9 @@ class AdafactorRule(UpdateRule):
         hf = extras["variant"] == "hf"
         if hf and eps1 is None:
             eps1 = 1e-30
+        if hf and extras["relative_step"]:
+            # as in transformers, where schedules that report step sizes leave them in the groups
+            lr = RELATIVE_LR
         return (
             lr, beta2_decay, eps1, eps2, d, weight_decay, float(maximize), float(hf), extras["beta1"] or 0.0,
             float(extras["scale_parameter"]), float(extras["relative_step"]), float(extras["warmup_init"]),
@@ -131,7 +135,8 @@ class AdafactorRule(UpdateRule):
             eps2,
             scaled,
             d,
-            0.0 if hf else lr * weight_decay,
+            # without weight decay an infinite lr, which bounds nothing, is no NaN
+            0.0 if hf or not weight_decay else lr * weight_decay,
             weight_decay if hf else 0.0,
             1.0 - beta1,
         )
@@ -141,7 +146,7 @@ class AdafactorRule(UpdateRule):
 RULE = AdafactorRule()
 
 
-class AdafactorLoop(torch.optim.Adafactor):
+class AdafactorLoop(TorchAdafactor):
     """Adafactor, one parameter after the other: what :class:`Adafactor` falls back to.
 
     Torch's own step for torch's definition; a plain one of either definition where a group has settings of ours.
@@ -154,7 +159,7 @@ class AdafactorLoop(torch.optim.Adafactor):
             with torch.enable_grad():
                 loss = closure()
         if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
-            _compat.without_hooks(torch.optim.Adafactor.step)(self)
+            _compat.without_hooks(TorchAdafactor.step)(self)
             return loss
         for group, param, grad, state in each_parameter(self):
             if param.is_complex():
@@ -297,7 +302,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             raise ValueError(f"beta1 should be in [0, 1) but is: {beta1}")
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise ValueError(f"state_dtype should be a floating-point torch.dtype but is: {state_dtype}")
-        super().__init__(params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
+        TorchAdafactor.__init__(self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
         chosen = (variant, beta1, scale_parameter, relative_step, warmup_init, state_dtype)
         # groups have torch's keys alone as long as the definition is torch's: checkpoints go both ways
         extras = {name: value for name, value in zip(EXTRAS, chosen, strict=True) if value != EXTRAS[name]}
@@ -341,18 +346,30 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
 
     def step_sizes(self) -> list[float]:
         """The step size that each group's first parameter has: relative step times root mean square. Waits."""
-        sizes = []
-        for group in self.param_groups:
-            if not group["params"]:
-                sizes.append(0.0)
-                continue
-            param = group["params"][0]
-            done = self.state.get(param, {}).get("step", 1.0)
-            values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
-            row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
-            _, _, _, _, rho, eps2, scaled, *_ = row
-            sizes.append(rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho)
-        return sizes
+        return [self._step_size(group) for group in self.param_groups]
+
+    def _step_size(self, group: dict[str, Any]) -> float:
+        if not group["params"]:
+            return 0.0
+        param = group["params"][0]
+        done = self.state.get(param, {}).get("step", 1.0)
+        values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
+        row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
+        _, _, _, _, rho, eps2, scaled, *_ = row
+        return rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho
+
+    def _get_lr(self, param_group: dict[str, Any], param_state: dict[str, Any]) -> float:
+        """What transformers' AdafactorSchedule asks for, and writes into ``group["lr"]``.
+
+        Raises:
+            RuntimeError: ``lr`` bounds the step size here, so a report must not overwrite it.
+        """
+        if not (param_group.get("variant") == "hf" and param_group.get("relative_step", True)):
+            raise RuntimeError(
+                "transformers' AdafactorSchedule overwrites lr, which Adafactor reads except with variant='hf' and "
+                "relative_step=True: use optimx.lr_scheduler.AdafactorSchedule"
+            )
+        return self._step_size(param_group)
 
 
 def _check_variant(variant: Any) -> None:

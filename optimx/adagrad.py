@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adagrad as TorchAdagrad
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -40,6 +41,11 @@ class AdagradRule(UpdateRule):
     def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         return fused_adagrad
 
+    def rounds_once(self, values: tuple[Any, ...], dtype: torch.dtype) -> bool:
+        # in 16 bits torch's operator rounds the sum of gradient and weight decay
+        _, _, weight_decay, *_ = values
+        return dtype.itemsize > 2 or not weight_decay
+
 
 def fused_adagrad(values, params, grads, states, steps):
     """Torch's operator, with the values of :class:`AdagradRule`."""
@@ -50,7 +56,7 @@ def fused_adagrad(values, params, grads, states, steps):
     )  # fmt: skip
 
 
-class Adagrad(MultiTensorStep, torch.optim.Adagrad):
+class Adagrad(MultiTensorStep, TorchAdagrad):
     """Adagrad, a drop-in for :class:`torch.optim.Adagrad`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -83,8 +89,8 @@ class Adagrad(MultiTensorStep, torch.optim.Adagrad):
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
-        super().__init__(
-            params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
+        TorchAdagrad.__init__(
+            self, params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         self._init_step(max_grad_norm, capturable=capturable)

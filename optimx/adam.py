@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adam as TorchAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -88,7 +89,7 @@ def fused_adam(values, params, grads, states, steps):
 ADAM = AdamRule()
 
 
-class Adam(MultiTensorStep, torch.optim.Adam):
+class Adam(MultiTensorStep, TorchAdam):
     """Adam, a drop-in for :class:`torch.optim.Adam`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -121,7 +122,7 @@ class Adam(MultiTensorStep, torch.optim.Adam):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        torch.optim.Adam.__init__(
+        TorchAdam.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable, fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Adamax as TorchAdamax
 from torch.optim.optimizer import ParamsT
 
 from ._rule import UpdateRule, l2_gradient
@@ -43,7 +44,7 @@ class AdamaxRule(UpdateRule):
         p.addcdiv_(exp_avg, exp_inf, value=-step_size)
 
 
-class Adamax(MultiTensorStep, torch.optim.Adamax):
+class Adamax(MultiTensorStep, TorchAdamax):
     """Adamax, a drop-in for :class:`torch.optim.Adamax`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -73,8 +74,8 @@ class Adamax(MultiTensorStep, torch.optim.Adamax):
         capturable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, foreach, maximize=maximize, differentiable=differentiable,
+        TorchAdamax.__init__(
+            self, params, lr, betas, eps, weight_decay, foreach, maximize=maximize, differentiable=differentiable,
             capturable=capturable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

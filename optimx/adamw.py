@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch.optim import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
 from .adam import Adam
@@ -11,7 +11,7 @@ from .adam import Adam
 __all__ = ["AdamW"]
 
 
-class AdamW(Adam, torch.optim.AdamW):
+class AdamW(Adam, TorchAdamW):
     """AdamW, a drop-in for :class:`torch.optim.AdamW`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -42,7 +42,7 @@ class AdamW(Adam, torch.optim.AdamW):
         max_grad_norm: float | None = None,
     ) -> None:
         # not super(): this class is an optimx.Adam, as torch's AdamW is a torch Adam, with other arguments
-        torch.optim.AdamW.__init__(
+        TorchAdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
             capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip

@@ -5,8 +5,8 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim import ASGD as TorchASGD
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -53,7 +53,7 @@ class ASGDRule(UpdateRule):
             ax.lerp_(p, mu)
 
 
-class ASGD(MultiTensorStep, torch.optim.ASGD):
+class ASGD(MultiTensorStep, TorchASGD):
     """ASGD, a drop-in for :class:`torch.optim.ASGD`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -84,7 +84,7 @@ class ASGD(MultiTensorStep, torch.optim.ASGD):
         *,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable
+        TorchASGD.__init__(
+            self, params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable
         )  # fmt: skip
         self._init_step(max_grad_norm)

@@ -46,8 +46,11 @@ def get_total_norm(
     Raises:
         RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
     """
-    listed = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    listed = _listed(tensors)
     norm_type = float(norm_type)
+    # a compiler fuses torch's formulas, and does not look into ours
+    if torch.compiler.is_compiling():
+        return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
     # a norm of order 0 is a count of tensors in torch, and only torch's own division into tensors gives it
     if foreach is not None or not listed or norm_type <= 0:
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
@@ -74,7 +77,7 @@ def clip_grads_with_norm_(
         foreach: True, False: torch's implementation; None: the fastest.
     """
     listed = _listed(parameters)
-    if foreach is not None:
+    if foreach is not None or torch.compiler.is_compiling():
         return _torch.clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
     grads = [param.grad for param in listed if param.grad is not None]
     with torch.no_grad():

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 from torch.optim import Optimizer
 
 from . import _backend
-from ._plan import classify
+from ._plan import classify, sharing_memory
 from ._step import MultiTensorStep
 from ._table import aligned
 
@@ -74,10 +75,15 @@ def explain(optimizer: Optimizer) -> Explanation:
         An :class:`Explanation`; ``print`` it.
     """
     rows: dict[tuple[str, str, tuple[str, ...], str, object], list[tuple[int, int]]] = {}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    shared = sharing_memory(optimizer, params, params)
+    positions = count()
     for g, group in enumerate(optimizer.param_groups):
-        for param in group["params"]:
+        for param, position in zip(group["params"], positions, strict=False):
             if not isinstance(optimizer, MultiTensorStep):
                 key, reason = None, f"{type(optimizer).__name__} is not an optimx optimizer"
+            elif position in shared:
+                key, reason = None, shared[position]
             else:
                 key, reason = classify(optimizer, param, param if param.grad is None else param.grad, group)
             dtypes = (param.dtype,) if key is None else key.dtypes

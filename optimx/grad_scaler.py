@@ -7,29 +7,106 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from . import _compat
+from ._plan import asks_for_torch
 from ._step import MultiTensorStep
 
 __all__ = ["GradScaler"]
 
 
 class GradScaler(torch.amp.GradScaler):
-    """A drop-in for :class:`torch.amp.GradScaler`, which also drives optimx optimizers correctly, at one pass more.
+    """A drop-in for :class:`torch.amp.GradScaler` that leaves unscaling, and the search for inf, to optimx's step.
 
-    Torch's scaler reads and writes all gradients to look for inf and NaN before it calls an optimizer that unscales
-    by itself. This one lets an optimx optimizer look while it measures the gradient norm: unscaling, inf check,
-    clipping and step read the gradients twice and write them never (fp32: 32 bytes a parameter against 48).
+    Torch's scaler reads and writes all gradients before it calls the step. Here unscaling, inf check, clipping and
+    step read the gradients twice and write them never (fp32: 32 bytes a parameter against 48), and nothing waits for
+    the result of the check. Gradients are therefore still scaled after ``scaler.step(optimizer)``.
 
-    Other optimizers, and ``scaler.unscale_(optimizer)`` by hand, get torch's behaviour. Arguments are torch's.
+    This holds where nobody can notice: the optimizer is optimx's, its ``step`` is the class's own (no subclass, wrapper
+    or trainer has replaced it), there are no step hooks and no closure, and no scheduler waits to be told whether the
+    first step was taken. Everywhere else torch's scaler does its work: gradients are unscaled in place, and a step with
+    an infinite one is not called. After ``scaler.unscale_(optimizer)`` by hand the step only skips itself.
+
+    Args beyond torch's:
+        process_group: Ranks that skip together: if one of them finds an infinite gradient, all do (default: None: the
+            default group where FullyShardedDataParallel keeps flat parameters, as its ``ShardedGradScaler`` does;
+            DTensors agree by themselves). For ZeRO partitions and pipeline stages, which nobody can tell from other
+            parameters.
     """
 
+    def __init__(
+        self,
+        device: str = "cuda",
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+        *,
+        process_group: Any = None,
+    ) -> None:
+        super().__init__(device, init_scale, growth_factor, backoff_factor, growth_interval, enabled)
+        self._process_group = process_group
+
+    def step(self, optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
+        """Step, unless a gradient is infinite or NaN; as in torch.
+
+        Returns:
+            What ``optimizer.step`` returned; None where the step was skipped.
+        """
+        has_closure = any(arg is not None for arg in (*args, *kwargs.values()))
+        if self.is_enabled() and not has_closure and self._steps_within(optimizer):
+            with _compat.amp_scaling_support(optimizer, True):
+                return super().step(optimizer, *args, **kwargs)
+        if _compat.delegates_amp_scaling_support(optimizer):
+            # what torch would leave on a wrapper, the optimizer inside does not see
+            with _compat.amp_scaling_support(optimizer, False):
+                return super().step(optimizer, *args, **kwargs)
+        return super().step(optimizer, *args, **kwargs)
+
+    def unscale_(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the scale, and look for infinite ones; as in torch."""
+        super().unscale_(optimizer)
+        if self.is_enabled() and self._is_sharded(optimizer):
+            found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+            for found_inf in found.values():
+                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, self._process_group)
+
+    def _is_sharded(self, optimizer: Optimizer) -> bool:
+        """Whether other ranks may find what this one does not, and torch does not ask them."""
+        if not _compat.is_distributed():
+            return False
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        return self._process_group is not None or any(map(_compat.is_flat_shard, params))
+
+    def _steps_within(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer's step may unscale, look for infinite gradients, and skip itself."""
+        if not (
+            isinstance(optimizer, MultiTensorStep) and _compat.is_called_unnoticed(optimizer, MultiTensorStep.step)
+        ):
+            return False
+        if any(map(asks_for_torch, optimizer.param_groups)) or self._is_sharded(optimizer):
+            return False
+        # a rank's own part of a DTensor does not tell what the others' are like
+        return not _compat.is_distributed() or all(
+            type(param) in (torch.Tensor, torch.nn.Parameter)
+            for group in optimizer.param_groups
+            for param in group["params"]
+        )
+
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:
-        if not isinstance(optimizer, MultiTensorStep):
+        if not (isinstance(optimizer, MultiTensorStep) and self._steps_within(optimizer)):
             return super()._check_inf_per_device(optimizer)
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         # written by the step that follows, before update() reads it
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
-        optimizer._deferred_found_inf = found_inf
+        optimizer._engine.deferred_found_inf = found_inf
         # torch's annotation says str, its keys are devices
         per_device: Any = {scale.device: found_inf}
         self._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = per_device
         return per_device
+
+    def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if isinstance(optimizer, MultiTensorStep):
+            # who asks whether the step was skipped is told, although it will not be called
+            optimizer._engine.note_found_inf(optimizer, [*optimizer_state["found_inf_per_device"].values()])
+        return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)

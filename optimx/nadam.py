@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import NAdam as TorchNAdam
 from torch.optim.optimizer import ParamsT
 
 from ._rule import UpdateRule, l2_gradient
@@ -65,7 +66,7 @@ class NAdamRule(UpdateRule):
         p.addcdiv_(step, denominator, value=-1)
 
 
-class NAdam(MultiTensorStep, torch.optim.NAdam):
+class NAdam(MultiTensorStep, TorchNAdam):
     """NAdam, a drop-in for :class:`torch.optim.NAdam`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -97,8 +98,8 @@ class NAdam(MultiTensorStep, torch.optim.NAdam):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, foreach=foreach,
+        TorchNAdam.__init__(
+            self, params, lr, betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, foreach=foreach,
             maximize=maximize, capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

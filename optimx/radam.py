@@ -6,8 +6,8 @@ import math
 from operator import itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.optim import RAdam as TorchRAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -70,7 +70,7 @@ class RAdamRule(UpdateRule):
         p.add_(exp_avg, alpha=-step_size)
 
 
-class RAdam(MultiTensorStep, torch.optim.RAdam):
+class RAdam(MultiTensorStep, TorchRAdam):
     """RAdam, a drop-in for :class:`torch.optim.RAdam`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -101,8 +101,8 @@ class RAdam(MultiTensorStep, torch.optim.RAdam):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach=foreach, maximize=maximize,
+        TorchRAdam.__init__(
+            self, params, lr, betas, eps, weight_decay, decoupled_weight_decay, foreach=foreach, maximize=maximize,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import RMSprop as TorchRMSprop
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -65,7 +66,7 @@ class RMSpropRule(UpdateRule):
             p.addcdiv_(g, denominator, value=-lr)
 
 
-class RMSprop(MultiTensorStep, torch.optim.RMSprop):
+class RMSprop(MultiTensorStep, TorchRMSprop):
     """RMSprop, a drop-in for :class:`torch.optim.RMSprop`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -97,7 +98,8 @@ class RMSprop(MultiTensorStep, torch.optim.RMSprop):
         *,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize, differentiable
+        TorchRMSprop.__init__(
+            self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
+            differentiable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Rprop as TorchRprop
 from torch.optim.optimizer import ParamsT
 
 from ._rule import UpdateRule
@@ -54,7 +55,7 @@ class RpropRule(UpdateRule):
         p.addcmul_(torch.sign(prev, out=scratch[0]), step_size, value=-1)
 
 
-class Rprop(MultiTensorStep, torch.optim.Rprop):
+class Rprop(MultiTensorStep, TorchRprop):
     """Rprop, a drop-in for :class:`torch.optim.Rprop`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -83,8 +84,8 @@ class Rprop(MultiTensorStep, torch.optim.Rprop):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        super().__init__(
-            params, lr, etas, step_sizes, capturable=capturable, foreach=foreach, maximize=maximize,
+        TorchRprop.__init__(
+            self, params, lr, etas, step_sizes, capturable=capturable, foreach=foreach, maximize=maximize,
             differentiable=differentiable,
         )  # fmt: skip
         self._init_step(max_grad_norm)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import SGD as TorchSGD
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
@@ -69,7 +70,7 @@ def fused_sgd(values, params, grads, states, steps, nesterov=False):
 fused_nesterov = partial(fused_sgd, nesterov=True)
 
 
-class SGD(MultiTensorStep, torch.optim.SGD):
+class SGD(MultiTensorStep, TorchSGD):
     """SGD, a drop-in for :class:`torch.optim.SGD`: same arguments, state and numbers.
 
     Args beyond torch's:
@@ -102,8 +103,8 @@ class SGD(MultiTensorStep, torch.optim.SGD):
         max_grad_norm: float | None = None,
         capturable: bool = False,
     ) -> None:
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
+        TorchSGD.__init__(
+            self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
         self._init_step(max_grad_norm, capturable=capturable)

@@ -252,7 +252,7 @@ def test_nothing_of_a_parameters_size_is_allocated() -> None:
     allocated = [event.cpu_memory_usage for event in profile.events()]
     assert max(allocated) < 0.01 * param.numel() * 4
     # scratch memory that stays
-    scratch = sum(memory.numel() for bucket in optimizer._plans[0].buckets for memory in bucket._scratch)
+    scratch = sum(memory.numel() for bucket in optimizer._engine.plans[0].buckets for memory in bucket._scratch)
     assert scratch < 0.13 * param.numel()
 
 

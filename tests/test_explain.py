@@ -96,9 +96,9 @@ def test_agrees_with_the_step(case: Case, device: torch.device) -> None:
     for param in params:
         param.grad = torch.ones_like(param)
     optimizer.step()
-    (plan,) = optimizer._plans
+    (plan,) = optimizer._engine.plans
     assert [(row.backend, row.tensors) for row in before.rows if not row.reason] == [
-        (bucket.key.backend, len(bucket.params)) for bucket in plan.buckets
+        (bucket.key.backend, len(bucket.positions)) for bucket in plan.buckets
     ]
     assert [row.tensors for row in before.rows if row.reason] == [len(plan.leftovers)]
     assert optimx.explain(optimizer) == before
@@ -111,20 +111,20 @@ def test_changes_nothing(case: Case, device: torch.device) -> None:
     keys = [*optimizer.state]
     optimx.explain(optimizer)
     assert [*optimizer.state] == keys
-    assert optimizer._plans == []
+    assert optimizer._engine.plans == []
     set_grads(params, 0, skip=[1])
     optimizer.step()
     states = [
         (param, dict(state), [value._version for value in state.values()]) for param, state in optimizer.state.items()
     ]
-    plans = list(optimizer._plans)
+    plans = list(optimizer._engine.plans)
     optimx.explain(optimizer)
     assert [*optimizer.state] == [param for param, _, _ in states]
     for param, state, versions in states:
         assert optimizer.state[param].keys() == state.keys()
         assert all(optimizer.state[param][name] is value for name, value in state.items())
         assert [value._version for value in state.values()] == versions
-    assert optimizer._plans == plans
+    assert optimizer._engine.plans == plans
     assert params[1].grad is None
 
 

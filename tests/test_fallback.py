@@ -15,7 +15,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from optimx import _backend, _compat, _step
+from optimx import _backend
+from optimx._step import MultiTensorStep
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
@@ -51,13 +52,16 @@ def set_complex_grads(params: Sequence[Tensor], step: int) -> None:
 def stock_steps(monkeypatch: pytest.MonkeyPatch) -> list[list[Tensor]]:
     """The parameters of every call of torch's own step."""
     calls: list[list[Tensor]] = []
-    original = _compat.stock_step
 
-    def stock_step(optimizer: Optimizer, mixin: type) -> None:
-        calls.append(params_of(optimizer))
-        original(optimizer, mixin)
+    def recorded(step: Callable[..., Any]) -> Callable[..., Any]:
+        def stock_step(optimizer: Optimizer) -> None:
+            calls.append(params_of(optimizer))
+            step(optimizer)
 
-    monkeypatch.setattr(_compat, "stock_step", stock_step)
+        return stock_step
+
+    for cls in {*MultiTensorStep.__subclasses__(), *(case.cls for case in CASES)}:
+        monkeypatch.setattr(cls, "_stock_step", recorded(cls._stock_step))
     return calls
 
 
@@ -474,7 +478,7 @@ def test_broken_triton(
     assert stock_steps == []
     break_kernels(monkeypatch, case, ValueError("no such instruction"))
     # a kernel that was compiled before can only fail anew where another variant is needed
-    optimizer._plans.clear()
+    optimizer._engine.plans.clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(good_steps, good_steps + 3):
@@ -502,7 +506,7 @@ def test_errors_that_are_not_tritons(
     set_grads(params_of(ours), 1)
     with monkeypatch.context() as patch:
         break_kernels(patch, case, error)
-        ours._plans.clear()
+        ours._engine.plans.clear()
         with pytest.raises(type(error)):
             ours.step()
     torch.testing.assert_close([params_of(ours), ours.state_dict()], before, rtol=0, atol=0)

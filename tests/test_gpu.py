@@ -245,7 +245,7 @@ def test_capture_without_capturable_is_torchs(case: Case, kwargs: dict, max_grad
     fill = filler(params, twin)
     warm_up((captured, eager), fill)
     graph = captured_step(captured)
-    (plan, *_) = captured._plans
+    (plan, *_) = captured._engine.plans
     assert {leftover.reason for leftover in plan.leftovers} == {"capture without capturable=True"}
     for step in range(3, 6):
         fill(step)

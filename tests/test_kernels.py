@@ -285,7 +285,7 @@ def test_launches_do_not_grow_with_groups(
         [{"params": [p], "lr": 0.1 * 0.75**i} for i, p in enumerate(params)], max_grad_norm=1.0 if clip else None
     )
     # as after a step under GradScaler
-    optimizer._device_counts = rows_on_device
+    optimizer._engine.device_counts = rows_on_device
     name = case.cls.rule.module
     expected = ["_norm_kernel", "_finish_kernel"] if clip else []
     if name == "adafactor" and clip:

@@ -63,7 +63,7 @@ def test_groups_that_differ(case: Case, kwargs: dict, device: torch.device) -> N
 
 
 def _mixed_calls(optimizer: Any) -> list[MixedCall]:
-    calls = [call for bucket in optimizer._plans[0].buckets for call in bucket._calls]
+    calls = [call for bucket in optimizer._engine.plans[0].buckets for call in bucket._calls]
     return [call for call in calls if isinstance(call, MixedCall) and call.settings]
 
 

@@ -55,7 +55,8 @@ def prepare(raw, counts):
         eps2,
         scaled,
         d,
-        tl.where(hf != 0, 0.0, lr * weight_decay),
+        # without weight decay an infinite lr, which bounds nothing, is no NaN
+        tl.where((hf != 0) | (weight_decay == 0.0), 0.0, lr * weight_decay),
         tl.where(hf != 0, weight_decay, 0.0),
         1.0 - beta1,
     )

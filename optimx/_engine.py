@@ -1,0 +1,302 @@
+"""The engine of an optimizer: what it keeps between steps, and one step.
+
+A step: read the groups, gather parameters, gradients and states; take the plan of last time or make one; send addresses
+and hyperparameters; measure the norm; compile; update. Everything before the update may fail and changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import chain
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import _backend, _compat
+from ._grad_norm import Amp, measure
+from ._plan import Leftover, StepInputs, StepPlan
+
+if TYPE_CHECKING:
+    from ._step import MultiTensorStep
+
+_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
+
+#: Patterns of gradients (which are None) for which a plan is kept.
+_PLANS_KEPT = 4
+
+#: Settings of the whole optimizer; in a group they would mean something else.
+WHOLE = ("max_grad_norm", "normalize_grads")
+
+
+def check_group(group: Any) -> None:
+    """Raise ValueError where a parameter group has a setting of the whole optimizer."""
+    for name in WHOLE:
+        if isinstance(group, dict) and name in group:
+            raise ValueError(
+                f"{name} should be an argument of the optimizer, for all groups together, but a parameter group has: "
+                f"{group[name]}"
+            )
+
+
+class Engine:
+    """What an optimizer keeps between steps. It is no part of checkpoints and copies.
+
+    Attributes:
+        plans: The last one used comes first.
+        values: The hyperparameters of each group; a new list where one has changed.
+        device_counts: Steps are counted on the device: whether one counts, only it knows (GradScaler).
+        control: Of the last step, see :mod:`optimx._grad_norm`; None without clipping and GradScaler.
+        deferred_found_inf: Left by GradScaler, to be written by the coming step.
+    """
+
+    def __init__(self) -> None:
+        self.plans: list[StepPlan] = []
+        self.values: list[tuple[Any, ...]] = []
+        self.device_counts = False
+        self.control: Tensor | None = None
+        self.deferred_found_inf: Tensor | None = None
+        self._captured_plans: list[StepPlan] = []
+        self._settings: list[Any] = []
+        self._n_group_keys = 0
+
+    @torch.no_grad()
+    def step(self, optimizer: MultiTensorStep) -> None:
+        """Update all parameters that have a gradient."""
+        self.read_groups(optimizer)
+        inputs = StepInputs(optimizer)
+        amp = self._amp(optimizer)
+        plan = self._plan(optimizer, inputs)
+        if amp.found_inf is not None and optimizer.rule.counts and not self.device_counts and plan.on_triton:
+            plan.release()
+            self.device_counts = True
+            self.plans.clear()
+            plan = self._plan(optimizer, inputs)
+        if plan.is_captured():
+            # the graph reads the plan's tables at every replay
+            self._captured_plans.append(plan)
+        try:
+            self._run(optimizer, plan, inputs, amp)
+        except _TritonError as error:
+            plan.release()
+            _backend.give_up_on_triton(error.cause)
+            self.plans.clear()
+            plan = self._plan(optimizer, inputs)
+            self._run(optimizer, plan, inputs, amp)
+        finally:
+            plan.release()
+
+    def read_groups(self, optimizer: MultiTensorStep) -> None:
+        """Bring ``values``, the hyperparameters of each group, up to date.
+
+        Most steps change nothing, and hundreds of groups take longer to read than to update: settings that are the very
+        objects of the last step, and cannot change in place, are not looked into.
+        """
+        groups, rule = optimizer.param_groups, optimizer.rule
+        n_keys = sum(map(len, groups))
+        if n_keys != self._n_group_keys:
+            for group in groups:
+                check_group(group)
+            self._n_group_keys = n_keys
+        names = optimizer.defaults
+        try:
+            # of one name alone, itemgetter makes no tuple
+            settings = [*chain.from_iterable(map(itemgetter(*names, "params"), groups))]
+            del settings[len(names) :: len(names) + 1]
+        except KeyError:  # a subclass's default that groups lack
+            settings = [group.get(name) for group in groups for name in names]
+        if rule.optional_settings:
+            settings += [group.get(name) for group in groups for name in rule.optional_settings]
+        if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
+            return
+        values = [*map(rule.values, groups)]
+        if not _are_constants(chain.from_iterable(values)):
+            values = [tuple(map(_readable, group)) for group in values]
+        self._settings = settings if _are_constants(settings) else []
+        self.values = values
+
+    def note_found_inf(self, optimizer: MultiTensorStep, found_inf: Sequence[Tensor]) -> None:
+        """GradScaler has looked for infinite gradients, and may not call the step."""
+        device = found_inf[0].device
+        found = torch.stack([found.to(device, torch.float32) for found in found_inf]).sum()
+        unknown = torch.full_like(found, torch.nan)
+        self.control = torch.stack([unknown, torch.ones_like(found), found])
+        if optimizer.needs_norm:
+            optimizer.grad_norm = unknown
+
+    def _amp(self, optimizer: MultiTensorStep) -> Amp:
+        """What GradScaler left on the optimizer before it called the step."""
+        found_inf, self.deferred_found_inf = self.deferred_found_inf, None
+        if found_inf is not None:
+            return Amp(getattr(optimizer, "grad_scale", None), found_inf, check=True)
+        return Amp(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
+    def _plan(self, optimizer: MultiTensorStep, inputs: StepInputs) -> StepPlan:
+        """The plan for a step, bound to its tensors."""
+        for i, plan in enumerate(self.plans):
+            if plan.is_for(inputs) and plan.holds(optimizer, inputs):
+                plan.bind(inputs)
+                if plan.fits(inputs):
+                    if i:
+                        self.plans.insert(0, self.plans.pop(i))
+                    return plan
+                plan.release()
+        # plans for other patterns of gradients stay
+        kept = [plan for plan in self.plans if not plan.is_for(inputs)]
+        plan = StepPlan(optimizer, inputs)
+        self.plans = [plan, *(p for p in kept[: _PLANS_KEPT - 1] if p.holds(optimizer, inputs))]
+        return plan
+
+    def _run(self, optimizer: MultiTensorStep, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
+        needs_norm = optimizer.needs_norm
+        if needs_norm and plan.has_flat_shards:
+            raise RuntimeError(flat_shards_message(optimizer.max_grad_norm))
+        plan.lay_out_grads(inputs)
+        buckets = plan.buckets
+        others: list[Any] = [inputs.grads[leftover.position] for leftover in plan.leftovers]
+        self.control = control = None
+        if needs_norm or optimizer.grad_norm is not None:
+            optimizer.grad_norm = None
+        with _triton_errors(plan.on_triton and not _backend.interpreted()):
+            for bucket in buckets:
+                bucket.send(self.values)
+            if needs_norm and not (buckets or others):
+                optimizer.grad_norm = torch.zeros((), device="cpu")
+            elif (needs_norm or amp != Amp()) and (buckets or others):
+                # normalizing is clipping to 1 that also lengthens
+                max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
+                norm, control = measure(buckets, others, max_norm, amp, clamp=not optimizer.normalize_grads)
+                self.control = control
+                optimizer.grad_norm = norm if needs_norm else None
+            on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
+            for bucket, there in zip(buckets, on_device, strict=True):
+                bucket.compile(there)
+        # torch's step goes first: where it raises, nothing has been changed
+        if plan.leftovers:
+            self._run_stock(optimizer, plan.leftovers, others, control, amp)
+        for bucket, there in zip(buckets, on_device, strict=True):
+            bucket.update(there)
+            # autograd has to notice that what it saved for backward is gone
+            torch.autograd.graph.increment_version(bucket.members.params)
+        if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
+            plan.take_back_first(optimizer.state)
+
+    def _run_stock(
+        self,
+        optimizer: MultiTensorStep,
+        leftovers: Sequence[Leftover],
+        grads: Sequence[Any],
+        control: Tensor | None,
+        amp: Amp,
+    ) -> None:
+        """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
+        if control is not None and amp.found_inf is not None and bool(control[2] != 0):
+            return
+        positions = [leftover.position for leftover in leftovers]
+        scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[1])
+        with scaled:
+            for in_turn in (False, True):
+                chosen = [leftover.position for leftover in leftovers if leftover.in_turn is in_turn]
+                if chosen:
+                    with _only(optimizer, chosen), _in_turn(optimizer) if in_turn else nullcontext():
+                        optimizer._stock_step()
+
+
+class _TritonError(Exception):
+    """A launch that cannot be, before anything was changed."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+@contextmanager
+def _triton_errors(expected: bool) -> Iterator[None]:
+    """Mark what a compiler or a driver may raise; running out of memory and our own mistakes are neither."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as error:
+        if not expected:
+            raise
+        raise _TritonError(error) from error
+
+
+def flat_shards_message(max_grad_norm: float | None) -> str:
+    """Why gradients cannot be clipped in the step where FSDP1 keeps flat shards, and how they can."""
+    return (
+        "max_grad_norm should be None where FullyShardedDataParallel keeps flat parameters, because a process would clip "
+        f"by the norm of its own shard (model.clip_grad_norm_(max_norm) asks the others), but is: {max_grad_norm}"
+    )
+
+
+def _are_constants(settings: Iterable[Any]) -> bool:
+    """Whether settings that are the same objects are the same values. They are many, their types few."""
+    settings = [*settings]
+    if not all(issubclass(cls, _CONSTANTS) for cls in {*map(type, settings)}):
+        return False
+    tuples = [value for value in settings if isinstance(value, tuple)]
+    return not tuples or _are_constants(chain.from_iterable(tuples))
+
+
+def _readable(value: Any) -> Any:
+    """Numbers as they are, also those in an array; a tensor on a device as it is, for the kernels to read."""
+    if isinstance(value, Tensor):
+        return value.item() if value.device.type == "cpu" else value.to(torch.float32)
+    return value.item() if hasattr(value, "__array__") else value
+
+
+@contextmanager
+def _only(optimizer: Optimizer, positions: Sequence[int]) -> Iterator[None]:
+    """Let torch's step see the parameters at these positions alone, and nothing of GradScaler's."""
+    wanted = {*positions}
+    everything = [group["params"] for group in optimizer.param_groups]
+    attributes = vars(optimizer)
+    handed_over: dict[str, Any] = {
+        name: attributes.pop(name) for name in ("grad_scale", "found_inf") if name in attributes
+    }
+    try:
+        position = 0
+        for group in optimizer.param_groups:
+            chosen = [param for i, param in enumerate(group["params"], position) if i in wanted]
+            position += len(group["params"])
+            group["params"] = chosen
+        yield
+    finally:
+        for group, all_params in zip(optimizer.param_groups, everything, strict=True):
+            group["params"] = all_params
+        attributes.update(handed_over)
+
+
+@contextmanager
+def _in_turn(optimizer: Optimizer) -> Iterator[None]:
+    """Let torch's step be its loop over parameters."""
+    chosen = [{name: group[name] for name in ("foreach", "fused") if name in group} for group in optimizer.param_groups]
+    try:
+        for group, settings in zip(optimizer.param_groups, chosen, strict=True):
+            group.update(dict.fromkeys(settings, False))
+        yield
+    finally:
+        for group, settings in zip(optimizer.param_groups, chosen, strict=True):
+            group.update(settings)
+
+
+@contextmanager
+def _scaled_grads(
+    optimizer: Optimizer, positions: Sequence[int], grads: Sequence[Tensor], scale: Tensor
+) -> Iterator[None]:
+    """Gradients times ``scale`` in place of the parameters' own, which stay as they are."""
+    all_params = [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+    # of a parameter that is listed twice, the gradient is scaled once
+    params = [all_params[i] for i in positions]
+    try:
+        for param, grad in zip(params, grads, strict=True):
+            factor = scale.to(grad.device) if _compat.is_plain(grad) else float(scale)
+            param.grad = (grad * factor).to(grad.dtype)
+        yield
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad

@@ -1,0 +1,177 @@
+"""States that we create: where they lie in memory, which never changes afterwards.
+
+Small tensors on a CPU are updated together, and scalars counted together, where they lie one after the other; so they
+are laid out like that when we make them: before a parameter's first step, and when a checkpoint is loaded. What
+somebody else put into ``optimizer.state`` (shared memory, a view, another dtype) is used where it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from . import _backend, _compat
+from ._batch import is_small
+
+if TYPE_CHECKING:
+    from ._buckets import Bucket
+    from ._step import MultiTensorStep
+
+State = dict[str, Any]
+
+
+def create_states(optimizer: MultiTensorStep, bucket: Bucket, params: Sequence[Tensor]) -> None:
+    """Give the members of a bucket what torch would have given them; only missing states are made.
+
+    Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
+    """
+    rule, key = optimizer.rule, bucket.key
+    if not (rule.counts or bucket.state_names):
+        # as in torch, whose plain SGD leaves the state empty
+        return
+    groups = [optimizer.param_groups[g] for g in bucket.groups]
+    states = [optimizer.state[param] for param in params]
+    # what is made in inference mode cannot be updated outside of it
+    with torch.inference_mode(False):
+        fresh = []
+        for state, group in zip(states, groups, strict=True):
+            missing = [name for name in rule.counts if not isinstance(state.get(name), Tensor)]
+            for name in missing:
+                value = float(state[name]) if name in state else rule.new_count(name, group)
+                state[name] = torch.full((), value, dtype=key.count_dtype, device="cpu")
+            if missing and len(missing) == len(rule.counts):
+                fresh.append(state)
+        device = key.device if key.on_device else torch.device("cpu")
+        settle_scalars(rule.counts, fresh, device)
+        away = [state for state in states if any(state[name].device != device for name in rule.counts)]
+        settle_scalars(rule.counts, away, device)
+        for name in bucket.state_names:
+            without = [i for i, state in enumerate(states) if not isinstance(state.get(name), Tensor)]
+            # what has equal settings and shapes is updated together
+            without.sort(key=lambda i: (bucket.groups[i], params[i].shape))
+            new = [rule.new_state(name, params[i], groups[i], optimizer.defaults) for i in without]
+            if key.backend == _backend.NATIVE:
+                new = side_by_side(new)
+            for i, tensor in zip(without, new, strict=True):
+                states[i][name] = tensor
+
+
+def settle_scalars(names: Sequence[str], states: Sequence[State], device: torch.device) -> None:
+    """Replace scalars, all names of which are there, by copies that lie together on ``device``; in one transfer."""
+    alike: dict[tuple[Any, ...], list[State]] = {}
+    for state in states if names else ():
+        kinds = {(state[name].device, state[name].dtype) for name in names}
+        if len(kinds) == 1:
+            alike.setdefault(kinds.pop(), []).append(state)
+        else:
+            for name in names:
+                state[name] = state[name].detach().to(device, copy=True)
+    for same in alike.values():
+        block = torch.stack([state[name].detach().reshape(()) for name in names for state in same])
+        # towards the host a copy that nobody waits for would be read too early
+        block = block.to(device, non_blocking=device.type != "cpu")
+        places = iter(_places(block, [torch.Size()] * len(block)))
+        for name in names:
+            for state in same:
+                state[name] = next(places)
+
+
+def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The tensors, those that are small and alike as copies in one piece of memory, in this order."""
+    result = list(tensors)
+    alike: dict[torch.dtype, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        if is_small(tensor) and tensor.numel():
+            alike.setdefault(tensor.dtype, []).append(i)
+    for indices in alike.values():
+        if len(indices) > 1:
+            block = torch.cat([tensors[i].detach().view(-1) for i in indices])
+            for i, place in zip(indices, _places(block, [tensors[i].shape for i in indices]), strict=True):
+                result[i] = place
+    return result
+
+
+def _places(block: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
+    """Tensors of these shapes that fill ``block``: not views of it, whose versions would be counted together."""
+    memory, offset = block.untyped_storage(), 0
+    for shape in shapes:
+        tensor = torch.empty(0, dtype=block.dtype, device=block.device)
+        yield tensor.set_(memory, offset, shape)  # type: ignore[call-overload]
+        offset += shape.numel()
+
+
+def own_states(optimizer: MultiTensorStep, snapshot: Any = None) -> None:
+    """Let states lie as :func:`create_states` would have laid them, in memory that is not the snapshot's.
+
+    Args:
+        optimizer: Whose states have just been loaded, or made by torch's ``__init__``.
+        snapshot: The ``state`` of what was loaded: neither its tensors nor its containers may change later.
+    """
+    rule = optimizer.rule
+    taken = {*map(_memory, _tensors(snapshot))}
+    scalars: dict[torch.device, list[State]] = {}
+    small: dict[str, list[State]] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for group in optimizer.param_groups:
+            for param in sorted(group["params"], key=lambda param: param.shape):
+                state = optimizer.state.get(param)
+                if not isinstance(state, dict):
+                    continue
+                together: set[str] = set()
+                if rule.counts and all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in rule.counts):
+                    scalars.setdefault(state[rule.counts[0]].device, []).append(state)
+                    together.update(rule.counts)
+                if _backend.choose(param.device)[0] == _backend.NATIVE:
+                    for name, value in state.items():
+                        if (
+                            name not in together
+                            and _is_plain(value)
+                            and value.device == param.device
+                            and is_small(value)
+                        ):
+                            small.setdefault(name, []).append(state)
+                            together.add(name)
+                for name in state.keys() - together:
+                    state[name] = _apart_from(taken, state[name])
+        for device, states in scalars.items():
+            settle_scalars(rule.counts, states, device)
+        for name, states in small.items():
+            # one that is alone stays where it is
+            places = side_by_side([state[name] for state in states])
+            for state, place in zip(states, places, strict=True):
+                state[name] = _apart_from(taken, place)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and _compat.is_plain(value) and value.layout is torch.strided
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells whether two tensors share memory."""
+    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else id(tensor)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """All tensors of nested containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _apart_from(taken: set[int], value: Any) -> Any:
+    """The value, with copies of those tensors that lie in memory that is taken."""
+    if isinstance(value, Tensor):
+        return value.clone() if _memory(value) in taken else value
+    if isinstance(value, dict):
+        return {key: _apart_from(taken, entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_apart_from(taken, entry) for entry in value)
+    return value
