@@ -45,6 +45,7 @@ test: .venv/.installed
 
 test-floor: .venv-floor/.installed
 	.venv-floor/bin/python -m pytest -n 2 --timeout 300 $(FLOOR_TESTS:%=tests/test_%.py)
+	TRITON_INTERPRET=1 .venv-floor/bin/python -m pytest -n 2 --timeout 300 -m interpreted -k "adamw or sgd or lamb" tests/test_kernels.py
 
 audit: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --timeout 600 tests/audit
