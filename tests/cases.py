@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -270,6 +271,25 @@ def set_grads(params: Iterable[Tensor], step: int, scale: float = 1.0, skip: Seq
         param.grad = None if i in skip else torch.empty_like(param).copy_(grad)
 
 
+def set_grad(param: Tensor, grad: Tensor) -> None:
+    """A gradient of a dtype of its own; skips the test where torch, before ``grad_dtype``, lets no tensor have one."""
+    if hasattr(Tensor, "grad_dtype"):
+        param.grad_dtype = None  # any
+    elif grad.dtype is not param.dtype:
+        with pytest.raises(RuntimeError) as refusal:
+            param.grad = grad
+        pytest.skip(f"torch {torch.__version__}: {refusal.value}")
+    param.grad = grad
+
+
+def add_group(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """Adds it; an Adagrad of torch's that fails at its parameters (`test_stock_defects`) gets states of a new one."""
+    optimizer.add_param_group(group)
+    if type(optimizer) is torch.optim.Adagrad:
+        for param, state in torch.optim.Adagrad(group["params"]).state.items():
+            optimizer.state.setdefault(param, state)
+
+
 def twins(
     case: Case, params: Sequence[Tensor], kwargs: dict[str, Any], groups: Callable[[Any], Any] = list, **ours: Any
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer, list[Parameter]]:
@@ -288,6 +308,9 @@ def twins(
 def loop(case: Case, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
     """Torch's plain for-loop; for optimizers of our own the loop that they fall back to."""
     kwargs.pop("fused", None)
+    if "betas" in kwargs:
+        # the same numbers, for versions that fail at betas of one element (`test_stock_defects`)
+        kwargs["betas"] = tuple(beta.reshape(()) if torch.is_tensor(beta) else beta for beta in kwargs["betas"])
     if case.is_torchs:
         return case.stock(params, **kwargs, foreach=False)
     optimizer: Any = case.cls(params, **kwargs)

@@ -346,7 +346,7 @@ def test_model_and_optimizer_copied_together(case: Case, device: torch.device) -
     assert not torch.equal(model_2.weight, before)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="torch 2.13")
+@pytest.mark.skipif(not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="torch has none before 2.13")
 @each_case_natively
 def test_swapped_in_parameters_and_state(case: Case, device: torch.device) -> None:
     """The step acts on what is swapped in, in place, and the optimizer's own come back untouched."""

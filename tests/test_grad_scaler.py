@@ -25,6 +25,7 @@ from tests.cases import (
     make_leftovers,
     make_params,
     set_grads,
+    train,
     twins,
 )
 from tests.conftest import INTERPRETED
@@ -637,7 +638,13 @@ def test_group_added_for_torchs_step(case: Case, kwargs: dict, device: torch.dev
     groups = [{"params": params[:1]}, {"params": params[1:]}]
     ours, stock, _ = twins(case, params, kwargs, lambda p: [{"params": p[:1]}, {"params": p[1:]}], max_grad_norm=2.0)
     ours = case.cls(groups[:1], **kwargs, max_grad_norm=2.0)
-    ours.add_param_group({**groups[1], "foreach": True})
+    alone = case.stock(copies(params[:1]), **kwargs)
+    for optimizer, late in ((ours, params[1:]), (alone, copies(params[1:]))):
+        optimizer.add_param_group({"params": late, "foreach": True})
+    try:
+        train([alone], 1)
+    except KeyError as error:
+        pytest.skip(f"torch {torch.__version__}: {case.stock.__name__} fails at groups added later, {error!r}")
     scaler, torchs = (new_scaler(cls, device) for cls in (optimx.GradScaler, torch.amp.GradScaler))
     for step, bad in enumerate([None, (1, INF), (0, NAN), None]):
         amp_step(scaler, ours, step, bad)
@@ -756,6 +763,11 @@ def test_checkpoint_after_scaled_steps(
     scaler = new_scaler(optimx.GradScaler, device)
     for step, bad in enumerate([(2, INF), None, (3, NAN), None] if good_steps else [(2, INF), (3, NAN)]):
         amp_step(scaler, source, step, bad)
+    if case.name == "sgd" and source is stock and not good_steps:
+        # nobody has written it (`test_stock_defects`): now and then it is NaN
+        for state in stock.state.values():
+            if state.get("momentum_buffer") is not None:
+                state["momentum_buffer"].zero_()
     checkpoint = source.state_dict()
     if direction == "to_stock" and "fused" not in kwargs and not case.cls.rule.counts_on_device:
         # where a stock optimizer with these arguments has its step counts

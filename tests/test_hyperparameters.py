@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from tests.cases import CLOSE, Case, assert_same, loop, make_params, train, twins
+from tests.cases import CLOSE, Case, add_group, assert_same, loop, make_params, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import a_step, builders, each_case, each_case_natively, outcomes, params_of, usual
 
@@ -56,7 +56,7 @@ def test_group_added_midway(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     train([ours, stock], 2)
     for optimizer in (ours, stock):
-        optimizer.add_param_group({"params": make_params([(7,), ()], device, seed=1), **case.other})
+        add_group(optimizer, {"params": make_params([(7,), ()], device, seed=1), **case.other})
     train([ours, stock], 2, first=2)
     assert_same(ours, stock)
 

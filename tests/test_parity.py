@@ -19,6 +19,7 @@ from tests.cases import (
     assert_same,
     loop,
     make_params,
+    set_grad,
     set_grads,
     train,
     train_rounded,
@@ -199,14 +200,13 @@ def test_mixed_dtypes(case: Case, dtypes: tuple[torch.dtype, ...], device: torch
     ours, stock = case.cls(params, **kwargs), loop(case, exact, **kwargs)
     for param in params:
         names = case.state_names(param, **kwargs)
-        param.grad_dtype = of_grad
         group = ours.param_groups[0]
         new = {name: ours.rule.new_state(name, param, group, ours.defaults).to(of_state) for name in names}
         ours.state[param].update(new)
     for step in range(3):
         set_grads(exact, step)
         for param, twin in zip(params, exact, strict=True):
-            param.grad = twin.grad.to(of_grad)
+            set_grad(param, twin.grad.to(of_grad))
             twin.grad = param.grad.double()
         ours.step()
         stock.step()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests import cases
-from tests.cases import CASES, Case, assert_same, loop, make_params, set_grads, train, train_rounded, twins
+from tests.cases import CASES, Case, assert_same, loop, make_params, set_grad, set_grads, train, train_rounded, twins
 from tests.engine import params_of, usual
 
 pytestmark = pytest.mark.interpreted
@@ -119,8 +119,7 @@ def set_bf16_grads(params: list[Tensor], step: int) -> None:
     copies = [param.detach().clone() for param in params]
     set_grads(copies, step)
     for param, twin in zip(params, copies, strict=True):
-        param.grad_dtype = torch.bfloat16
-        param.grad = twin.grad.bfloat16()
+        set_grad(param, twin.grad.bfloat16())
 
 
 @pytest.mark.parametrize("ours", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
@@ -187,6 +186,45 @@ def test_scalar_states_loaded_in_16_bits(name: str, scalars: list[str]) -> None:
     assert all(loaded[0])
     if all(loaded[1]):
         mended(f"{case.stock.__name__} loads {scalars} as they were")
+
+
+# betas that are tensors of one element: a RuntimeError or a TypeError, where betas without dimensions are taken
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=["default", "fused"])
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_betas_of_one_element(name: str, flags: dict[str, bool]) -> None:
+    kwargs = {"lr": torch.tensor(0.01), "betas": (torch.tensor(0.8), torch.tensor([0.95])), **flags}
+    ours, exact, _ = twins(BY_NAME[name], make_params([(5,), ()]), kwargs)
+    train([ours, exact], 3)
+    assert_same(ours, exact)
+
+    stock = BY_NAME[name].stock(make_params([(5,), ()]), **kwargs)
+    try:
+        train([stock], 3)
+    except (RuntimeError, TypeError):
+        return
+    assert_same(ours, stock)
+    mended(f"{name} takes betas of one element")
+
+
+# a group added to Adagrad: no state, a KeyError
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}], ids=["default", "fused"])
+def test_group_added_to_adagrad(flags: dict[str, bool]) -> None:
+    case = BY_NAME["adagrad"]
+    ours, stock = (cls(make_params([(5,)]), **flags) for cls in (case.cls, case.stock))
+    for optimizer in (ours, stock):
+        optimizer.add_param_group({"params": make_params([(3, 4)])})
+    exact = loop(case, [{"params": make_params([shape])} for shape in [(5,), (3, 4)]])
+    train([ours, exact], 3)
+    assert_same(ours, exact)
+    try:
+        train([stock], 3)
+    except KeyError:
+        return
+    mended("Adagrad takes groups added later")
 
 
 # states that a setting needs from now on: a KeyError
