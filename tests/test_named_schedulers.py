@@ -684,7 +684,9 @@ def test_group_added_to_greedy() -> None:
 def test_group_added_to_greedy_with_bounds_of_each() -> None:
     scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=0, min_lr=[0.1])
     add_group(scheduler.optimizer, 0.3)
-    with pytest.raises(ValueError, match=r"min_lrs should be one for each of the 2 param_groups .* are: \[0.1\]"):
+    with pytest.raises(
+        ValueError, match=r"min_lr should be one, or one for each of the 2 param_groups, but are: \[0.1\]"
+    ):
         scheduler.step(1.0)
     scheduler.min_lrs.append(0.25)
     for _ in range(3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Literal, SupportsFloat
 
@@ -74,18 +73,17 @@ class GreedyLR(LRScheduler):
         self.threshold_mode = one_of("threshold_mode", threshold_mode, ("abs", "rel"))
         self.cooldown = as_steps("cooldown", cooldown)
         self.warmup = as_steps("warmup", warmup)
-        self.min_lrs = per_group("min_lr", min_lr, len(groups))
-        self.max_lrs = per_group("max_lr", max_lr, len(groups))
-        #: Bounds of groups that join later; None if each group was given its own.
-        self.default_min_lr = None if isinstance(min_lr, Sequence) else self.min_lrs[0]
-        self.default_max_lr = None if isinstance(max_lr, Sequence) else self.max_lrs[0]
+        self.min_lr, self.max_lr = min_lr, max_lr
+        self.min_lrs: list[float] = []
+        self.max_lrs: list[float] = []
+        #: The learning rates with which all begins anew.
+        self.initial_lrs: list[float] = []
+        self._take_groups()
         self.eps = eps
         self.verbose = verbose
         self.smooth = smooth
         self.window_size = as_steps("window_size", window_size, least=1)
         self.reset_start = as_steps("reset_start", reset_start)
-        #: The learning rates with which all begins anew.
-        self.initial_lrs = [float(group["lr"]) for group in groups]
         self.last_epoch = 0
         self._begin()
         self._last_lr = current_lrs(groups)
@@ -104,9 +102,12 @@ class GreedyLR(LRScheduler):
         Args:
             metrics: What is to improve, such as the validation loss.
             epoch: Which epoch it is of (default: None, the next one). It is only counted.
+
+        Raises:
+            ValueError: A group was added, and ``min_lr`` or ``max_lr`` are one for each of those before.
         """
         current = float(metrics)
-        self._join()
+        self._take_groups()
         if self.smooth:
             self.window = [*self.window, current][-self.window_size :]
             current = sum(self.window) / len(self.window)
@@ -130,22 +131,14 @@ class GreedyLR(LRScheduler):
     def base_lrs(self, values: Any) -> None:
         self.initial_lrs = per_group("base_lrs", values, len(self.optimizer.param_groups))
 
-    def _join(self) -> None:
-        """Take up groups that were added since the last step."""
+    def _take_groups(self) -> None:
+        """Know each group's bounds and first learning rate, also of one that was added later."""
         groups = self.optimizer.param_groups
         if len(self.initial_lrs) > len(groups):
             raise ValueError(f"param_groups should be {len(self.initial_lrs)}, or more, but are: {len(groups)}")
-        for name, bounds, default in (
-            ("min_lr", self.min_lrs, self.default_min_lr),
-            ("max_lr", self.max_lrs, self.default_max_lr),
-        ):
-            if default is not None:
-                bounds += [default] * (len(groups) - len(bounds))
-            if len(bounds) != len(groups):
-                raise ValueError(
-                    f"{name}s should be one for each of the {len(groups)} param_groups (append those of groups that "
-                    f"were added), but are: {bounds}"
-                )
+        for name, bounds in (("min_lr", self.min_lrs), ("max_lr", self.max_lrs)):
+            if len(bounds) < len(groups):
+                bounds += per_group(name, getattr(self, name), len(groups))[len(bounds) :]
         self.initial_lrs += [float(group["lr"]) for group in groups[len(self.initial_lrs) :]]
 
     def _count(self, current: float) -> None:
