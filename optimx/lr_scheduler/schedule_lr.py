@@ -28,7 +28,8 @@ class ScheduleLR(LRScheduler):
     It does not touch ``optimizer.step``, so unlike torch's it does not warn when it is stepped first.
 
     A group's factor 1 is its ``initial_lr``, which torch's schedulers share: the learning rate that it had when the
-    first scheduler came. To begin anew with others on a used optimizer, give ``base_lrs``.
+    first scheduler came. To begin anew with others on a used optimizer, give ``base_lrs``; to go on with others, set
+    the attribute of that name.
 
     Args:
         optimizer: Any torch optimizer; its ``step`` may have been replaced or compiled.
