@@ -192,6 +192,9 @@ def rates(section: dict[str, Any], steps: int = 30) -> list[float]:
     ("section", "expected"),
     [
         ({"name": "linear", "total": 30, "warmup": 10}, Warmup(10) >> optimx.lr_scheduler.Linear(20)),
+        ({"name": "cosine", "total": 30, "warmup": 30}, lambda step: (step + 1) / 30),
+        ({"name": "wsd", "total": 4, "warmup": 0.9}, lambda step: (step + 1) / 4 if step < 4 else 0.0),
+        ({"name": "WarmupLinearLR", "total": 30, "warmup": 30}, lambda step: (step + 1) / 30),
         ({"name": "Cosine", "total": 30, "floor": 0.2, "power": 2}, Cosine(30, 0.2, power=2)),
         ({"name": Cosine, "total": 30}, Cosine(30)),
         ({"name": "optimx.lr_scheduler:Cosine", "total": 30}, Cosine(30)),
@@ -213,6 +216,9 @@ def rates(section: dict[str, Any], steps: int = 30) -> list[float]:
     ],
     ids=[
         "warmup",
+        "all_warmup",
+        "all_warmup_wsd",
+        "all_warmup_class",
         "arguments",
         "class",
         "path",

@@ -96,7 +96,11 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
         ["schedule.steps_per_epoch should be a whole number but is: 'many'"],
     ),
     "long_warmup": (
-        {"schedule": {"name": "cosine", "total": 10, "warmup": 10}},
+        {"schedule": {"name": "cosine", "total": 10, "warmup": 11}},
+        ["schedule.total should be >= 11, the steps of the warmup, but is: 10"],
+    ),
+    "no_steps_left": (
+        {"schedule": {"phases": [{"name": "hold", "steps": 10}, {"name": "cosine"}], "total": 10}},
         ["schedule.total should be > 10, the steps of the other phases, but is: 10"],
     ),
     "ambiguous": (

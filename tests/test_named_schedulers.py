@@ -21,6 +21,7 @@ from optimx.lr_scheduler import (
     SGDR,
     WSDLR,
     Absolute,
+    AdafactorSchedule,
     Cosine,
     Exponential,
     GreedyLR,
@@ -574,6 +575,66 @@ def test_no_steps_are_no_warmup() -> None:
     assert factors(WarmupCosineLR(make_optimizer([1.0]), 0, 0, 0.5), 2) == [0.5, 0.5]
 
 
+#: A warmup that is all of the training.
+NO_DECAY: dict[str, Make] = {
+    "WarmupCosineLR": lambda o: WarmupCosineLR(o, 4, 4),
+    "WarmupCosineLR-floor": lambda o: WarmupCosineLR(o, 4, 4, 0.1),
+    "WarmupLinearLR": lambda o: WarmupLinearLR(o, 4.0, 4.0),  # type: ignore[arg-type]
+    "WarmupPolynomialLR": lambda o: WarmupPolynomialLR(o, Warmup(4), 4),
+    "WSDLR": lambda o: WSDLR(o, 4, 0, 0),
+    "SGDR": lambda o: SGDR(o, 4, warmup_steps=4, warmup_each=True),
+    "WarmupLR": lambda o: WarmupLR(o, Linear(0), 4),
+}
+
+
+@pytest.mark.parametrize("make", NO_DECAY.values(), ids=NO_DECAY)
+def test_warmup_as_long_as_the_training(make: Make) -> None:
+    assert factors(make(make_optimizer([1.0])), 4) == approx([0.25, 0.5, 0.75, 1])
+
+
+@pytest.mark.parametrize("number", [4.0, torch.tensor(4.0)], ids=["float", "tensor"])
+def test_whole_numbers_of_any_type_are_steps(number: Any) -> None:
+    for make in (
+        lambda o, n: WarmupCosineLR(o, n, 2 * n),
+        lambda o, n: WSDLR(o, n, n, n),
+        lambda o, n: SGDR(o, n, warmup_steps=n, cycles=n),
+        lambda o, n: NoamLR(o, n),
+        lambda o, n: WarmupMultiStepLR(o, [n], warmup_iters=n),
+        lambda o, n: PiecewiseConstantLR(o, [n], [1, 0.5]),
+        lambda o, n: TanhLR(o, n),
+        lambda o, n: PlateauWithWarmup(o, n, patience=2),
+        lambda o, n: ScheduleLR(o, Cosine(9), last_epoch=n),
+    ):
+        assert make(make_optimizer([1.0]), number).state_dict() == make(make_optimizer([1.0]), 4).state_dict()
+
+
+@pytest.mark.parametrize("T_mult", [1, 2])
+def test_between_two_steps(T_mult: int) -> None:
+    """Epochs and parts of them, as the documentation of CosineAnnealingWarmRestarts has it; and steps after them."""
+    ours, stock = make_optimizer(), make_optimizer()
+    a, b = SGDR(ours, 3, T_mult), torchs.CosineAnnealingWarmRestarts(stock, 3, T_mult)
+    for epoch in [epoch + i / 4 for epoch in range(10) for i in range(4)] + [2.5]:
+        a.step(epoch)
+        b.step(epoch)
+        assert a.get_last_lr() == approx(b.get_last_lr())
+    resumed = SGDR(make_optimizer(), 3, T_mult)
+    resumed.load_state_dict(save(ours, a)["scheduler"])
+    assert resumed.get_last_lr() == resumed.get_lr() == a.get_last_lr()
+    for _ in range(4):
+        a.step()
+        b.step()
+        assert a.get_last_lr() == approx(b.get_last_lr())
+
+
+def test_stable_phase_that_ends_between_two_steps() -> None:
+    scheduler = open_ended(make_optimizer([1.0]))
+    scheduler.step(4.5)
+    scheduler.start_decay()
+    scheduler.step()
+    # the decay began at step 5, in four parts
+    assert scheduler.get_last_lr()[0] == pytest.approx(1 - 1.5 / 4)
+
+
 def test_added_group() -> None:
     """LambdaLR and CosineAnnealingWarmRestarts fail with the next step, or leave the new group out."""
     for make in (lambda o: torchs.LambdaLR(o, lambda step: 1.0), lambda o: torchs.CosineAnnealingWarmRestarts(o, 4)):
@@ -590,6 +651,74 @@ def test_added_group() -> None:
     optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.5})
     scheduler.step()
     assert train(optimizer, scheduler, 1) == [approx([(1 + C) / 2, (1 + C) / 4])]
+
+
+def add_group(optimizer: Any, lr: float) -> None:
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": lr})
+
+
+def test_group_added_to_greedy() -> None:
+    scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=0, min_lr=0.1, max_lr=0.6, reset_start=1)
+    numbers = []
+    for step, metric in enumerate([1.0, 1, 1, 0, -1, 1, 1, 1]):
+        if step == 1:
+            add_group(scheduler.optimizer, 0.3)
+        scheduler.step(metric)
+        numbers.append(tuple(scheduler.get_last_lr()))
+    # begins anew with its own learning rate, when both are at the bound
+    assert numbers == [
+        (0.6,),
+        (0.3, 0.15),
+        (0.15, 0.1),
+        (0.3, 0.2),
+        (0.6, 0.4),
+        (0.3, 0.2),
+        (0.15, 0.1),
+        (0.5, 0.3),
+    ]
+    state = save(scheduler.optimizer, scheduler)["scheduler"]
+    later = GreedyLR(make_optimizer([0.5, 0.3, 0.9]), factor=0.5, patience=0)
+    later.load_state_dict(state)
+    later.step(-9.0)
+    assert later.get_last_lr() == approx([0.6, 0.6, 0.9])
+    fewer = GreedyLR(make_optimizer([0.5]))
+    with pytest.raises(ValueError, match="param_groups should be 2, as in the checkpoint, but are: 1"):
+        fewer.load_state_dict(state)
+    assert fewer.factor == 0.95
+
+
+def test_group_added_to_greedy_with_bounds_of_each() -> None:
+    scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=0, min_lr=[0.1])
+    add_group(scheduler.optimizer, 0.3)
+    with pytest.raises(
+        ValueError, match=r"min_lr should be one, or one for each of the 2 param_groups, but are: \[0.1\]"
+    ):
+        scheduler.step(1.0)
+    scheduler.min_lrs.append(0.25)
+    for _ in range(3):
+        scheduler.step(1.0)
+    assert scheduler.get_last_lr() == [0.25, 0.25]
+    scheduler.optimizer.param_groups.pop()
+    with pytest.raises(ValueError, match="param_groups should be 2, or more, but are: 1"):
+        scheduler.step(1.0)
+
+
+def test_group_added_to_a_warmup_around_torchs() -> None:
+    scheduler = PlateauWithWarmup(make_optimizer([1.0]), 4, patience=0)
+    add_group(scheduler.optimizer, 0.5)
+    lrs = []
+    for metric in (None, None, None, None, 1.0, 1.0):
+        scheduler.step(metric)
+        lrs.append(scheduler.get_last_lr()[1])
+    assert lrs == approx([0.25, 0.375, 0.5, 0.5, 0.5, 0.05])
+    scheduler.optimizer.param_groups.pop(0)
+    with pytest.raises(ValueError, match="param_groups should be 2, or more, but are: 1"):
+        scheduler.step()
+    optimizer = make_optimizer([1.0])
+    around = WarmupLR(optimizer, torchs.LambdaLR(optimizer, lambda step: 1.0), 1)
+    add_group(optimizer, 0.5)
+    with pytest.raises(RuntimeError, match=r"param_groups should be 1, as torch's LambdaLR takes up none .* are: 2"):
+        around.step()
 
 
 def test_stale_initial_lr() -> None:
@@ -668,6 +797,40 @@ def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[fl
     assert greedy_numbers(metrics, **options) == approx(expected)
 
 
+def test_greedy_with_an_epoch_and_told_of(capsys: Any) -> None:
+    scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=0, verbose=True)
+    scheduler.step(1.0, 7)
+    scheduler.step(1.0)
+    assert scheduler.last_epoch == 8
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch 7: learning rate of group 0 from 5.0000e-01 to 1.0000e+00.",
+        "Epoch 8: learning rate of group 0 from 1.0000e+00 to 5.0000e-01.",
+    ]
+
+
+def test_base_lrs_of_those_that_work_out_learning_rates_otherwise() -> None:
+    scheduler = GreedyLR(make_optimizer([0.5]), factor=0.5, patience=0, min_lr=0.5, reset_start=1)
+    scheduler.base_lrs = [0.8]
+    for metric in (1.0, 1):
+        scheduler.step(metric)
+    assert scheduler.get_last_lr() == [0.8]
+    scheduler.base_lrs[0] = 0.7
+    assert scheduler.initial_lrs == [0.7]
+    optimizer = make_optimizer([1.0])
+    adafactor = optimx.Adafactor([Parameter(torch.zeros(2))])
+    for refusing in (
+        WarmupLR(optimizer, torchs.StepLR(optimizer, 3), 2),
+        PlateauWithWarmup(make_optimizer([1.0]), 2),
+        AdafactorSchedule(adafactor),
+    ):
+        before = [*refusing.base_lrs]
+        with pytest.raises(TypeError, match="base_lrs should not be set"):
+            refusing.base_lrs = [0.5]
+        with pytest.raises(TypeError, match="base_lrs should not be set"):
+            refusing.base_lrs[0] = 0.5
+        assert refusing.base_lrs == before
+
+
 def test_greedy_resumes() -> None:
     metrics = [4, 3, 2, 2, 2, 2, 2, 5, 4, 3, 2, 1]
     whole = greedy_numbers([*map(float, metrics)])
@@ -692,7 +855,8 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "warmup_steps should be >= 0 but is: -1",
     ),
     "negative-total": (lambda: WarmupLinearLR(make_optimizer(), 0, -1), ValueError, "total_steps should be >= 0"),
-    "float-total": (lambda: WarmupLinearLR(make_optimizer(), 0, 1e3), TypeError, "total_steps should be an int"),  # type: ignore
+    "ratio": (lambda: WarmupLinearLR(make_optimizer(), 0.1, 9), TypeError, "warmup_steps should be a whole number"),  # type: ignore
+    "float-total": (lambda: WarmupLinearLR(make_optimizer(), 0, 2.5), TypeError, "total_steps should be a whole"),  # type: ignore
     "floor": (
         lambda: WarmupLinearLR(make_optimizer(), 1, 3, 1.2),
         ValueError,
@@ -725,6 +889,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: WarmupLR(make_optimizer(), torchs.StepLR(make_optimizer(), 3), 3),
         ValueError,
         "a scheduler of this optimizer",
+    ),
+    "between-steps-of-torchs": (
+        lambda: WarmupLR((o := make_optimizer()), torchs.StepLR(o, 3), 3).step(1.5),
+        TypeError,
+        "epoch should be a whole number but is: 1.5",
     ),
     "no-scheduler": (lambda: WarmupLR(make_optimizer(), 3, 3), TypeError, "after should be .* but is: int"),  # type: ignore
     "ahead": (

@@ -46,6 +46,17 @@ def test_every_public_name_of_torch(name: str) -> None:
     assert set(torchs.__all__) <= set(ours.__all__)
 
 
+def test_schedulers_names_that_torch_does_not_export() -> None:
+    """Other projects import some of them: ``_LRScheduler`` for isinstance, ``_enable_get_lr_call`` for a subclass."""
+    torchs, ours = torch.optim.lr_scheduler, optimx.lr_scheduler
+    names = [name for name in dir(torchs) if not name.startswith("__")]
+    assert {"_LRScheduler", "EPOCH_DEPRECATION_WARNING", "_enable_get_lr_call"} <= {*names}
+    assert [name for name in names if getattr(ours, name, None) is not getattr(torchs, name)] == []
+    assert not {"_LRScheduler", "EPOCH_DEPRECATION_WARNING"} & {*dir(ours), *ours.__all__}
+    with pytest.raises(AttributeError, match=r"module 'optimx\.lr_scheduler' has no attribute 'LRSchedulr'"):
+        _ = ours.LRSchedulr
+
+
 @pytest.mark.parametrize("name", ["lr_scheduler", "swa_utils", "param_groups"])
 def test_modules_are_ours(name: str) -> None:
     """In a process of its own: whoever imports ``optimx.lr_scheduler`` puts it right for everybody."""

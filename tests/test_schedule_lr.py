@@ -48,6 +48,10 @@ SCHEDULES: dict[str, Schedule] = {
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 
 
+def approx(numbers: list[float]) -> Any:
+    return pytest.approx(numbers)
+
+
 def expected(schedule: Schedule, steps: int, lrs: list[float] | None = None, start: int = 0) -> list[Any]:
     own = LRS if lrs is None else lrs
     return [pytest.approx([schedule.value(step, lr) for lr in own]) for step in range(start, start + steps)]
@@ -106,6 +110,19 @@ def test_random_access_equals_stepping(steps: int, jumps: list[int], name: str) 
         for jump in jumps:
             scheduler.step(jump)
             assert [scheduler.get_last_lr()] == expected(SCHEDULES[name], 1, start=jump)
+
+
+@each_schedule
+def test_between_two_steps(schedule: Schedule) -> None:
+    optimizer = make_optimizer()
+    scheduler = ScheduleLR(optimizer, schedule)
+    for epoch in (0.25, 1.5, 2.0, 3.75, 0.5):
+        scheduler.step(epoch)
+        assert scheduler.get_last_lr() == pytest.approx([schedule.value(epoch, lr) for lr in LRS])
+    scheduler.step()
+    assert scheduler.last_epoch == 1.5
+    scheduler.step(2.0)
+    assert type(scheduler.last_epoch) is int
 
 
 def test_preview_touches_nothing() -> None:
@@ -204,6 +221,30 @@ def test_added_group_joins_at_its_own_lr() -> None:
     fewer = ScheduleLR(make_optimizer(), SCHEDULES["cosine"])
     with pytest.raises(ValueError, match="param_groups: 3 in the checkpoint, 2 here"):
         fewer.load_state_dict(saved["scheduler"])
+
+
+def test_group_that_is_refused_takes_no_step() -> None:
+    optimizer = make_optimizer()
+    scheduler = ScheduleLR(optimizer, Linear(4, Absolute(0.05)))
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(2))], "lr": 0.01})
+    with pytest.raises(ValueError, match=r"should be <= 0.01, the lr of param_groups\[2\], but is: 0.05"):
+        scheduler.step()
+    assert (scheduler.last_epoch, "initial_lr" in optimizer.param_groups[2]) == (0, False)
+    optimizer.param_groups[2]["lr"] = 0.05
+    scheduler.step()
+    assert train(optimizer, scheduler, 1) == [approx([0.0875, 0.7625, 0.05])]
+    each = ScheduleLR(optimizer, [Linear(4)] * 3)
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
+    with pytest.raises(ValueError, match="one for each of the 4 param_groups, but are: 3"):
+        each.step()
+
+
+def test_group_that_is_taken_away() -> None:
+    optimizer = make_optimizer([0.1, 1.0, 0.5])
+    scheduler = ScheduleLR(optimizer, Linear(4))
+    optimizer.param_groups.pop(1)
+    scheduler.step()
+    assert train(optimizer, scheduler, 2) == expected(Linear(4), 2, [0.1, 0.5], start=1)
 
 
 def test_checkpoint_of_before_a_group_was_added() -> None:
@@ -352,6 +393,40 @@ def test_new_scheduler_on_a_used_optimizer() -> None:
     assert train(optimizer, ScheduleLR(optimizer, Linear(4), base_lrs=3), 4) == expected(Linear(4), 4, [3.0, 3.0])
 
 
+def test_base_lrs_that_are_set() -> None:
+    """All, or one, or those of groups that have joined; they count from the next step on."""
+    optimizer = make_optimizer()
+    scheduler = ScheduleLR(optimizer, Linear(9))
+    scheduler.base_lrs = [0.2, 0.4]
+    assert scheduler.get_last_lr() == LRS
+    scheduler.step()
+    assert train(optimizer, scheduler, 1) == expected(Linear(9), 1, [0.2, 0.4], start=1)
+    scheduler.base_lrs[1] = 0.8
+    assert train(optimizer, scheduler, 2)[1:] == expected(Linear(9), 1, [0.2, 0.8], start=3)
+    scheduler.base_lrs[:] = [lr / 2 for lr in scheduler.base_lrs]
+    assert scheduler.state_dict()["bases"] == {"lr": [0.1, 0.4]}
+    assert train(optimizer, scheduler, 2)[1:] == expected(Linear(9), 1, [0.1, 0.4], start=5)
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
+    scheduler.base_lrs.append(0.3)
+    assert train(optimizer, scheduler, 2)[1:] == expected(Linear(9), 1, [0.1, 0.4, 0.3], start=7)
+    for change in (
+        lambda: scheduler.base_lrs.append(1.0),
+        lambda: scheduler.base_lrs.pop(),
+        lambda: scheduler.base_lrs.__setitem__(0, -1.0),
+        lambda: setattr(scheduler, "base_lrs", [1.0]),
+    ):
+        with pytest.raises(ValueError, match="base_lrs"):
+            change()
+    assert scheduler.base_lrs == [0.1, 0.4, 0.3]
+    twin = copy.deepcopy(scheduler)
+    twin.base_lrs = 2.0
+    assert scheduler.base_lrs == copy.copy(scheduler.base_lrs) == [0.1, 0.4, 0.3]
+    with pytest.raises(ValueError, match="base_lrs should be set of a scheduler of lr"):
+        ScheduleLR(make_optimizer(), {"weight_decay": Hold()}).base_lrs = [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"should be <= 0.04, the lr of param_groups\[0\], but is: 0.05"):
+        ScheduleLR(make_optimizer(), Linear(4, Absolute(0.05))).base_lrs = [0.04, 1.0]
+
+
 def test_base_follows_the_optimizers_checkpoint() -> None:
     other = make_optimizer([0.7, 0.3])
     ScheduleLR(other, Linear(10))
@@ -476,6 +551,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "last-epoch": (lambda: ScheduleLR(make_optimizer(), Hold(), -2), ValueError, "last_epoch should be >= -1"),
     "base-lrs": (lambda: ScheduleLR(make_optimizer(), Hold(), base_lrs=[1]), ValueError, r"but are: \[1.0\]"),
     "base-lr": (lambda: ScheduleLR(make_optimizer(), Hold(), base_lrs=-1), ValueError, ">= 0 but is: -1"),
+    "no-epoch": (lambda: ScheduleLR(make_optimizer(), Hold()).step("1"), TypeError, "epoch should be a number"),  # type: ignore
     "epoch": (lambda: ScheduleLR(make_optimizer(), Hold()).step(-3), ValueError, "epoch should be >= 0 but is: -3"),
 }
 

@@ -8,7 +8,9 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,6 +256,37 @@ def test_warmup(warmup: Warmup, convention: str, expected: list[float]) -> None:
     assert schedule(len(expected)) == 1
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize(
+    "after",
+    [
+        (Cosine(0),),
+        (Linear(0, 0.2),),
+        (Hold(0), OneMinusSqrt(0)),
+        (Cooldown(0),),
+        (Cosine(0) * Linear(0),),
+        (Phases((Hold(0), Linear(0))),),
+    ],
+    ids=["cosine", "floor", "stable", "cooldown", "product", "nested"],
+)
+def test_warmup_before_phases_of_no_steps_rises_to_the_peak(convention: str, after: tuple[Schedule, ...]) -> None:
+    """As long as the training; not to the end of a decay that has none of it, which would be zero on every step."""
+    rise = [values(Phases((Warmup(4), phase), convention), 4) for phase in (Phases(after, convention), Constant())]
+    if convention == "product":
+        # the decay's clock runs from the start of the training
+        assert values(Phases((Warmup(4), Linear(0)), convention), 4) == approx([0, 0.1875, 0.25, 0.1875])
+    else:
+        assert rise[0] == approx(rise[1])
+        assert max(rise[0]) >= 0.75
+        assert values(Phases((Warmup(4), *after), convention), 4) == approx(rise[1])
+
+
+def test_a_phase_of_no_steps_is_passed_over() -> None:
+    schedule = Warmup(2) >> Cosine(0) >> Piecewise((1,), (0.4, 0.1))
+    assert values(schedule, 4) == approx([0.2, 0.4, 0.4, 0.1])
+    assert values(Restarts((Warmup(4) >> Cosine(4)).resized(4)), 6) == approx([0.25, 0.5, 0.75, 1, 0.25, 0.5])
+
+
 def test_warmup_rises_to_what_follows() -> None:
     assert values(Warmup(2) >> Piecewise((2,), (0.4, 0.1)), 6) == approx([0.2, 0.4, 0.4, 0.4, 0.1, 0.1])
 
@@ -295,6 +328,36 @@ def test_phases_are_taken_apart() -> None:
 def test_length_of_phases() -> None:
     assert (Warmup(1) >> Hold(2) >> Linear(3)).steps == 6
     assert (Warmup(1) >> Hold()).steps is None
+
+
+@pytest.mark.parametrize("number", [4.0, np.int64(4), np.float32(4), torch.tensor(4), torch.tensor(4.0)], ids=repr)
+def test_whole_numbers_of_any_type_are_steps(number: Any) -> None:
+    """Quotients and products of lengths are floats, and numpy's or torch's numbers no ints."""
+    for make in (
+        Cosine,
+        Warmup,
+        Hold,
+        Cooldown,
+        OneCycle,
+        Noam,
+        Cyclic,
+        lambda n: Constant(steps=n),
+        lambda n: MultiStep((n,)),
+        lambda n: Restarts(Cosine(n), cycles=n),
+        lambda n: Restarts(Cosine(4), lengths=(n, 9)),
+    ):
+        assert make(number) == make(4)
+        assert json.dumps(make(number).to_dict()) == json.dumps(make(4).to_dict())
+    assert json.loads(json.dumps(Cosine(4, np.float32(0.5)).to_dict()))["floor"] == 0.5
+
+
+def test_fractional_lengths() -> None:
+    """Decays and warmups are curves: T_max=2.5 is in order for torch's, too."""
+    assert values(Linear(2.5), 4) == approx([1, 0.6, 0.2, 0])  # type: ignore[arg-type]
+    schedule = Phases((Warmup(2.5), Linear(2.5)), "hf")  # type: ignore[arg-type]
+    assert values(schedule, 6) == approx([0, 0.4, 0.8, 0.8, 0.4, 0])
+    assert schedule.steps == 5
+    assert Schedule.from_dict(schedule.to_dict()) == schedule
 
 
 def test_product() -> None:
@@ -498,7 +561,7 @@ def test_between_floor_and_peak_and_never_rising(schedule: Schedule, step: int) 
         assert then <= now + 1e-12
 
 
-@given(warmups.filter(lambda warmup: warmup.steps > 1), decays)
+@given(warmups.filter(lambda warmup: warmup.steps > 1), decays.filter(lambda decay: decay.steps > 0))
 def test_warmup_meets_what_follows_without_a_jump(warmup: Warmup, decay: Schedule) -> None:
     """Where the ramp ends, on the last warmup step or just before the step after it, is the value that follows."""
     for convention in ("every-step", "torchtitan"):
@@ -538,6 +601,8 @@ def test_gallery_has_every_schedule(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
     "negative-steps": (lambda: Cosine(-1), "steps should be >= 0 but is: -1"),
+    "ratio": (lambda: Warmup(0.1), r"steps should be 0 or >= 1 .* but is: 0.1"),  # type: ignore
+    "part-of-a-step": (lambda: Cosine(0.5), r"steps should be 0 or >= 1 .* but is: 0.5"),  # type: ignore
     "negative-warmup": (lambda: Warmup(-3), "steps should be >= 0 but is: -3"),
     "floor-above-peak": (lambda: Linear(3, 1.5), "floor should be in .* but is: 1.5"),
     "negative-floor": (lambda: Exponential(0.9, floor=-0.1), "floor should be in .* but is: -0.1"),
@@ -561,7 +626,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "nothing-after-endless": (lambda: Hold() >> Cosine(3), r"phases\[0\] should have a length"),
     "no-phases": (lambda: Phases(()), "one or more schedules"),
     "no-cycles": (lambda: Restarts(Cosine(3), cycles=0), "cycles should be >= 1 but is: 0"),
-    "empty-cycle": (lambda: Restarts(Cosine(0)), "steps of the first cycle should be > 0 but is: 0"),
+    "empty-cycle": (lambda: Restarts(Cosine(0)), "steps of the first cycle should be >= 1 but is: 0"),
     "mult": (lambda: Restarts(Cosine(3), mult=0), "mult should be > 0 but is: 0"),
     "peak-decay": (lambda: Restarts(Cosine(3), peak_decay=2), r"peak_decay should be in \(0, 1\] but is: 2"),
     "lengths-and-cycles": (lambda: Restarts(Cosine(3), lengths=(3,), cycles=2), "lengths should come without"),
@@ -586,14 +651,29 @@ def test_bad_values(make: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Cosine(3.5), "steps should be an int but is: 3.5"),
-        (lambda: MultiStep((1.5,)), r"milestones\[0\] should be an int but is: 1.5"),
+        (lambda: Cosine("3"), "steps should be a number but is: '3'"),
+        (lambda: Cosine(math.nan), "steps should be a number but is: nan"),
+        (lambda: Linear(torch.ones(2)), "steps should be a number but is: tensor"),
+        (lambda: Hold(3.5), "steps should be a whole number but is: 3.5"),
+        (lambda: Restarts(Cosine(3.5)), "steps of the first cycle should be a whole number but is: 3.5"),
+        (lambda: MultiStep((1.5,)), r"milestones\[0\] should be a whole number but is: 1.5"),
         (lambda: Phases((3,)), r"phases\[0\] should be a Schedule but is: 3"),
         (lambda: Product((Hold(), None)), r"factors\[1\] should be a Schedule but is: None"),
         (lambda: Restarts(Hold()), "cycle should be a schedule that has a length"),
         (lambda: Restarts(Restarts(Cosine(3), cycles=2)), "should have a length of its own"),
     ],
-    ids=["steps", "milestones", "phases", "factors", "endless-cycle", "nested-cycles"],
+    ids=[
+        "string",
+        "nan",
+        "several",
+        "steps",
+        "cycle",
+        "milestones",
+        "phases",
+        "factors",
+        "endless-cycle",
+        "nested-cycles",
+    ],
 )
 def test_bad_types(make: Callable[[], object], message: str) -> None:
     with pytest.raises(TypeError, match=message):

@@ -4,6 +4,8 @@ Torch's names are torch's objects. Schedules (:class:`Cosine`, :class:`Warmup`, 
 :class:`ScheduleLR` applies one to an optimizer; the named classes (:class:`WarmupCosineLR`, ...) are short forms.
 """
 
+import typing as _typing
+
 from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
@@ -41,6 +43,15 @@ from .schedules import (
     Tanh,
 )
 from .warmup_lr import PlateauWithWarmup, WarmupLR
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Names that torch's module has but does not export, and other projects import: ``_LRScheduler``."""
+        if name.startswith("__") or not hasattr(_torch, name):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(_torch, name)
+
 
 __all__ = sorted(
     {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import is_
 from typing import Any
 
@@ -71,33 +71,39 @@ class Field:
         return [base * factor for base in bases]
 
     def refresh(self, groups: Sequence[Group]) -> list[float]:
-        """Each group's own value; read anew where a checkpoint or a new group brought another."""
+        """Each group's own value; read anew where a checkpoint or a new group brought another.
+
+        Raises:
+            ValueError: A new value is below an absolute floor, or a new group has no schedule.
+        """
         key = self._initial_key
         # the same objects: to compare tensors would wait for their device
         now = [group.get(key) for group in groups]
         if len(now) == len(self._initials) and all(map(is_, now, self._initials)):
             return self.bases
+        self._check_number(len(groups))
+        bases = []
         for i, group in enumerate(groups):
             known = i < len(self._initials)
-            if key not in group:
+            if now[i] is None:
                 # a loaded checkpoint may not have it
-                group[key] = self._initials[i] if known else _copy(group[self.key])
-            if not known or group[key] is not self._initials[i]:
-                base = self._number(group[key])
-                self._initials[i : i + 1] = [group[key]]
-                self.bases[i : i + 1] = [base]
+                now[i] = self._initials[i] if known else _copy(group[self.key])
+            bases.append(self.bases[i] if known and now[i] is self._initials[i] else self._number(now[i]))
+        self.check(groups, bases)
+        for group, own in zip(groups, now, strict=True):
+            group[key] = own
+        self._initials, self.bases = now, bases
         return self.bases
 
     def set_bases(self, groups: Sequence[Group], bases: Iterable[float]) -> None:
         """Give the first groups other values of their own."""
-        key = self._initial_key
-        self.refresh(groups)
         for group, base in zip(groups, bases, strict=False):
-            own = group[key]
+            own: Any = group.get(self._initial_key, group[self.key])
             if self.index is None:
-                group[key] = base
+                group[self._initial_key] = base
             else:
-                group[key] = type(own)((*own[: self.index], base, *own[self.index + 1 :]))
+                group[self._initial_key] = type(own)((*own[: self.index], base, *own[self.index + 1 :]))
+        self.refresh(groups)
 
     def read(self, groups: Sequence[Group]) -> list[float]:
         """Each group's own value, as :meth:`refresh` would find it. Nothing is changed."""
@@ -112,6 +118,41 @@ class Field:
                 f"schedules of {self.name} should be one, or one for each of the {groups} param_groups, "
                 f"but are: {len(self.schedules)}"
             )
+
+
+class BaseLRs(list[float]):
+    """What a scheduler's ``base_lrs`` are: what is written into the list is set on the scheduler, or refused.
+
+    Args:
+        values: The learning rates.
+        assign: Sets them all.
+    """
+
+    def __init__(self, values: Iterable[float], assign: Callable[[list[float]], None]) -> None:
+        super().__init__(values)
+        self._assign = assign
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a copy belongs to no scheduler
+        return list, ([*self],)
+
+
+def _assigning(name: str) -> Callable[..., Any]:
+    change = getattr(list, name)
+
+    def changed(self: BaseLRs, *args: Any, **options: Any) -> Any:
+        values = [*self]
+        result = change(values, *args, **options)
+        self._assign(values)
+        list.__setitem__(self, slice(None), values)
+        return self if result is values else result
+
+    return changed
+
+
+for _name in ("append", "clear", "extend", "insert", "pop", "remove", "reverse", "sort",
+              "__delitem__", "__iadd__", "__imul__", "__setitem__"):  # fmt: skip
+    setattr(BaseLRs, _name, _assigning(_name))
 
 
 def write(group: Group, key: str, value: Any, index: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -122,7 +123,10 @@ def _walk(value: Any) -> Iterator[Any]:
 def _encode(value: Any) -> Any:
     if is_dataclass(value):
         return {"type": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
-    return [_encode(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_encode(item) for item in value]
+    # numpy's and torch's numbers are no plain ones
+    return value if value is None or isinstance(value, (int, float, str)) else float(value)
 
 
 def _decode(value: Any) -> Any:
@@ -162,14 +166,45 @@ def check_steps(schedule: Any, *names: str, least: int = 0) -> None:
             object.__setattr__(schedule, name, as_steps(name, value, least))
 
 
+def check_length(schedule: Any) -> None:
+    """Make ``steps`` an int, or a float if it is no whole number; None stays None.
+
+    Raises:
+        ValueError: It is < 0, or a part of a step, by which people mean a part of the training.
+        TypeError: It is no number.
+    """
+    if schedule.steps is None:
+        return
+    steps = as_number("steps", schedule.steps)
+    check_at_least("steps", steps, 0)
+    if 0 < steps < 1:
+        raise ValueError(f"steps should be 0 or >= 1 (they are steps, not a part of the training) but is: {steps}")
+    object.__setattr__(schedule, "steps", steps)
+
+
 def as_steps(name: str, value: Any, least: int = 0) -> int:
     """A number of steps as an int; ValueError below ``least``, TypeError if it is no whole number."""
-    try:
-        steps = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} should be an int but is: {value!r}") from None
+    steps = as_number(name, value)
+    if isinstance(steps, float):
+        raise TypeError(f"{name} should be a whole number but is: {value!r}")
     check_at_least(name, steps, least)
     return steps
+
+
+def as_number(name: str, value: Any) -> int | float:
+    """A finite number, of any type: an int if it is whole, as a quotient or ``1e4`` may be; TypeError for others."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        pass
+    try:
+        number = math.nan if isinstance(value, (str, bytes)) else float(value)
+    # a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TypeError(f"{name} should be a number but is: {value!r}")
+    return int(number) if number.is_integer() else number
 
 
 def check_at_least(name: str, value: float, least: float) -> None:

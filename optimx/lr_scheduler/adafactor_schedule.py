@@ -7,6 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ._field import BaseLRs
+
 
 class AdafactorSchedule(LRScheduler):
     """Reports each group's own step size as a scheduler would, transformers' class of this name.
@@ -30,6 +32,18 @@ class AdafactorSchedule(LRScheduler):
         self.optimizer = optimizer
         self.initial_lr = initial_lr
         self.last_epoch = 0
+
+    @property
+    def base_lrs(self) -> list[Any]:
+        """What is reported before the first step; refuses to be set."""
+        return BaseLRs([self.initial_lr] * len(self.optimizer.param_groups), self._set_base_lrs)
+
+    @base_lrs.setter
+    def base_lrs(self, values: Any) -> None:
+        self._set_base_lrs(values)
+
+    def _set_base_lrs(self, values: Any) -> None:
+        raise TypeError(f"base_lrs should not be set, as Adafactor works out its step sizes itself, but are: {values}")
 
     def get_last_lr(self) -> list[Any]:
         """One a group."""

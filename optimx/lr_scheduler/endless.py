@@ -11,6 +11,7 @@ from ._schedule import (
     Schedule,
     check_above,
     check_at_least,
+    check_length,
     check_milestones,
     check_ratio,
     check_steps,
@@ -27,7 +28,7 @@ class _Endless(Schedule, abstract=True):
     floor: float | Absolute = 0.0
 
     def __post_init__(self) -> None:
-        check_steps(self, "steps")
+        check_length(self)
         check_ratio("floor", self.floor)
 
     def factor(self, step: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Literal, SupportsFloat
 
 from torch.optim import Optimizer
@@ -24,8 +25,10 @@ class GreedyLR(LRScheduler):
         threshold_mode: The threshold is a difference, ``"abs"`` (default), or a ratio, ``"rel"``.
         cooldown: Metrics that do not count after it was lowered (default: 0).
         warmup: Metrics that do not count after it was raised (default: 0).
-        min_lr, max_lr: Bounds, a number or one for each group (default: 1e-3 and 1).
+        min_lr, max_lr: Bounds, a number or one for each group (default: 1e-3 and 1). A group that is added later has
+            the number; of those that have one each, append its own to ``min_lrs`` and ``max_lrs``.
         eps: Smaller changes are not made (default: 1e-8).
+        verbose: Print every change (default: False).
         smooth: Take the mean of the last ``window_size`` metrics (default: False).
         window_size: Default: 50.
         reset_start: How often it is to be lowered at ``min_lr`` before all begins anew with the first learning rate
@@ -49,6 +52,7 @@ class GreedyLR(LRScheduler):
         min_lr: float | list[float] = 1e-3,
         max_lr: float | list[float] = 1.0,
         eps: float = 1e-8,
+        verbose: bool = False,
         smooth: bool = False,
         window_size: int = 50,
         reset_start: int = 500,
@@ -69,13 +73,17 @@ class GreedyLR(LRScheduler):
         self.threshold_mode = one_of("threshold_mode", threshold_mode, ("abs", "rel"))
         self.cooldown = as_steps("cooldown", cooldown)
         self.warmup = as_steps("warmup", warmup)
-        self.min_lrs = per_group("min_lr", min_lr, len(groups))
-        self.max_lrs = per_group("max_lr", max_lr, len(groups))
+        self.min_lr, self.max_lr = min_lr, max_lr
+        self.min_lrs: list[float] = []
+        self.max_lrs: list[float] = []
+        #: The learning rates with which all begins anew.
+        self.initial_lrs: list[float] = []
+        self._take_groups()
         self.eps = eps
+        self.verbose = verbose
         self.smooth = smooth
         self.window_size = as_steps("window_size", window_size, least=1)
         self.reset_start = as_steps("reset_start", reset_start)
-        self.initial_lrs = [float(group["lr"]) for group in groups]
         self.last_epoch = 0
         self._begin()
         self._last_lr = current_lrs(groups)
@@ -88,23 +96,50 @@ class GreedyLR(LRScheduler):
         self.resets_in = self.reset_start
         self.window: list[float] = []
 
-    def step(self, metrics: SupportsFloat) -> None:  # type: ignore[override]
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:  # type: ignore[override]
         """Change the learning rates if the metric says so.
 
         Args:
             metrics: What is to improve, such as the validation loss.
+            epoch: Which epoch it is of (default: None, the next one). It is only counted.
+
+        Raises:
+            ValueError: A group was added, and ``min_lr`` or ``max_lr`` are one for each of those before.
         """
         current = float(metrics)
+        self._take_groups()
         if self.smooth:
             self.window = [*self.window, current][-self.window_size :]
             current = sum(self.window) / len(self.window)
-        self.last_epoch += 1
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
         if self.waiting:
             self.waiting -= 1
             self.num_good_epochs = self.num_bad_epochs = 0
         else:
             self._count(current)
-        self._last_lr = current_lrs(self.optimizer.param_groups)
+        before, self._last_lr = self._last_lr, current_lrs(self.optimizer.param_groups)
+        for i, (old, new) in enumerate(zip(before, self._last_lr, strict=False)):
+            if self.verbose and new != old:
+                print(f"Epoch {self.last_epoch}: learning rate of group {i} from {old:.4e} to {new:.4e}.")
+
+    @property
+    def base_lrs(self) -> list[Any]:
+        """The learning rates with which all begins anew, under the name that torch's schedulers have for them."""
+        return self.initial_lrs
+
+    @base_lrs.setter
+    def base_lrs(self, values: Any) -> None:
+        self.initial_lrs = per_group("base_lrs", values, len(self.optimizer.param_groups))
+
+    def _take_groups(self) -> None:
+        """Know each group's bounds and first learning rate, also of one that was added later."""
+        groups = self.optimizer.param_groups
+        if len(self.initial_lrs) > len(groups):
+            raise ValueError(f"param_groups should be {len(self.initial_lrs)}, or more, but are: {len(groups)}")
+        for name, bounds in (("min_lr", self.min_lrs), ("max_lr", self.max_lrs)):
+            if len(bounds) < len(groups):
+                bounds += per_group(name, getattr(self, name), len(groups))[len(bounds) :]
+        self.initial_lrs += [float(group["lr"]) for group in groups[len(self.initial_lrs) :]]
 
     def _count(self, current: float) -> None:
         if self._is_better(current):
@@ -151,9 +186,22 @@ class GreedyLR(LRScheduler):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where the checkpoint was made, with its learning rates and settings.
 
+        Groups that the checkpoint does not know were added later.
+
         Args:
             state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: It has more groups than the optimizer. Nothing is changed.
         """
-        super().load_state_dict(state_dict)
-        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+        groups, lrs = self.optimizer.param_groups, state_dict["_last_lr"]
+        if len(lrs) > len(groups):
+            raise ValueError(f"param_groups should be {len(lrs)}, as in the checkpoint, but are: {len(groups)}")
+        # the lists grow with the groups: the checkpoint's are its own
+        super().load_state_dict(deepcopy(state_dict))
+        for group, lr in zip(groups, lrs, strict=False):
             write(group, "lr", lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the optimizer; later steps do not change it."""
+        return deepcopy(super().state_dict())

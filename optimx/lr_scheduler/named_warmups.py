@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -282,7 +283,7 @@ class WSDLR(ScheduleLR):
         hold_steps = self._hold.steps
         if hold_steps is not None:
             raise RuntimeError(f"stable_steps should be None for start_decay() but is: {hold_steps}")
-        stable_steps = self.last_epoch + 1 - (self.schedule.phases[0].steps or 0)
+        stable_steps = math.floor(self.last_epoch + 1 - self.schedule.phases[0].steps)
         if stable_steps < 0:
             raise RuntimeError(f"start_decay() should come after the warmup but comes at step: {self.last_epoch}")
         self._end_hold(stable_steps)

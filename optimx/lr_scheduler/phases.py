@@ -15,6 +15,7 @@ from ._schedule import (
     Schedule,
     as_steps,
     check_above,
+    check_length,
     check_ratio,
     check_schedules,
     check_steps,
@@ -39,7 +40,8 @@ class Convention:
             last of the phase before, or its clock runs from the ``"start"`` of the training.
         decay_to: Its progress is 1 right ``"after"`` the last step, at N, or on the ``"last"`` one, N - 1.
         target: A warmup ``"meet"``s the value with which the next phase begins, rises to the ``"peak"`` whatever
-            comes next, or is a ``"product"`` with what the next phase has at the same step.
+            comes next, or is a ``"product"`` with what the next phase has at the same step. Before phases of no steps
+            it rises to the peak.
     """
 
     warmup_from: Literal["one", "zero"] = "one"
@@ -81,14 +83,16 @@ class Warmup(Schedule):
     """A rise to the value with which the next phase begins; before any schedule: ``Warmup(500) >> Cosine(9500)``.
 
     Args:
-        steps: Its length; 0 is no warmup.
+        steps: Its length; 0 is no warmup. May be fractional if it is above 1.
         shape: ``"linear"`` (default), ``"cosine"``, ``"sqrt"``, ``"1-sqrt"``, ``"log"``, ``"exponential"``
             (geometric) or ``"constant"`` (stays at the start).
         start: Where it begins, as a ratio of where it ends, or :class:`Absolute` (default: 0; "exponential" and
             "constant" need more).
 
     Raises:
-        ValueError: ``steps`` < 0, ``shape`` is unknown, or ``start`` is not in [0, 1] or 0 where it has to be more.
+        ValueError: ``steps`` < 0 or in (0, 1), ``shape`` is unknown, or ``start`` is not in [0, 1] or 0 where it has to
+            be more.
+        TypeError: ``steps`` is no number.
     """
 
     overlaps = False
@@ -98,7 +102,7 @@ class Warmup(Schedule):
     start: float | Absolute = 0.0
 
     def __post_init__(self) -> None:
-        check_steps(self, "steps")
+        check_length(self)
         one_of("shape", self.shape, (*_RAMPS, "exponential"))
         check_ratio("start", self.start)
         if self.shape in ("exponential", "constant"):
@@ -278,14 +282,17 @@ class Phases(Schedule):
 
     def _target(self, i: int, step: float, peak: float, base: float) -> float:
         """What a warmup rises to."""
-        end = self._starts[i] + (self.phases[i].steps or 0)
-        following = bisect_right(self._starts, end) - 1
-        if following == i or self.resolved.target == "peak":
+        rest = range(i + 1, len(self.phases))
+        following = next((j for j in rest if self.phases[j].steps != 0), None)
+        if following is None and rest and self.resolved.target == "product" and self.resolved.decay_from == "start":
+            # its clock has run since the start, though no step is its own
+            following = rest[0]
+        if following is None or self.resolved.target == "peak":
             return peak
         if self.resolved.target == "product":
             return self._phase(following, step, peak, base, 0, 0)
         if isinstance(self.phases[following], Warmup):
-            return self._phase(following, end, peak, base, 0, 0)
+            return self._phase(following, self._starts[following], peak, base, 0, 0)
         lead = self._lead(following) if self.resolved.decay_from == "start" else 0
         return self.phases[following].at(0, peak, base, lead)
 

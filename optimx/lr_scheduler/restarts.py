@@ -50,7 +50,7 @@ class Restarts(Schedule):
     def __post_init__(self) -> None:
         if not isinstance(self.cycle, Schedule) or self.cycle.steps is None:
             raise TypeError(f"cycle should be a schedule that has a length but is: {self.cycle!r}")
-        check_above("steps of the first cycle", self.cycle.steps, 0)
+        as_steps("steps of the first cycle", self.cycle.steps, least=1)
         check_above("mult", self.mult, 0)
         if not 0 < self.peak_decay <= 1:
             raise ValueError(f"peak_decay should be in (0, 1] but is: {self.peak_decay}")

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._field import Field, current_lrs, per_group
-from ._schedule import Schedule, as_steps, one_of
+from ._field import BaseLRs, Field, current_lrs, per_group
+from ._schedule import Schedule, as_number, as_steps, check_at_least, one_of
 
 #: What may be scheduled, and by what: one schedule, or one for each group.
 Schedules = Schedule | Sequence[Schedule]
@@ -28,7 +28,8 @@ class ScheduleLR(LRScheduler):
     It does not touch ``optimizer.step``, so unlike torch's it does not warn when it is stepped first.
 
     A group's factor 1 is its ``initial_lr``, which torch's schedulers share: the learning rate that it had when the
-    first scheduler came. To begin anew with others on a used optimizer, give ``base_lrs``.
+    first scheduler came. To begin anew with others on a used optimizer, give ``base_lrs``; to go on with others, set
+    the attribute of that name.
 
     Args:
         optimizer: Any torch optimizer; its ``step`` may have been replaced or compiled.
@@ -68,9 +69,10 @@ class ScheduleLR(LRScheduler):
         for name, field in self._fields.items():
             field.check(groups, bases if name == "lr" else None)
         for name, field in self._fields.items():
-            field.refresh(groups)
             if name == "lr" and bases is not None:
                 field.set_bases(groups, bases)
+            else:
+                field.refresh(groups)
         self._step_count = 0
         self.step()
 
@@ -87,32 +89,57 @@ class ScheduleLR(LRScheduler):
         by_field = {name: field.schedules for name, field in self._fields.items()}
         return by_field["lr"] if list(by_field) == ["lr"] else by_field
 
+    @property
+    def base_lrs(self) -> list[Any]:
+        """Learning rate of each group at factor 1; set others, all or one, and they count from the next step on."""
+        return BaseLRs(self._fields["lr"].bases if "lr" in self._fields else [], self._set_base_lrs)
+
+    @base_lrs.setter
+    def base_lrs(self, values: Any) -> None:
+        self._set_base_lrs(values)
+
+    def _set_base_lrs(self, values: float | Sequence[float]) -> None:
+        if "lr" not in self._fields:
+            raise ValueError(f"base_lrs should be set of a scheduler of lr, but scheduled are: {[*self._fields]}")
+        field, groups = self._fields["lr"], self.optimizer.param_groups
+        # groups that have joined since the last step may have theirs or not
+        known = isinstance(values, Sequence) and len(field.bases) <= len(values) <= len(groups)
+        bases = per_group("base_lrs", values, len(values) if known else len(groups))  # type: ignore[arg-type]
+        field.check(groups, bases)
+        field.set_bases(groups, bases)
+
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of the current step, a group each."""
         if "lr" not in self._fields:
             return current_lrs(self.optimizer.param_groups)
-        (values,) = self.preview(1, max(self.last_epoch, 0))
-        return [*values]
+        scheduled = self._fields["lr"]
+        return [*scheduled.values(self.last_epoch, scheduled.read(self.optimizer.param_groups))]
 
-    def step(self, epoch: int | None = None) -> None:
-        """Go on to the next step, or to any step.
+    def step(self, epoch: float | None = None) -> None:
+        """Go on to the next step, or to any step, also between two: where a step is an epoch, ``epoch + i / iters``.
 
         Args:
             epoch: The step (default: None, the next one).
         """
-        self._step_count += 1
         self._update_lr(epoch)
+        self._step_count += 1
 
-    def _update_lr(self, epoch: int | None = None) -> None:
+    def _update_lr(self, epoch: float | None = None) -> None:
         """What torch's SequentialLR calls at a milestone."""
-        self.last_epoch = self.last_epoch + 1 if epoch is None else as_steps("epoch", epoch)
-        self._write()
+        then = self.last_epoch + 1 if epoch is None else as_number("epoch", epoch)
+        check_at_least("epoch", then, 0)
+        before, self.last_epoch = self.last_epoch, then  # type: ignore[assignment]
+        try:
+            self._write()
+        except BaseException:
+            # a group that has joined was refused: no step was taken
+            self.last_epoch = before
+            raise
 
     def _write(self) -> None:
         groups = self.optimizer.param_groups
         for field in self._fields.values():
             field.update(groups, self.last_epoch)
-        self.base_lrs = [*self._fields["lr"].bases] if "lr" in self._fields else []
         self._last_lr = current_lrs(groups)
 
     def preview(self, n: int, start: int = 0, field: str = "lr") -> list[list[float]]:
@@ -144,7 +171,7 @@ class ScheduleLR(LRScheduler):
             lengths = [schedule.steps for schedule in each if schedule.steps is not None]
             if not lengths:
                 raise ValueError("n should be given, as the schedule has no end, but is: None")
-            n = max(lengths) + 1
+            n = math.ceil(max(lengths)) + 1
         names = [str(group.get("name", f"group {i}")) for i, group in enumerate(self.optimizer.param_groups)]
         plot_groups(path, self.preview(n, field=field), names, field)
 
@@ -182,7 +209,7 @@ class ScheduleLR(LRScheduler):
         if differences and self.on_mismatch == "use_checkpoint":
             self._take(state_dict)
         self.last_epoch = state_dict["last_epoch"]
-        self._step_count = self.last_epoch + 1
+        self._step_count = int(self.last_epoch) + 1
         if state_dict.get("in_force", True) and self.last_epoch >= 0:
             self._write()
 

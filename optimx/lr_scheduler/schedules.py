@@ -8,10 +8,11 @@ from dataclasses import KW_ONLY, dataclass, replace
 from ._schedule import (
     Absolute,
     Schedule,
+    as_number,
     check_above,
     check_at_least,
+    check_length,
     check_ratio,
-    check_steps,
     resolve,
 )
 
@@ -21,19 +22,19 @@ class Decay(Schedule, abstract=True):
     """A decay with a horizon: ``floor + (peak - floor) * shape(p)`` with the progress ``p = step / steps``.
 
     Args:
-        steps: Its length; the floor is reached right after the last of them.
+        steps: Its length; the floor is reached right after the last of them. May be fractional if it is above 1.
         floor: Ratio of each group's own learning rate, or :class:`Absolute` (default: 0).
 
     Raises:
-        ValueError: ``steps`` < 0, ``floor`` not in [0, 1], or an argument of the shape is out of range.
-        TypeError: ``steps`` is no int.
+        ValueError: ``steps`` < 0 or in (0, 1), ``floor`` not in [0, 1], or an argument of the shape is out of range.
+        TypeError: ``steps`` is no number.
     """
 
     steps: int
     floor: float | Absolute = 0.0
 
     def __post_init__(self) -> None:
-        check_steps(self, "steps")
+        check_length(self)
         check_ratio("floor", self.floor)
 
     def shape(self, p: float) -> float:
@@ -94,15 +95,17 @@ class CosineWithHardRestarts(Decay):
     Args:
         steps: Length of all cycles together.
         floor: Ratio of each group's own learning rate, or :class:`Absolute` (default: 0).
-        cycles: How many (default: 1). For cycles that change, see :class:`Restarts`.
+        cycles: How many, > 0; of a fractional number the last one is cut off (default: 1). For cycles that change, see
+            :class:`Restarts`.
     """
 
     _: KW_ONLY
-    cycles: int = 1
+    cycles: float = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_steps(self, "cycles", least=1)
+        object.__setattr__(self, "cycles", as_number("cycles", self.cycles))
+        check_above("cycles", self.cycles, 0)
 
     def shape(self, p: float) -> float:
         if p >= 1.0:

@@ -83,6 +83,7 @@ class WarmupLR(ScheduleLR):
             )
         self.after = after
         self._after_epoch = 0
+        self._first_groups = len(optimizer.param_groups)
         self._after_lrs = current_lrs(optimizer.param_groups)
         super().__init__(optimizer, ramp, **options)
 
@@ -106,10 +107,18 @@ class WarmupLR(ScheduleLR):
             raise TypeError(f"preview should be of a schedule, which {type(self.after).__name__} is not")
         return super().preview(n, start, field)
 
-    def _update_lr(self, epoch: int | None = None) -> None:
-        if self.after is not None and epoch is not None and self._due(epoch) < self._after_epoch:
+    def _set_base_lrs(self, values: float | Sequence[float]) -> None:
+        if self.after is not None:
             after = type(self.after).__name__
-            raise ValueError(f"epoch should be >= {self.last_epoch}, as {after} does not go back, but is: {epoch}")
+            raise TypeError(f"base_lrs should not be set here: the learning rates are those of {after} (see .after)")
+        super()._set_base_lrs(values)
+
+    def _update_lr(self, epoch: float | None = None) -> None:
+        if self.after is not None and epoch is not None:
+            # it is stepped one by one, and forwards only
+            epoch, after = as_steps("epoch", epoch), type(self.after).__name__
+            if self._due(epoch) < self._after_epoch:
+                raise ValueError(f"epoch should be >= {self.last_epoch}, as {after} does not go back, but is: {epoch}")
         super()._update_lr(epoch)
 
     def _write(self) -> None:
@@ -131,8 +140,17 @@ class WarmupLR(ScheduleLR):
     def _step_after(self, *metrics: Any) -> None:
         """Step the wrapped scheduler as if there were no warmup."""
         self._set_lrs(self._after_lrs)
-        self.after.step(*metrics)
-        self._after_lrs = current_lrs(self.optimizer.param_groups)
+        groups = self.optimizer.param_groups
+        try:
+            self.after.step(*metrics)
+        except (KeyError, ValueError) as error:
+            if len(groups) == self._first_groups:
+                raise
+            raise RuntimeError(
+                f"param_groups should be {self._first_groups}, as torch's {type(self.after).__name__} takes up none "
+                f"that is added later (a Schedule does), but are: {len(groups)}"
+            ) from error
+        self._after_lrs = current_lrs(groups)
         self._after_epoch += 1
 
     def _write_product(self) -> None:
@@ -147,6 +165,8 @@ class WarmupLR(ScheduleLR):
         self._last_lr = current_lrs(self.optimizer.param_groups)
 
     def _set_lrs(self, lrs: Sequence[float | Tensor]) -> None:
+        if len(self.optimizer.param_groups) < len(lrs):
+            raise ValueError(f"param_groups should be {len(lrs)}, or more, but are: {len(self.optimizer.param_groups)}")
         for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
             write(group, "lr", lr)
 

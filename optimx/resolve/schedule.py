@@ -189,6 +189,8 @@ def _fill(tables: Mapping[str, dict[str, Any]], clock: Clock) -> None:
     """The phase without steps gets what the others leave of the total."""
     open_ = [path for path, table in tables.items() if "steps" not in table]
     taken = sum(table["steps"] for table in tables.values() if "steps" in table)
+    # a warmup may be all of a short training; that a decay never comes is a mistake
+    warmup = all(table.get("name") == "warmup" for path, table in tables.items() if path not in open_)
     problems = Problems()
     if clock.total is None:
         for path in open_:
@@ -199,7 +201,9 @@ def _fill(tables: Mapping[str, dict[str, Any]], clock: Clock) -> None:
         problems.add(f"{open_[1]}.steps", "is missing: only one phase gets what is left of the total", MISSING)
     elif not open_ and taken != clock.total:
         problems.add("schedule.total", f"should be {taken}, what the phases have together,", clock.total)
-    elif open_ and taken >= clock.total:
+    elif open_ and warmup and taken > clock.total:
+        problems.add("schedule.total", f"should be >= {taken}, the steps of the warmup,", clock.total)
+    elif open_ and not warmup and taken >= clock.total:
         problems.add("schedule.total", f"should be > {taken}, the steps of the other phases,", clock.total)
     elif open_ and _steps_of(tables[open_[0]]) is not None:
         tables[open_[0]]["steps"] = clock.total - taken
