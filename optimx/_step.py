@@ -88,6 +88,11 @@ class MultiTensorStep(Optimizer):
                     values[name] = value.clone()
         self._reset_step()
 
+    @_compat.disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, but groups with ``param_names`` and groups without may be mixed."""
+        _compat.add_param_group(self, param_group, super().add_param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps."""
         # hooks may load something else than was given

@@ -60,7 +60,9 @@ class Build:
     """What :func:`build` made. ``optimizer, scheduler = optimx.build(model, cfg)`` works too.
 
     Attributes:
-        optimizer: A :class:`torch.optim.Optimizer`.
+        optimizer: A :class:`torch.optim.Optimizer`, to which groups may be added later. Its groups have names
+            (``param_names``) if it is one of optimx, which takes groups without names too; other classes refuse to mix
+            them, so theirs have none.
         scheduler: A :class:`torch.optim.lr_scheduler.LRScheduler`, to be stepped after every optimizer step; None if
             the config has no schedule.
         config: Fully resolved: learning rates scaled with the batch size, lengths in steps, all of the optimizer's
@@ -171,7 +173,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     problems.raise_if_any()
     assert optimizer is not None
     assert groups is not None
-    made = attempt(lambda: optimizer.factory(groups[0], **optimizer.arguments), {}, "optimizer")
+    made = attempt(lambda: optimizer.make(groups[0]), {}, "optimizer")
     resolved = Config(optimizer.config, groups[1])
     if schedule is None:
         return Build(made, None, resolved, model)

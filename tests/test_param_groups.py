@@ -488,12 +488,84 @@ def test_tensor_learning_rate() -> None:
 
 
 def test_groups_can_be_extended_by_hand() -> None:
-    """torch refuses to mix named and unnamed groups; ours are named."""
+    """torch refuses to mix named and unnamed groups in its own optimizers; ours are named."""
     optimizer = torch.optim.SGD(param_groups(Model(), lr=0.1))
     with pytest.raises(ValueError, match="with/without names"):
         optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
     optimizer.add_param_group({"params": [("more", Parameter(torch.zeros(2)))]})
     assert optimizer.state_dict()["param_groups"][-1]["param_names"] == ["more"]
+
+
+def more(*names: str) -> list[Any]:
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
+    return list(zip(names, params, strict=True)) if names else params
+
+
+NAMES = [group["param_names"] for group in no_decay_groups(Model(), 0.1)]
+#: Groups, and the names that they have.
+JOINS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[Any]]] = {
+    "plain_joins_named": (
+        lambda: [*no_decay_groups(Model(), 0.1), {"params": iter(more()), "lr": 0.5}],
+        [*NAMES, None],
+    ),
+    "named_joins_plain": (lambda: [{"params": more()}, {"params": more("a", "b"), "lr": 0.5}], [None, ["a", "b"]]),
+    "names_as_a_list": (
+        lambda: [{"params": more()}, {"params": more(), "param_names": ["a", "b"]}],
+        [None, ["a", "b"]],
+    ),
+    "by_turns": (
+        lambda: [{"params": more("a", "b")}, {"params": more()}, {"params": more("c", "d")}],
+        [["a", "b"], None, ["c", "d"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["list", "add_param_group"])
+@pytest.mark.parametrize("cls", [optimx.AdamW, optimx.Lion, optimx.Adafactor, optimx.SGD])
+@pytest.mark.parametrize(("groups", "names"), JOINS.values(), ids=JOINS)
+def test_groups_with_and_without_names(
+    groups: Callable[[], list[dict[str, Any]]], names: list[Any], cls: type[torch.optim.Optimizer], later: bool
+) -> None:
+    """All are stepped, and those that have names keep them, also through checkpoints of either kind."""
+    given = groups()
+    optimizer = cls(given[:1] if later else given, lr=0.1)
+    for group in given[1:] if later else ():
+        optimizer.add_param_group(group)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not any(map(torch.equal, before, params))
+    saved = optimizer.state_dict()
+    assert [group.get("param_names") for group in saved["param_groups"]] == names
+    # neither do names get lost where a checkpoint has none, nor do they keep groups from joining
+    plain = [{key: value for key, value in group.items() if key != "param_names"} for group in saved["param_groups"]]
+    optimizer.load_state_dict({**saved, "param_groups": plain})
+    assert [group.get("param_names") for group in optimizer.param_groups] == names
+    other = cls([{"params": [Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups])
+    other.load_state_dict(saved)
+    assert [group.get("param_names") for group in other.param_groups] == names
+    other.add_param_group({"params": more()})
+    assert len(other.param_groups) == len(given) + 1
+
+
+def test_what_torch_refuses_of_a_group_is_refused() -> None:
+    optimizer = optimx.SGD(param_groups(Model(), lr=0.1))
+    groups = optimizer.param_groups
+    before = [*groups]
+    shared, new = groups[0]["params"][0], Parameter(torch.zeros(2))
+    for group, error, message in (
+        ({"params": [new, shared]}, ValueError, "more than one parameter group"),
+        ({"params": [("a", new), Parameter(torch.zeros(2))]}, ValueError, "Some param names are missing"),
+        ({"params": {new}}, TypeError, "ordered collections"),
+        ({"params": [3]}, TypeError, "can only optimize Tensors"),
+        ([new], TypeError, "must be a dict"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group(group)
+        assert optimizer.param_groups is groups
+        assert groups == before
 
 
 # wrappers

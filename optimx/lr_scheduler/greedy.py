@@ -69,13 +69,15 @@ class GreedyLR(LRScheduler):
         self.threshold_mode = one_of("threshold_mode", threshold_mode, ("abs", "rel"))
         self.cooldown = as_steps("cooldown", cooldown)
         self.warmup = as_steps("warmup", warmup)
-        self.min_lrs = per_group("min_lr", min_lr, len(groups))
-        self.max_lrs = per_group("max_lr", max_lr, len(groups))
+        self.min_lr, self.max_lr = min_lr, max_lr
+        self.min_lrs: list[float] = []
+        self.max_lrs: list[float] = []
+        self.initial_lrs: list[float] = []
+        self._take_groups()
         self.eps = eps
         self.smooth = smooth
         self.window_size = as_steps("window_size", window_size, least=1)
         self.reset_start = as_steps("reset_start", reset_start)
-        self.initial_lrs = [float(group["lr"]) for group in groups]
         self.last_epoch = 0
         self._begin()
         self._last_lr = current_lrs(groups)
@@ -88,13 +90,25 @@ class GreedyLR(LRScheduler):
         self.resets_in = self.reset_start
         self.window: list[float] = []
 
+    def _take_groups(self) -> None:
+        """Know each group's bounds and first learning rate, also of one that was added later."""
+        groups = self.optimizer.param_groups
+        self.initial_lrs += [float(group["lr"]) for group in groups[len(self.initial_lrs) :]]
+        for name, bounds in (("min_lr", self.min_lrs), ("max_lr", self.max_lrs)):
+            if len(bounds) < len(groups):
+                bounds += per_group(name, getattr(self, name), len(groups))[len(bounds) :]
+
     def step(self, metrics: SupportsFloat) -> None:  # type: ignore[override]
         """Change the learning rates if the metric says so.
 
         Args:
             metrics: What is to improve, such as the validation loss.
+
+        Raises:
+            ValueError: A group was added, and ``min_lr`` or ``max_lr`` are one for each of those before.
         """
         current = float(metrics)
+        self._take_groups()
         if self.smooth:
             self.window = [*self.window, current][-self.window_size :]
             current = sum(self.window) / len(self.window)

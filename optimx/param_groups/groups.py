@@ -61,7 +61,8 @@ def param_groups(
     Returns:
         Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
         and ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
-        ``lr_scale`` out for timm's schedulers, which would scale once more.
+        ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take groups without
+        names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have none.
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, there is nothing to train or a single
