@@ -140,9 +140,11 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
         model: The model; its parameters on the device and of the dtype that they are trained in.
         cfg: A :class:`~optimx.Config` (which says what there is), a dict or dataclass of the same names, the path of a
             TOML, YAML or JSON file, the name of a preset, an :class:`argparse.Namespace`, or an OmegaConf object. Of a
-            namespace, dotted attributes (``--optimizer.lr``), sections, and ``optimizer``, ``lr``, ``weight_decay``,
-            ``betas``, ``eps``, ``momentum``, ``max_grad_norm``, ``no_decay``, ``layer_decay``, ``schedule``, ``total``,
-            ``warmup``, ``floor`` and ``steps_per_epoch`` are read; others are the program's own.
+            namespace, these are read, and others are the program's own: dotted attributes of a section
+            (``--optimizer.lr``); sections that are tables; ``optimizer`` (a name), ``lr``, ``weight_decay``,
+            ``max_grad_norm`` and ``layer_decay``; ``betas`` and ``momentum`` if the optimizer has them; ``preset`` if
+            it is one of ours; ``schedule`` (a name), ``total``, ``warmup``, ``floor`` and ``steps_per_epoch`` if
+            ``schedule`` and ``total`` are both there, or a preset, or a dotted attribute or override of ``schedule``.
         overrides: Set over it: ``{"schedule.steps_per_epoch": len(loader)}`` or ``["optimizer.lr=3e-4"]``.
 
     Returns:
