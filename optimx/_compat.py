@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -110,6 +111,27 @@ def amp_scaling_support(optimizer: Any, supports: bool) -> Iterator[None]:
 def is_distributed() -> bool:
     """Whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[dict[str, Any]], None]) -> None:
+    """Let ``add``, torch's method, append a group, with names or without, whatever the optimizer's other groups have.
+
+    Torch refuses to mix them, so its method gets no other group to see. That no parameter is in two groups, which it
+    checks too, is checked here.
+    """
+    # in place: a wrapper such as Lightning's shares the list
+    groups = optimizer.param_groups
+    others = groups.copy()
+    groups.clear()
+    try:
+        add(group)
+        joined = groups.copy()
+    finally:
+        groups[:] = others
+    members = {*chain.from_iterable(map(itemgetter("params"), others))}
+    if not members.isdisjoint(chain.from_iterable(map(itemgetter("params"), joined))):
+        raise ValueError("some parameters appear in more than one parameter group")
+    groups += joined
 
 
 def check_graph_capture(optimizer: Optimizer) -> None:

@@ -77,11 +77,6 @@ class MultiTensorStep(Optimizer):
         """Whether the step measures the norm of the gradients."""
         return self.max_grad_norm is not None or self.normalize_grads
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in torch. ``max_grad_norm`` is no setting of a group (ValueError)."""
-        check_group(param_group)
-        super().add_param_group(param_group)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: value for name, value in self._own_attributes() if _is_data(value)}}
 
@@ -114,6 +109,16 @@ class MultiTensorStep(Optimizer):
         twin.__setstate__(copied(super().__getstate__()))
         vars(twin).update(copied(dict(self._own_attributes())))
         return twin
+
+    @_compat.disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch, but groups with ``param_names`` and groups without may be mixed.
+
+        Raises:
+            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``.
+        """
+        check_group(param_group)
+        _compat.add_param_group(self, param_group, super().add_param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps."""

@@ -60,7 +60,9 @@ class Build:
     """What :func:`build` made. ``optimizer, scheduler = optimx.build(model, cfg)`` works too.
 
     Attributes:
-        optimizer: A :class:`torch.optim.Optimizer`.
+        optimizer: A :class:`torch.optim.Optimizer`, to which groups may be added later. Its groups have names
+            (``param_names``) if it is one of optimx, which takes groups without names too; other classes refuse to mix
+            them, so theirs have none.
         scheduler: A :class:`torch.optim.lr_scheduler.LRScheduler`, to be stepped after every optimizer step; None if
             the config has no schedule.
         config: Fully resolved: learning rates scaled with the batch size, lengths in steps, all of the optimizer's
@@ -138,9 +140,11 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
         model: The model; its parameters on the device and of the dtype that they are trained in.
         cfg: A :class:`~optimx.Config` (which says what there is), a dict or dataclass of the same names, the path of a
             TOML, YAML or JSON file, the name of a preset, an :class:`argparse.Namespace`, or an OmegaConf object. Of a
-            namespace, dotted attributes (``--optimizer.lr``), sections, and ``optimizer``, ``lr``, ``weight_decay``,
-            ``betas``, ``eps``, ``momentum``, ``max_grad_norm``, ``no_decay``, ``layer_decay``, ``schedule``, ``total``,
-            ``warmup``, ``floor`` and ``steps_per_epoch`` are read; others are the program's own.
+            namespace, these are read, and others are the program's own: dotted attributes of a section
+            (``--optimizer.lr``); sections that are tables; ``optimizer`` (a name), ``lr``, ``weight_decay``,
+            ``max_grad_norm`` and ``layer_decay``; ``betas`` and ``momentum`` if the optimizer has them; ``preset`` if
+            it is one of ours; ``schedule`` (a name), ``total``, ``warmup``, ``floor`` and ``steps_per_epoch`` if
+            ``schedule`` and ``total`` are both there, or a preset, or a dotted attribute or override of ``schedule``.
         overrides: Set over it: ``{"schedule.steps_per_epoch": len(loader)}`` or ``["optimizer.lr=3e-4"]``.
 
     Returns:
@@ -171,7 +175,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     problems.raise_if_any()
     assert optimizer is not None
     assert groups is not None
-    made = attempt(lambda: optimizer.factory(groups[0], **optimizer.arguments), {}, "optimizer")
+    made = attempt(lambda: optimizer.make(groups[0]), {}, "optimizer")
     resolved = Config(optimizer.config, groups[1])
     if schedule is None:
         return Build(made, None, resolved, model)

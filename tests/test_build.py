@@ -261,6 +261,27 @@ def test_the_length_of_an_epoch_is_no_schedule() -> None:
     assert optimx.build(linear(), "gan", {"schedule.steps_per_epoch": 10}).scheduler is None
 
 
+@pytest.mark.parametrize("name", ["sgd", "torch.optim:SGD"])
+def test_a_group_joins(name: str) -> None:
+    """Without a name, as groups have none in most programs: it is stepped, scheduled, and in the checkpoint."""
+    cfg = {"optimizer": {"name": name, "lr": 1.0}, "schedule": {"name": "linear", "total": 4}}
+    model, more = linear(), [nn.Parameter(torch.ones(2))]
+    build = optimx.build(model, cfg)
+    names = [group.get("param_names") for group in build.optimizer.param_groups]
+    assert names == [[*dict(model.named_parameters())] if name == "sgd" else None]
+    build.optimizer.add_param_group({"params": more, "lr": 0.5})
+    build.scheduler.step()
+    more[0].grad = torch.ones(2)
+    build.optimizer.step()
+    assert more[0].tolist() == pytest.approx([1 - 0.5 * 0.75] * 2)
+    again = optimx.build(linear(), cfg)
+    again.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "lr": 0.5})
+    again.load_state_dict(build.state_dict())
+    again.scheduler.step()
+    assert [group["lr"] for group in again.optimizer.param_groups] == pytest.approx([0.5, 0.25])
+    assert [group.get("param_names") for group in again.optimizer.param_groups] == [*names, None]
+
+
 # optimizers
 
 

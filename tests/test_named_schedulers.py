@@ -721,6 +721,23 @@ def test_group_added_to_a_warmup_around_torchs() -> None:
         around.step()
 
 
+def test_added_group_of_greedy() -> None:
+    optimizer = make_optimizer([0.5])
+    scheduler = GreedyLR(optimizer, factor=0.5, patience=1, min_lr=0.1)
+    scheduler.step(1.0)
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))], "lr": 0.25})
+    # worse, and worse again
+    rates = []
+    for metric in range(2, 8):
+        scheduler.step(metric)
+        rates.append([group["lr"] for group in optimizer.param_groups])
+    assert rates == [[0.5, 0.25], [0.25, 0.125], [0.25, 0.125], [0.125, 0.1], [0.125, 0.1], [0.1, 0.1]]
+    bounded = GreedyLR(optimizer, min_lr=[0.1, 0.2])
+    optimizer.add_param_group({"params": [Parameter(torch.zeros(1))]})
+    with pytest.raises(ValueError, match="min_lr should be one, or one for each of the 3 param_groups"):
+        bounded.step(1.0)
+
+
 def test_stale_initial_lr() -> None:
     """A second CosineAnnealingLR, made after the first one ended, stays at zero for a whole period."""
     optimizer = make_optimizer([1.0])

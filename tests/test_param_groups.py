@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import Parameter
+from torch.nn.utils import parametrize
 
 import optimx
 from optimx.param_groups import Rule, describe, layer_decay_groups, layer_ids, no_decay_groups, param_groups
@@ -112,12 +113,45 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
 def test_no_norm_decays(make: Callable[[], nn.Module]) -> None:
     model = nn.ModuleDict({"fc": nn.Linear(2, 2), "layer": make()})
+    torchs = type(model["layer"]).__module__.startswith("torch.")
     for param in model["layer"].parameters():
-        param.data = torch.zeros(2, 2)  # only the type tells it apart
+        # only the type tells it apart; of what is only called a norm, a matrix would be one
+        param.data = torch.zeros(2, 2) if torchs else torch.zeros(1, 2, 1)
     assert named(no_decay_groups(model, 0.1), "weight_decay", 0.1) == {"fc.weight"}
 
 
-@pytest.mark.parametrize("layer", [NormalizedLinear(), NormLinear(2, 2, bias=False)], ids=lambda m: type(m).__name__)
+class CosNorm_Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = Parameter(torch.ones(3, 2))
+
+
+class AdaptiveLayerNorm(nn.Module):
+    """With a matrix of its own beside its scale and shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = Parameter(torch.ones(1, 3, 1)), Parameter(torch.ones(3))
+        self.project = Parameter(torch.ones(3, 2))
+
+
+class WithHeads(nn.Module):
+    """Has a scale for each head, as the norms of queries and keys of Cohere's models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_norm, self.k_norm, self.o_norm = MyRMSNorm(), MyRMSNorm(), MyRMSNorm()
+
+
+def test_matrices_of_what_is_called_a_norm_decay() -> None:
+    model = nn.ModuleList([CosNorm_Classifier(), AdaptiveLayerNorm(), WithHeads()])
+    assert named(no_decay_groups(model, 0.1), "weight_decay", 0.1) == {"0.weight", "1.project", "2.o_norm.scale"}
+
+
+LAYERS_ONLY_CALLED_NORM = [NormalizedLinear(), NormLinear(2, 2, bias=False), CosNorm_Classifier()]
+
+
+@pytest.mark.parametrize("layer", LAYERS_ONLY_CALLED_NORM, ids=lambda m: type(m).__name__)
 def test_what_is_only_called_like_a_norm_decays(layer: nn.Module) -> None:
     assert all(group["weight_decay"] == 0.1 for group in no_decay_groups(nn.Sequential(layer), 0.1))
 
@@ -163,6 +197,84 @@ def test_hints_of_the_model(method: str, hint: object, inside: bool) -> None:
         exempt = {f"part.{name}" for name in exempt} | {"other.fc.bias"}
     assert named(no_decay_groups(model, 0.1), "weight_decay", 0.0) == exempt
     assert named(no_decay_groups(model, 0.1, None), "weight_decay", 0.0) == set()
+
+
+BIASES = [
+    "bias", "pos_bias_u", "r_r_bias", "down_proj_bias", "attention_biases", "relative_position_bias_table", "bias_k",
+    "bias_ih_l0", "relPosBias", "bias1",
+]  # fmt: skip
+NO_BIASES = ["unbiased", "debias_map", "biased_weight", "alibias", "bias_proj", "bias_weight", "inBiasedKernel"]
+
+
+def test_biases_of_any_shape() -> None:
+    model = nn.Module()
+    for name in (*BIASES, *NO_BIASES):
+        model.register_parameter(name, Parameter(torch.ones(2, 2)))
+    model.biases = nn.ParameterList([torch.ones(2, 2)])
+    model.bias_of = nn.ParameterDict({"en": torch.ones(2, 2)})
+    model.parts = nn.ParameterDict({"bias": torch.ones(2, 2), "weight": torch.ones(2, 2)})
+    model.bias_net = nn.Linear(2, 2, bias=False)
+    model.fc = nn.Linear(2, 2)
+    model.fc.bias = Parameter(torch.ones(2, 2))
+    parametrize.register_parametrization(model.fc, "bias", nn.Identity())
+    parametrize.register_parametrization(model.fc, "weight", nn.Identity())
+    decay = named(no_decay_groups(model, 0.1), "weight_decay", 0.1)
+    assert decay == {*NO_BIASES, "parts.weight", "bias_net.weight", "fc.parametrizations.weight.original"}
+
+
+def test_state_space_models_keep_their_decay() -> None:
+    """Also where nobody has marked it, as in transformers' Mamba. Another ``D`` is a matrix like any other."""
+    model = nn.ModuleDict()
+    for i, names in enumerate([("A_log", "D", "x"), ("A_b_log", "D_b"), ("A_logs", "Ds"), ("D", "A"), ("DA_log",)]):
+        part = nn.Module()
+        for name in names:
+            part.register_parameter(name, Parameter(torch.ones(2, 2)))
+        model[f"part{i}"] = part
+    decay = named(no_decay_groups(model, 0.1), "weight_decay", 0.1)
+    assert decay == {"part0.x", "part3.D", "part3.A", "part4.DA_log"}
+
+
+def test_marks_on_parameters() -> None:
+    model = nn.ParameterList(torch.ones(2, 2) for _ in range(6))
+    marks = [("_no_weight_decay", True), ("no_weight_decay", True), ("_optim", {"weight_decay": 0.0, "lr": 1e-3}),
+             ("_no_weight_decay", False), ("_optim", {"lr": 1e-3}), ("_optim", None)]  # fmt: skip
+    for param, (name, value) in zip(model, marks, strict=True):
+        setattr(param, name, value)
+    assert named(no_decay_groups(model, 0.1), "weight_decay", 0.0) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(("hint", "exempt"), [("pos_embed", {"pos_embed", "fc.bias"}), (None, {"fc.bias"})])
+def test_hints_that_are_no_list(hint: str | None, exempt: set[str]) -> None:
+    assert named(no_decay_groups(Hints("no_weight_decay", lambda: hint), 0.1), "weight_decay", 0.0) == exempt
+    with pytest.raises(ValueError, match=r"part\.no_weight_decay should list names of parameters but is: True"):
+        no_decay_groups(nn.ModuleDict({"part": Hints("no_weight_decay", True)}), 0.1)
+
+
+class Listing(nn.Module):
+    """Asks for names as its ``named_parameters()`` has them, as timm's models with a table of positions do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Hints("", None) for _ in range(2))
+
+    def no_weight_decay(self) -> list[str]:
+        return [name for name, _ in self.named_parameters() if name.endswith("pos_embed")]
+
+
+@pytest.mark.parametrize("listed", ["before", "after"])
+@pytest.mark.parametrize("wrap", [torch.compile, checkpoint_wrapper, nn.DataParallel,
+                                  lambda module: nn.DataParallel(torch.compile(checkpoint_wrapper(module)))],
+                         ids=["compile", "checkpoint", "parallel", "all"])  # fmt: skip
+def test_hints_within_wrappers(wrap: Callable[[nn.Module], nn.Module], listed: str) -> None:
+    model = Listing()
+    expected = named(no_decay_groups(model, 0.1), "weight_decay", 0.0)
+    assert expected == {f"blocks.{i}.{name}" for i in range(2) for name in ("pos_embed", "fc.bias")}
+    if listed == "before":
+        names = model.no_weight_decay()
+        model.no_weight_decay = lambda: names  # type: ignore[method-assign]
+    for i in range(2):
+        model.blocks[i] = wrap(model.blocks[i])
+    assert named(no_decay_groups(wrap(model), 0.1), "weight_decay", 0.0) == expected
 
 
 KINDS = ("weight", "bias")
@@ -488,12 +600,84 @@ def test_tensor_learning_rate() -> None:
 
 
 def test_groups_can_be_extended_by_hand() -> None:
-    """torch refuses to mix named and unnamed groups; ours are named."""
+    """torch refuses to mix named and unnamed groups in its own optimizers; ours are named."""
     optimizer = torch.optim.SGD(param_groups(Model(), lr=0.1))
     with pytest.raises(ValueError, match="with/without names"):
         optimizer.add_param_group({"params": [Parameter(torch.zeros(2))]})
     optimizer.add_param_group({"params": [("more", Parameter(torch.zeros(2)))]})
     assert optimizer.state_dict()["param_groups"][-1]["param_names"] == ["more"]
+
+
+def more(*names: str) -> list[Any]:
+    params = [Parameter(torch.ones(2)), Parameter(torch.ones(3))]
+    return list(zip(names, params, strict=True)) if names else params
+
+
+NAMES = [group["param_names"] for group in no_decay_groups(Model(), 0.1)]
+#: Groups, and the names that they have.
+JOINS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[Any]]] = {
+    "plain_joins_named": (
+        lambda: [*no_decay_groups(Model(), 0.1), {"params": iter(more()), "lr": 0.5}],
+        [*NAMES, None],
+    ),
+    "named_joins_plain": (lambda: [{"params": more()}, {"params": more("a", "b"), "lr": 0.5}], [None, ["a", "b"]]),
+    "names_as_a_list": (
+        lambda: [{"params": more()}, {"params": more(), "param_names": ["a", "b"]}],
+        [None, ["a", "b"]],
+    ),
+    "by_turns": (
+        lambda: [{"params": more("a", "b")}, {"params": more()}, {"params": more("c", "d")}],
+        [["a", "b"], None, ["c", "d"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["list", "add_param_group"])
+@pytest.mark.parametrize("cls", [optimx.AdamW, optimx.Lion, optimx.Adafactor, optimx.SGD])
+@pytest.mark.parametrize(("groups", "names"), JOINS.values(), ids=JOINS)
+def test_groups_with_and_without_names(
+    groups: Callable[[], list[dict[str, Any]]], names: list[Any], cls: type[torch.optim.Optimizer], later: bool
+) -> None:
+    """All are stepped, and those that have names keep them, also through checkpoints of either kind."""
+    given = groups()
+    optimizer = cls(given[:1] if later else given, lr=0.1)
+    for group in given[1:] if later else ():
+        optimizer.add_param_group(group)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = [param.detach().clone() for param in params]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert not any(map(torch.equal, before, params))
+    saved = optimizer.state_dict()
+    assert [group.get("param_names") for group in saved["param_groups"]] == names
+    # neither do names get lost where a checkpoint has none, nor do they keep groups from joining
+    plain = [{key: value for key, value in group.items() if key != "param_names"} for group in saved["param_groups"]]
+    optimizer.load_state_dict({**saved, "param_groups": plain})
+    assert [group.get("param_names") for group in optimizer.param_groups] == names
+    other = cls([{"params": [Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups])
+    other.load_state_dict(saved)
+    assert [group.get("param_names") for group in other.param_groups] == names
+    other.add_param_group({"params": more()})
+    assert len(other.param_groups) == len(given) + 1
+
+
+def test_what_torch_refuses_of_a_group_is_refused() -> None:
+    optimizer = optimx.SGD(param_groups(Model(), lr=0.1))
+    groups = optimizer.param_groups
+    before = [*groups]
+    shared, new = groups[0]["params"][0], Parameter(torch.zeros(2))
+    for group, error, message in (
+        ({"params": [new, shared]}, ValueError, "more than one parameter group"),
+        ({"params": [("a", new), Parameter(torch.zeros(2))]}, ValueError, "Some param names are missing"),
+        ({"params": {new}}, TypeError, "ordered collections"),
+        ({"params": [3]}, TypeError, "can only optimize Tensors"),
+        ([new], TypeError, "must be a dict"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.add_param_group(group)
+        assert optimizer.param_groups is groups
+        assert groups == before
 
 
 # wrappers
@@ -508,6 +692,17 @@ class Wrapper(nn.Module):
 
 
 WRAPPERS = ["module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"]
+
+
+def test_a_wrapper_that_has_it_twice() -> None:
+    """As Lightning Fabric's: the module, and the module in the wrapper of its strategy."""
+    plain, wrapped = Model(), Wrapper(inner := Model(), "_original_module")
+    wrapped.register_module("_forward_module", Wrapper(inner, "module"))
+    assert layer_ids(wrapped) == layer_ids(plain)
+    assert describe(wrapped, param_groups(wrapped)).tied == ()
+    # two modules are no wrapper
+    wrapped.register_module("_forward_module", Model())
+    assert set(layer_ids(wrapped)) == set(dict(wrapped.named_parameters()))
 
 
 @settings(deadline=None)

@@ -86,6 +86,54 @@ def test_lightning(by_hand: list[Tensor], tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["adamw", "torch.optim:AdamW"])
+def test_lightning_unfreezes_a_backbone(name: str, tmp_path: Path) -> None:
+    """The callback adds a plain group in the middle of the training; the schedule goes on, also from a checkpoint."""
+    lightning = pytest.importorskip("lightning")
+    from lightning.pytorch.callbacks import BackboneFinetuning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+            self.rates: list[list[float]] = []
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            self.rates.append([group["lr"] for group in self.optimizers().param_groups])
+            return (self.head(self.backbone(batch[0])) - batch[1]).square().mean()
+
+        def configure_optimizers(self) -> Any:
+            cfg = {"optimizer": {"name": name, "lr": 0.1}, "schedule": {"name": "linear", "total": 4 * STEPS}}
+            return optimx.build(self, cfg).as_lightning()
+
+    def fit(epochs: int, checkpoint: Path | None) -> Any:
+        callback = BackboneFinetuning(1, lambda_func=lambda epoch: 1.0, should_align=False, backbone_initial_lr=0.01)
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path, callbacks=[callback],
+        )  # fmt: skip
+        module = Module()
+        trainer.fit(module, DataLoader(batches(), batch_size=None), ckpt_path=checkpoint, weights_only=False)
+        if checkpoint is None:
+            trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return module
+
+    whole = fit(4, None)
+    # the head's two groups, then the backbone's own
+    assert [len(rates) for rates in whole.rates] == [2] * STEPS + [3] * 3 * STEPS
+    for step, rates in enumerate(whole.rates):
+        factor = 1 - step / (4 * STEPS)
+        assert rates[:2] == pytest.approx([0.1 * factor] * 2)
+        # at an epoch's beginning the callback sets its own rate
+        assert rates[2:] == pytest.approx([0.01 * (factor if step % STEPS else 1.0)] * len(rates[2:]))
+    fit(3, None)
+    # only the rates: the callback leaves the backbone frozen where it begins after the epoch that unfreezes it
+    resumed = fit(4, tmp_path / "3.ckpt")
+    assert resumed.rates == [pytest.approx(rates) for rates in whole.rates[3 * STEPS :]]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_accelerate(by_hand: list[Tensor]) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerator = accelerate.Accelerator(cpu=True)

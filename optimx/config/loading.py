@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
 import re
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..registry import normalized
 from .errors import ConfigError, Problem, nearest
+from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
 
 __all__ = ["load", "merge", "parse_value", "read_file"]
-
-SECTIONS = ("preset", "optimizer", "groups", "schedule", "batch_scaling")
-#: Sections that may be a name alone, and attributes of a flat namespace: where their value goes.
-FLAT = {
-    "optimizer": "optimizer.name", "lr": "optimizer.lr", "weight_decay": "optimizer.weight_decay",
-    "betas": "optimizer.betas", "eps": "optimizer.eps", "momentum": "optimizer.momentum",
-    "max_grad_norm": "optimizer.max_grad_norm", "no_decay": "groups.no_decay", "layer_decay": "groups.layer_decay",
-    "schedule": "schedule.name", "total": "schedule.total", "warmup": "schedule.warmup", "floor": "schedule.floor",
-    "steps_per_epoch": "schedule.steps_per_epoch",
-}  # fmt: skip
 
 
 def load(
@@ -34,8 +25,8 @@ def load(
 
     Args:
         cfg: A mapping, a dataclass, an :class:`argparse.Namespace`, an OmegaConf object, the path of a ``.toml``,
-            ``.yaml``, ``.yml`` or ``.json`` file, or the name of a preset. Of a namespace, dotted attributes, sections
-            and :data:`FLAT` that are not None are read; others belong to the program.
+            ``.yaml``, ``.yml`` or ``.json`` file, or the name of a preset. What is read of a namespace,
+            :func:`~optimx.config.namespace.read_namespace` says.
         overrides: ``{"optimizer.lr": 0.1}`` or ``["optimizer.lr=0.1"]``, set over it. In strings, values are JSON, and
             what is not JSON is a string.
         presets: Trees that a key ``preset`` can name, over which the config is laid.
@@ -43,13 +34,21 @@ def load(
     Raises:
         ConfigError: It cannot be read.
     """
+    pairs = [*_pairs(overrides)]
+    paths = [str(path) for path, _ in pairs]
     try:
-        tree = _expand(_plain(_tree(cfg), "cfg"))
-        for path, value in _pairs(overrides):
+        if is_namespace(cfg):
+            tree = _namespace(cfg, paths, presets or {})
+        else:
+            tree = _expand(_plain(_tree(cfg), "cfg"))
+        for path, value in pairs:
             _set(tree, path, _plain(value, path))
     except RecursionError as error:
         raise _error("cfg", "should not contain itself", cfg) from error
-    return _over_preset(_expand(tree), presets or {})
+    tree = _over_preset(_expand(tree), presets or {})
+    if is_namespace(cfg):
+        drop_foreign(tree, cfg, paths)
+    return tree
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,8 +79,6 @@ def parse_value(text: str) -> Any:
 
 
 def _tree(cfg: Any) -> Any:
-    if isinstance(cfg, argparse.Namespace):
-        return _namespace(cfg)
     if isinstance(cfg, str) and not Path(cfg).suffix and not os.path.exists(cfg):
         return {"preset": cfg}
     if isinstance(cfg, (str, os.PathLike)):
@@ -94,10 +91,11 @@ def _tree(cfg: Any) -> Any:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """New dicts and lists all the way down; other values as they are. None in a dataclass means not given."""
+    """New dicts and lists all the way down; other values as they are. None as an attribute means not given."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        value = {name: field for name, field in fields.items() if field is not None}
+        value = types.SimpleNamespace(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    if is_namespace(value):
+        value = {name: field for name, field in vars(value).items() if field is not None}
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
@@ -116,20 +114,14 @@ def _expand(tree: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _namespace(namespace: argparse.Namespace) -> dict[str, Any]:
+def _namespace(namespace: Any, overridden: Collection[str], presets: Collection[str]) -> dict[str, Any]:
     tree: dict[str, Any] = {}
-    for name, value in vars(namespace).items():
-        section, dot, _ = name.partition(".")
-        known: Collection[str] = SECTIONS if dot else {*FLAT, *SECTIONS}
-        if value is None:
-            continue
-        if not dot and name in FLAT and (name not in SECTIONS or isinstance(value, str)):
-            _set(tree, FLAT[name], _plain(value, name))
-        elif section in SECTIONS:
-            _set(tree, name, _plain(value, name))
-        # the program has attributes of its own, but none is called wieght_decay
-        elif near := nearest(section, known, 0.85):
-            raise ConfigError([Problem(name, "is no attribute that a config has", value, near)])
+    for path, value in read_namespace(namespace, overridden, presets):
+        value = _plain(value, path)
+        if path in SECTIONS:
+            tree[path] = {**tree.get(path, {}), **value}
+        else:
+            _set(tree, path, value)
     return tree
 
 

@@ -31,17 +31,20 @@ def param_groups(
 
     Every trainable parameter is in one group; parameters with equal settings share it, in the order of the model. Names
     are those without wrappers (``module.``, ``_orig_mod.``, ``_fsdp_wrapped_module.``,
-    ``_checkpoint_wrapped_module.``); a tied parameter has all of its names. Patterns are globs for the whole name, or
-    regular expressions searched for in it (compiled, or after ``re:``); one that matches no parameter is an error.
+    ``_checkpoint_wrapped_module.`` and Fabric's); a tied parameter has all of its names. Patterns are globs for the
+    whole name, or regular expressions searched for in it (compiled, or after ``re:``); one that matches no parameter is
+    an error.
 
     Args:
         model: The model, wrapped or not.
         lr: Learning rate (default: None, the optimizer's).
         weight_decay: Weight decay of the parameters that have one (default: None, the optimizer's).
-        no_decay: Who has none. ``"auto"``: biases, parameters of norm layers, those of 0 or 1 dimensions, and what
-            the model asks for (``no_weight_decay()``, ``no_weight_decay_keywords()``, a parameter's
-            ``_no_weight_decay``). ``"embeddings"``: embedding tables. A list of these and of patterns, of which
-            ``"!pattern"`` takes back what those before it chose. None: nobody (default: ``"auto"``).
+        no_decay: Who has none. ``"auto"``: biases, which their names tell (``bias``, ``pos_bias_u``,
+            ``attention_biases``); parameters of torch's norm layers, and vectors of others that are called norms; those
+            of 0 or 1 dimensions; ``A_log`` and ``D`` of state space models; and what the model asks for
+            (``no_weight_decay()``, ``no_weight_decay_keywords()``, a parameter's ``_no_weight_decay`` or
+            ``_optim["weight_decay"]`` of 0). ``"embeddings"``: embedding tables. A list of these and of patterns, of
+            which ``"!pattern"`` takes back what those before it chose. None: nobody (default: ``"auto"``).
         layer_decay: The learning rate of a layer as a factor of that of the next, in (0, 1]; the head's is ``lr``
             (default: None).
         layers: Where the layers are: a function from a name to a number, from 0 at the input; a list of patterns (or
@@ -61,7 +64,8 @@ def param_groups(
     Returns:
         Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
         and ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
-        ``lr_scale`` out for timm's schedulers, which would scale once more.
+        ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take groups without
+        names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have none.
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, there is nothing to train or a single

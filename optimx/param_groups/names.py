@@ -15,8 +15,11 @@ from .. import _compat
 
 PatternLike = str | re.Pattern[str]
 
-#: Under these names data parallelism, ``torch.compile``, FSDP and activation checkpointing keep what they wrap.
-WRAPPED = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+#: Under these names data parallelism, ``torch.compile``, FSDP, activation checkpointing and Lightning Fabric keep what
+#: they wrap.
+WRAPPED = {
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "_original_module",
+}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -55,7 +58,7 @@ class Node:
 def module_tree(model: nn.Module) -> Node:
     """The model's modules without wrappers.
 
-    A child of one of the wrappers' names is taken for wrapped if it is all that its parent has.
+    A child of one of the wrappers' names is taken for wrapped if it is all that its parent has, perhaps several times.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -88,21 +91,33 @@ def _check(name: str, param: nn.Parameter) -> None:
 
 
 def _unwrap(node: Node, path: str) -> Node:
-    while len(node.children) == 1 and not node.params and (names := node.children.keys() & WRAPPED):
-        node = node.children[names.pop()]
+    node = _wrapped(node)
     node.path = path
     node.children = {name: _unwrap(child, f"{path}.{name}" if path else name) for name, child in node.children.items()}
     return node
 
 
+def _wrapped(node: Node) -> Node:
+    """What a node is a wrapper of, itself if it is none."""
+    if node.params or not node.children or not node.children.keys() <= WRAPPED:
+        return node
+    first, *others = map(_wrapped, node.children.values())
+    return first if all(other.module is first.module for other in others) else node
+
+
+def without_wrappers(name: str) -> str:
+    """A name as ``model.named_parameters()`` has it, without the parts that wrappers add."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPED) or name
+
+
 @dataclass(frozen=True, eq=False)
 class NamedParameter:
-    """A parameter, all of its names (several where it is tied), and the modules that own it."""
+    """A parameter, all of its names (several where it is tied), the modules that own it, and its whole shape."""
 
     param: nn.Parameter
     names: tuple[str, ...]
     owners: tuple[nn.Module, ...]
-    ndim: int
+    shape: torch.Size
 
     @property
     def name(self) -> str:
@@ -111,14 +126,14 @@ class NamedParameter:
 
 def named_parameters(root: Node) -> list[NamedParameter]:
     """Every parameter once, in the order of its first name."""
-    found: dict[nn.Parameter, list[tuple[str, nn.Module, int]]] = {}
+    found: dict[nn.Parameter, list[tuple[str, nn.Module, torch.Size]]] = {}
     for node in root.walk():
         for name, param in node.params.items():
-            found.setdefault(param, []).append((node.name_of(name), node.module, len(node.shapes[name])))
+            found.setdefault(param, []).append((node.name_of(name), node.module, node.shapes[name]))
     params = []
     for param, places in found.items():
-        names, owners, ndims = zip(*places, strict=True)
-        params.append(NamedParameter(param, names, owners, ndims[0]))
+        names, owners, shapes = zip(*places, strict=True)
+        params.append(NamedParameter(param, names, owners, shapes[0]))
     return params
 
 

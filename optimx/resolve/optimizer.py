@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._step import MultiTensorStep
 from ..config import GroupsConfig, OptimizerConfig
 from ..config.errors import MISSING, Problems, join
 from ..config.values import check_arguments, parameters_of
@@ -30,6 +31,7 @@ class OptimizerPlan:
         defaults: Of its groups.
         config: The resolved section.
         like: A parameter of the model.
+        mixes_names: Whether groups with names and groups without may be mixed.
     """
 
     factory: Callable[..., Optimizer]
@@ -37,11 +39,17 @@ class OptimizerPlan:
     defaults: dict[str, Any]
     config: OptimizerConfig
     like: Tensor
+    mixes_names: bool
 
     @property
     def name(self) -> str:
         """For messages."""
         return getattr(self.factory, "__name__", "the optimizer")
+
+    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer. Where names would keep groups without them from joining later, it gets none."""
+        hidden = () if self.mixes_names else ("param_names",)
+        return self.factory([{k: v for k, v in group.items() if k not in hidden} for group in groups], **self.arguments)
 
     def rehearse(self, groups: list[dict[str, Any]]) -> Optimizer:
         """One with the same groups, each of one small parameter: to try out on it what takes an optimizer."""
@@ -95,7 +103,8 @@ def plan_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> 
     assert made is not None
     complete = {key: value for key, value in {**defaults, **arguments}.items() if value is not None}
     own = {key: complete.pop(key, None) for key in ("lr", "weight_decay", "max_grad_norm")}
-    return OptimizerPlan(factory, arguments, made.defaults, OptimizerConfig(section.name, **own, args=complete), like)
+    config = OptimizerConfig(section.name, **own, args=complete)
+    return OptimizerPlan(factory, arguments, made.defaults, config, like, isinstance(made, MultiTensorStep))
 
 
 def plan_groups(
