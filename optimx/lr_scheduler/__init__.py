@@ -40,6 +40,7 @@ from .schedules import (
     Polynomial,
     Tanh,
 )
+from .staircase import Staircase
 from .warmup_lr import PlateauWithWarmup, WarmupLR
 
 __all__ = sorted(
@@ -85,6 +86,7 @@ __all__ = sorted(
         "SGDR",
         "Schedule",
         "ScheduleLR",
+        "Staircase",
         "Tanh",
         "TanhLR",
         "WSDLR",
