@@ -45,13 +45,29 @@ def wrong():
     return 3
 """
 
+DEEP = """
+from torch import nn
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(16))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+def make():
+    return Deep()
+"""
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config and a model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "models_here", raising=False)
+    for module in ("models_here", "deep"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     Path("train.toml").write_text(CONFIG)
     Path("models_here.py").write_text(MODEL)
     return tmp_path
@@ -243,6 +259,22 @@ def test_plots_have_a_file_of_their_own(capsys: pytest.CaptureFixture[str]) -> N
     assert Path("lr.png").read_bytes().startswith(b"\x89PNG")
     run(capsys, "plot", "train.toml", "-o", "lr.svg")
     assert b"<svg" in Path("lr.svg").read_bytes()
+
+
+def test_plots_label_every_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the parameters of its groups have in common, however many there are."""
+    figures = pytest.importorskip("matplotlib.figure")
+    seen: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    Path("deep.py").write_text(DEEP)
+    run(capsys, "plot", "train.toml", "--model", "deep:make", "--set", 'groups={"layer_decay": 0.75}')
+    (legend,) = seen[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["embed", *(f"blocks.{i}" for i in range(16)), "norm, head"]
+    colors = {line.get_color() for line in seen[0].axes[0].lines}
+    assert len(colors) == len(labels)
+    run(capsys, "plot", "train.toml", "--model", "models_here:make", "--set", "optimizer.name=sgd")
+    assert [text.get_text() for text in seen[1].legends[0].get_texts()] == ["0, 1", "2"]
 
 
 @pytest.mark.parametrize(

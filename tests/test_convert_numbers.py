@@ -73,6 +73,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Both num_training_steps")
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("name", HF)
 def test_transformers(name: str, length: str) -> None:

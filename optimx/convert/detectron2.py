@@ -41,7 +41,7 @@ def detectron2(source: Source) -> Conversion:
     optimizer = optimizer | {"lr": lr, "weight_decay": decay}
     if name == "SGD":
         optimizer |= {"momentum": solver.number("MOMENTUM", 0.9), "nesterov": solver.take("NESTEROV", False)}
-    clip = Source(solver.take("CLIP_GRADIENTS", {}), "SOLVER.CLIP_GRADIENTS.")
+    clip = Source(solver.take("CLIP_GRADIENTS") or {}, "SOLVER.CLIP_GRADIENTS.")
     if clip.take("ENABLED", False):
         if clip.take("CLIP_TYPE", "value") == "full_model" and clip.take("NORM_TYPE", 2.0) == 2.0:
             optimizer["max_grad_norm"] = clip.number("CLIP_VALUE", 1.0)

@@ -9,7 +9,7 @@ from typing import Any
 
 from .detectron2 import detectron2
 from .hugging_face import hugging_face
-from .source import Conversion, Source
+from .source import NOTHING, Conversion, Source
 from .timm import timm
 
 __all__ = ["PROJECTS", "Project", "look_alike", "recognised", "unknown_keys"]
@@ -68,7 +68,7 @@ PROJECTS: dict[str, Project] = {
             "opt|opt_(eps|betas|args|foreach|kwargs)|lr|lr_(noise|noise_pct|noise_std|cycle_mul|cycle_decay|cycle_limit"
             "|k_decay|base|base_size|base_scale|decay_fn|stable_timescale)|sched|sched_on_updates|momentum|weight_decay"
             "|warmup_(lr|epochs|prefix)|min_lr|decay_(epochs|milestones|rate)|cooldown_epochs|patience_epochs"
-            "|clip_(grad|mode)|layer_decay|layer_decay_(min_scale|no_opt_scale)|bn_momentum|no_resume_opt"
+            "|clip_(grad|mode)|layer_decay|layer_decay_(min_scale|no_opt_scale)|bn_momentum|no_resume_opt|model_ema.*"
         ),
     ),
 }
@@ -128,5 +128,5 @@ def unknown_keys(values: Mapping[str, Any], project: Project) -> list[str]:
         key
         for key in values
         if isinstance(key, str) and _TRAINING.fullmatch(key) and not project.keys.fullmatch(key)
-        and values[key] not in (None, False)
+        and values[key] not in NOTHING
     ]  # fmt: skip

@@ -12,9 +12,10 @@ from typing import Any
 from ..config.errors import ConfigError, Problem, nearest
 from ..config.loading import Tagged
 
-__all__ = ["Conversion", "Source", "assumptions", "epochs", "given", "refused"]
+__all__ = ["NOTHING", "Conversion", "Source", "assumptions", "epochs", "given", "refused"]
 
-_NOTHING: tuple[Any, ...] = (None, False, 0, "", (), [], {})
+#: Values that say nothing.
+NOTHING: tuple[Any, ...] = (None, False, 0, "", (), [], {})
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Source:
         return [
             f"not converted: {self.path}{key} = {value!r}"
             for key, value in unread.items()
-            if value not in _NOTHING and about.match(key)
+            if value not in NOTHING and about.match(key)
         ]
 
 
