@@ -30,6 +30,7 @@ from optimx.lr_scheduler import (
     Polynomial,
     Restarts,
     Schedule,
+    Staircase,
     Tanh,
     Warmup,
 )
@@ -54,7 +55,7 @@ GALLERY: dict[str, list[tuple[str, Schedule]]] = {
     ],
     "Without a horizon, and cycles": [
         ("Exponential(0.98)", Exponential(0.98)),
-        ("Exponential(0.5), staircase", Exponential(0.5, decay_steps=50, staircase=True)),
+        ("Staircase(Exponential(0.98), 20)", Staircase(Exponential(0.98), 20)),
         ("NaturalExponential(0.02)", NaturalExponential(0.02)),
         ("InverseTime(0.05)", InverseTime(0.05)),
         ("InverseSqrt(20)", InverseSqrt(20)),

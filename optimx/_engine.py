@@ -275,7 +275,10 @@ def _only(optimizer: Optimizer, positions: Sequence[int]) -> Iterator[None]:
 @contextmanager
 def _in_turn(optimizer: Optimizer) -> Iterator[None]:
     """Let torch's step be its loop over parameters."""
-    chosen = [{name: group[name] for name in ("foreach", "fused") if name in group} for group in optimizer.param_groups]
+    names = ("foreach", "fused")
+    chosen: list[dict[str, Any]] = [
+        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
+    ]
     try:
         for group, settings in zip(optimizer.param_groups, chosen, strict=True):
             group.update(dict.fromkeys(settings, False))

@@ -7,8 +7,10 @@ import importlib
 import json
 import os
 import platform
+import shutil
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -43,26 +45,63 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments (default: those of the process).
 
     Returns:
-        The exit code: 0, or 2 on bad input, which one line on stderr tells.
+        The exit code: 0; 1 where the output cannot be written; 2 on bad input. Lines on stderr tell why, one a problem.
     """
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    if sys.stdout is None:
+        _say("error", "the output cannot be written: it is closed")
+        return 1
+    try:
+        try:
+            arguments = _parser().parse_args([*_one_setting_each(sys.argv[1:] if argv is None else argv)])
+            return _run(arguments)
+        finally:
+            # here an error can be told, at exit python would tell it as its own
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # `optimx list | head`: nobody reads on
+        _discard_output()
+        return 0
+    except OSError as error:
+        _discard_output()
+        _say("error", f"the output cannot be written: {error.strerror or error}")
+        return 1
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         arguments.run(arguments)
     except ConfigError as error:
-        _fail("; ".join(map(str, error.problems)))
+        for problem in error.problems:
+            _say("error", str(problem))
         return 2
     except _BadInput as error:
-        _fail(str(error))
+        _say("error", str(error))
         return 2
-    except BrokenPipeError:
-        # `optimx list | head`: nobody reads on; python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _fail(message: str) -> None:
-    print("optimx: error:", " ".join(message.split()), file=sys.stderr)
+def _one_setting_each(argv: Sequence[str]) -> Iterator[str]:
+    """``--set A=1 B=2 FILE`` as ``--set A=1 --set B=2 FILE``: only the ``=`` tells a setting from the file."""
+    rest = [*argv]
+    while rest:
+        argument = rest.pop(0)
+        yield argument
+        if argument == "--set" and rest:
+            yield rest.pop(0)
+            while rest and "=" in rest[0] and not rest[0].startswith("-"):
+                yield from ("--set", rest.pop(0))
+
+
+def _say(kind: str, message: str) -> None:
+    """A line on stderr, where there is one."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"optimx: {kind}:", " ".join(message.split()), file=sys.stderr)
+
+
+def _discard_output() -> None:
+    """What is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _BadInput(Exception):
@@ -70,7 +109,10 @@ class _BadInput(Exception):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
     parser = _Parser(prog="optimx", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"optimx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     doctor = commands.add_parser(
@@ -85,13 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="the learning rate of each group over the steps, as an image")
     plot.add_argument("--model", metavar="PACKAGE.MODULE:FACTORY", help="what makes the model (default: one group)")
     plot.add_argument("-o", "--output", default="schedule.png", type=Path, help="the image (default: schedule.png)")
-    plot.add_argument("--steps", type=int, help="how many (default: all of the schedule)")
+    plot.add_argument("--steps", type=_steps, help="how many (default: all of the schedule)")
+    plot.add_argument("--force", action="store_true", help="write over a file that exists")
     plot.set_defaults(run=_plot)
 
     for command in (explain, plot):
         command.add_argument("config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
-        command.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
-                             help="over it, such as optimizer.lr=3e-4")  # fmt: skip
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                             help="over it, such as optimizer.lr=3e-4; several, too")  # fmt: skip
 
     conversion = commands.add_parser("convert", help="a config of timm, detectron2 or Hugging Face as one of ours")
     conversion.add_argument(
@@ -101,12 +144,20 @@ def _parser() -> argparse.ArgumentParser:
         "--from", dest="project", metavar="PROJECT", help="timm, detectron2 or hf (default: by its keys)"
     )
     conversion.add_argument("-o", "--output", type=Path, help="a .toml or .json file (default: TOML to the terminal)")
+    conversion.add_argument("--force", action="store_true", help="write over a file that exists")
     conversion.set_defaults(run=_convert)
 
     names = commands.add_parser("list", help="names that configs can use")
     names.add_argument("pattern", nargs="?", default="*", help="a glob, such as 'adam*'")
     names.set_defaults(run=_list)
     return parser
+
+
+def _steps(text: str) -> int:
+    steps = int(text)
+    if steps < 1:
+        raise argparse.ArgumentTypeError(f"should be >= 1 but is: {text}")
+    return steps
 
 
 # commands
@@ -151,9 +202,10 @@ def _explain(arguments: argparse.Namespace) -> None:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
+    _check_output(arguments.output, arguments.force)
     tree = load(arguments.config, arguments.set, TREES)
     if arguments.model is None and tree.pop("groups", None):
-        print("optimx: note: groups are of a model (--model), so one group is drawn", file=sys.stderr)
+        _say("note", "groups are of a model (--model), so one group is drawn")
     model = nn.Linear(1, 1, bias=False) if arguments.model is None else _model(arguments.model)
     built = build(model, tree)
     if not is_function_of_step(built.scheduler):
@@ -161,11 +213,13 @@ def _plot(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             [Problem("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))]
         )
+    if arguments.steps is None and getattr(built.scheduler.schedule, "steps", None) is None:
+        raise _BadInput("the schedule has no end: tell how many steps to draw, as --steps 1000 does")
     try:
         built.scheduler.plot(arguments.output, arguments.steps)
     except ImportError as error:
         raise _BadInput(f"plot needs {error.name}: pip install 'torch-optimx[bench]'") from error
-    # an endless schedule, a number of steps below 1, a file that cannot be written, a suffix that is no image's
+    # a file that cannot be written, a suffix that is no image's
     except (ValueError, OSError) as error:
         raise _BadInput(f"plot: {error}") from error
     print(arguments.output)
@@ -173,11 +227,15 @@ def _plot(arguments: argparse.Namespace) -> None:
 
 def _convert(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
-    if output is not None and output.suffix not in (".toml", ".json"):
-        raise _BadInput(f"output should end with .toml or .json but is: {output}")
+    if output is not None:
+        if output.suffix not in (".toml", ".json"):
+            raise _BadInput(f"output should end with .toml or .json but is: {output}")
+        _check_output(output, arguments.force)
     conversion = convert(read_file(Path(arguments.config)), arguments.project)
-    as_json = output is not None and output.suffix == ".json"
-    text = json.dumps(conversion.config, indent=2) + "\n" if as_json else to_toml(conversion.config)
+    # TOML has all that the config may be of
+    text = to_toml(conversion.config)
+    if output is not None and output.suffix == ".json":
+        text = json.dumps(conversion.config, indent=2, default=str) + "\n"
     if output is None:
         print(text, end="")
     else:
@@ -188,7 +246,14 @@ def _convert(arguments: argparse.Namespace) -> None:
                 f"output should be a file that can be written ({error.strerror}) but is: {output}"
             ) from error
     for note in conversion.notes:
-        print("optimx: note:", note, file=sys.stderr)
+        _say("note", note)
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if output.is_dir():
+        raise _BadInput(f"output should be a file but is a folder: {output}")
+    if output.exists() and not force:
+        raise _BadInput(f"output should be a new file, or come with --force, but exists: {output}")
 
 
 def _list(arguments: argparse.Namespace) -> None:
@@ -222,23 +287,7 @@ def _model(path: str) -> nn.Module:
     return model
 
 
-# tables
-
-
 def _show(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> None:
-    """A table, the first row of which is its head: drawn in a terminal where rich is installed, else plain text."""
-    if sys.stdout.isatty():
-        try:
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
-            pass
-        else:
-            table = Table()
-            for i, name in enumerate(rows[0]):
-                table.add_column(name, justify="right" if i in numbers else "left")
-            for row in rows[1:]:
-                table.add_row(*row)
-            Console().print(table)
-            return
-    print(*aligned(rows, numbers), sep="\n")
+    """A table, the first row of which is its head; in a terminal as wide as that."""
+    terminal = sys.stdout.isatty()
+    print(*aligned(rows, numbers, shutil.get_terminal_size().columns if terminal else None), sep="\n")

@@ -168,8 +168,8 @@ def _schedulers() -> Iterable[tuple[str, Any]]:
             yield re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower(), thing
     yield from (("1-sqrt", package.OneMinusSqrt), ("1-square", package.OneMinusPower))
     # found there by name, as an installed package's would be: nothing here imports what uses it
-    for name in ("wsd", "warmup_stable_decay"):
-        yield name, metadata.EntryPoint(name, f"{__package__}.resolve.schedule:wsd", "optimx.schedulers")
+    for name, function in (("wsd", "wsd"), ("warmup_stable_decay", "wsd"), ("inverse_sqrt", "inverse_sqrt")):
+        yield name, metadata.EntryPoint(name, f"{__package__}.resolve.schedule:{function}", "optimx.schedulers")
 
 
 OPTIMIZERS = Registry("optimizer", "optimx.optimizers", _optimizers)

@@ -45,13 +45,29 @@ def wrong():
     return 3
 """
 
+DEEP = """
+from torch import nn
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(3, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(16))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+def make():
+    return Deep()
+"""
+
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a config and a model."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "models_here", raising=False)
+    for module in ("models_here", "deep"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     Path("train.toml").write_text(CONFIG)
     Path("models_here.py").write_text(MODEL)
     return tmp_path
@@ -63,6 +79,7 @@ def run(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """What is wrong, a line each."""
     try:
         code = cli.main(argv)
     except SystemExit as error:
@@ -70,9 +87,10 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
-    (line,) = [line for line in err.splitlines() if not line.startswith("optimx: note:")]
-    assert line.startswith("optimx")
-    return line
+    lines = [line for line in err.splitlines() if not line.startswith("optimx: note:")]
+    assert lines
+    assert all(line.startswith("optimx") and ": error: " in line for line in lines)
+    return "\n".join(line.partition(": error: ")[2] for line in lines)
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,11 +163,15 @@ def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
     Path("args.json").write_text(json.dumps(theirs))
     assert cli.main(["convert", "args.json"]) == 0
     out, err = capsys.readouterr()
-    assert err == "optimx: note: not converted: optim_args = 'a=b'\n"
+    notes = err.splitlines()
+    assert notes[0] == "optimx: note: not converted: optim_args = 'a=b'"
+    assert all(note.startswith("optimx: note: ") for note in notes)
     tree = tomllib.loads(out)
     assert tree["schedule"] == {"name": "cosine", "total": 100, "convention": "hf"}
     for suffix in ("toml", "json"):
-        run(capsys, "convert", "args.json", "--from", "hf", "-o", f"ours.{suffix}")
+        run(capsys, "convert", "args.json", "-o", f"ours.{suffix}")
+        refused(capsys, "convert", "args.json", "-o", f"ours.{suffix}")
+        run(capsys, "convert", "args.json", "--from", "hf", "-o", f"ours.{suffix}", "--force")
         assert optimx.build(torch.nn.Linear(2, 2), f"ours.{suffix}").config.optimizer.lr == 1e-4
 
 
@@ -173,7 +195,7 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "set": (("plot", "train.toml", "--set", "optimizer.lr"), 'should be like "optimizer.lr=0.1"'),
     "values": (
         ("plot", "train.toml", "--set", "optimizer.lr=-1", "schedule.total=0"),
-        "optimizer.lr should be >= 0 and finite but is: -1; schedule.total should be >= 1 step but is: 0",
+        "optimizer.lr should be >= 0 and finite but is: -1\nschedule.total should be >= 1 step but is: 0",
     ),
     "no_colon": (("explain", "train.toml", "--model", "models_here"), "should be PACKAGE.MODULE:FACTORY"),
     "no_module": (("explain", "train.toml", "--model", "no_such:x"), "ModuleNotFoundError: No module named 'no_such'"),
@@ -185,11 +207,19 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
         ("plot", "train.toml", "--set", 'schedule={"name": "StepLR", "step_size": 3}'),
         "a function of the step: StepLR is none",
     ),
-    "endless": (("plot", "train.toml", "--set", 'schedule={"name": "constant"}'), "plot: n should be given"),
-    "steps": (("plot", "train.toml", "--steps", "-1"), "plot: n should be >= 0 but is: -1"),
+    "endless": (("plot", "train.toml", "--set", 'schedule={"name": "constant"}'), "to draw, as --steps 1000 does"),
+    "steps": (("plot", "train.toml", "--steps", "-1"), "argument --steps: should be >= 1 but is: -1"),
+    "no_steps": (("plot", "train.toml", "--steps", "0"), "argument --steps: should be >= 1 but is: 0"),
+    "some_steps": (("plot", "train.toml", "--steps", "few"), "argument --steps: invalid _steps value: 'few'"),
+    "output_is_a_folder": (("plot", "train.toml", "-o", "."), "output should be a file but is a folder: ."),
+    "output_exists": (("plot", "train.toml", "-o", "train.toml"), "come with --force, but exists: train.toml"),
+    "toml_exists": (("convert", "args.json", "-o", "train.toml"), "come with --force, but exists: train.toml"),
     "suffix": (("plot", "train.toml", "-o", "lr.toml"), "plot: "),
     "folder": (("plot", "train.toml", "-o", "no/lr.png"), "plot: "),
-    "project": (("convert", "train.toml"), "project should be one of detectron2, hf, timm"),
+    "project": (
+        ("convert", "train.toml"),
+        "project should be told (--from, or project=) as one of detectron2, hf, timm",
+    ),
     "output": (("convert", "train.toml", "-o", "x.ini"), "output should end with .toml or .json but is: x.ini"),
 }
 
@@ -216,13 +246,97 @@ def test_plot_without_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch
     assert "plot needs matplotlib: pip install 'torch-optimx[bench]'" in refused(capsys, "plot", "train.toml")
 
 
-def test_terminals_get_rich_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("rich")
+def test_plots_have_a_file_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """The one that is printed, whatever its name, and no other one that exists, unless it may."""
+    pytest.importorskip("matplotlib")
+    Path("lr.png").write_text("mine")
+    assert run(capsys, "plot", "train.toml", "--model", "models_here:make", "-o", "lr") == "lr\n"
+    assert Path("lr").read_bytes().startswith(b"\x89PNG")
+    assert Path("lr.png").read_text() == "mine"
+    refused(capsys, "plot", "train.toml", "-o", "lr.png")
+    assert Path("lr.png").read_text() == "mine"
+    run(capsys, "plot", "train.toml", "-o", "lr.png", "--force")
+    assert Path("lr.png").read_bytes().startswith(b"\x89PNG")
+    run(capsys, "plot", "train.toml", "-o", "lr.svg")
+    assert b"<svg" in Path("lr.svg").read_bytes()
+
+
+def test_plots_label_every_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the parameters of its groups have in common, however many there are."""
+    figures = pytest.importorskip("matplotlib.figure")
+    seen: list[Any] = []
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *args, **kwargs: seen.append(self))
+    Path("deep.py").write_text(DEEP)
+    run(capsys, "plot", "train.toml", "--model", "deep:make", "--set", 'groups={"layer_decay": 0.75}')
+    (legend,) = seen[0].legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["embed", *(f"blocks.{i}" for i in range(16)), "norm, head"]
+    colors = {line.get_color() for line in seen[0].axes[0].lines}
+    assert len(colors) == len(labels)
+    run(capsys, "plot", "train.toml", "--model", "models_here:make", "--set", "optimizer.name=sgd")
+    assert [text.get_text() for text in seen[1].legends[0].get_texts()] == ["0, 1", "2"]
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("--set", "optimizer.lr=0.25", "schedule.total=50", "train.toml", "--model", "models_here:make"),
+        ("--set", "optimizer.lr=0.25", "--model", "models_here:make", "train.toml", "--set", "schedule.total=50"),
+        ("train.toml", "--model", "models_here:make", "--set", "optimizer.lr=0.25", "--set", "schedule.total=50"),
+        ("--model", "models_here:make", "--set=optimizer.lr=0.25", "train.toml", "--set=schedule.total=50"),
+    ],
+)
+def test_settings_before_and_after_the_file(capsys: pytest.CaptureFixture[str], order: tuple[str, ...]) -> None:
+    assert run(capsys, "explain", *order).splitlines()[-1].split() == ["50", "0", "0"]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out == f"optimx {optimx.__version__}\n"
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_tables_in_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Nothing is cut, no name and no number is broken."""
+    commands = (
+        ["list"],
+        ["doctor"],
+        ["explain", "train.toml", "--model", "models_here:make", "--set", "optimizer.lr=1.234e-4"],
+    )
+    plain = [run(capsys, *command) for command in commands]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    assert "│" in run(capsys, "list", "adamw")
-    # where rich is not installed
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    assert "│" not in run(capsys, "list", "adamw")
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command, text in zip(commands, plain, strict=True):
+        shown = run(capsys, *command)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+        assert {*text.split()} - {"-"} == {*shown.split()} - {"-"}
+        tables = [line for line in shown.splitlines() if not line.startswith("in every group")]
+        assert max(map(len, tables)) <= width
+    assert "0.0001234" in shown
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device")
+@pytest.mark.parametrize("command", ["list", "doctor"])
+def test_output_that_cannot_be_written(command: str) -> None:
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-m", "optimx", command], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert found.returncode == 1
+    assert found.stderr == "optimx: error: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's syntax")
+@pytest.mark.parametrize(("where", "code", "told"), [("| true", 0, ""), (">&-", 1, "it is closed"), ("2>&-", 0, "")])
+def test_output_that_nobody_reads(where: str, code: int, told: str) -> None:
+    command = f"{sys.executable} -m optimx list {where}"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert found.returncode == code
+    assert found.stderr.strip().endswith(told)
+    assert "Traceback" not in found.stderr
+    assert found.stderr.count("\n") == bool(told)
 
 
 @pytest.mark.parametrize(

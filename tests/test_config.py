@@ -220,8 +220,10 @@ def test_bad_overrides(overrides: Any, message: str) -> None:
         (".yaml", "a: [", r"should be YAML \(.*line 1"),
         (".json", '{"optimizer": {"lr": 1, "lr": 2}}', "the key 'lr' is there twice"),
         (".yaml", "optimizer: {lr: 1, lr: 2}", "the key 'lr' is there twice"),
-        (".yaml", "1: 2", "keys should be strings"),
-        (".yaml", "!!python/object:os.system {}", "should be YAML"),
+        (".yaml", "1: 2", "should have strings as keys"),
+        (".yaml", "? [1]\n: 2", "keys should be strings"),
+        (".yaml", "!!python/object:os.system {}", "should be YAML without the tag !!python/object:os.system"),
+        (".yaml", "optimizer: {name: !!python/name:os.system ''}", r"cfg.optimizer.name should be YAML without"),
         (".json", "[1]", "should be a table but is: "),
         (".ini", "", r"should end with \.toml, \.yaml"),
     ],
@@ -442,3 +444,33 @@ def test_errors_pickle() -> None:
 @pytest.mark.parametrize(("rule", "factor"), [("linear", 8.0), ("sqrt", 8.0**0.5)])
 def test_batch_scaling(rule: Any, factor: float) -> None:
     assert BatchScalingConfig(2048, 256, rule).factor == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        # half an epoch of 5 steps is 2 of them, but 3 with Hugging Face
+        ({"name": "linear", "total": "0.5ep"}, [1, 0.5, 0]),
+        ({"name": "linear", "total": "0.5ep", "convention": "hf"}, [1, 2 / 3, 1 / 3, 0]),
+        ({"name": "constant", "total": 10, "warmup": 0.15, "convention": "hf"}, [0, 0.5, 1]),
+        ({"name": "multi_step", "total": "1ep", "milestones": ["1ep-3", "1 epochs - 1"]}, [1, 1, 0.1, 0.1, 0.01]),
+        ({"name": "linear", "total": "0.8ep+1", "interval": 2}, [1, 1, 0.6, 0.6, 0.2]),
+        ({"name": "linear", "total": "2ep", "interval": "1ep"}, [1] * 5 + [0.5] * 5 + [0]),
+        ({"name": "linear", "total": 2, "floor": {"value": 0.1}}, [1, 0.6, 0.2]),
+        ({"name": "wsd", "total": 2, "decay": 2, "shape": "linear", "floor": {"value": 0.1}}, [1, 0.6, 0.2]),
+        ({"name": "inverse_sqrt", "total": 10, "timescale": 0.1}, [1, 0.5**0.5, 3**-0.5]),
+        ({"name": "inverse_sqrt", "timescale": "1ep-4"}, [1, 0.5**0.5, 3**-0.5]),
+    ],
+)
+def test_lengths_and_levels(schedule: dict, expected: list[float]) -> None:
+    cfg = {"optimizer": {"lr": 0.5}, "schedule": {**schedule, "steps_per_epoch": 5}}
+    build = optimx.build(torch.nn.Linear(1, 1, bias=False), cfg)
+    for made in (build, optimx.build(torch.nn.Linear(1, 1, bias=False), build.config.to_dict())):
+        found = [rates[0] for rates in made.scheduler.preview(len(expected))]
+        assert found == pytest.approx([0.5 * factor for factor in expected])
+
+
+def test_an_interval_is_of_a_schedule() -> None:
+    cfg = {"schedule": {"name": "StepLR", "step_size": 2, "interval": 2}}
+    with pytest.raises(ConfigError, match=r"schedule\.interval .* is no key of StepLR"):
+        optimx.build(torch.nn.Linear(1, 1), cfg)

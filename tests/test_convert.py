@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import optimx
 from optimx import ConfigError
+from optimx.config.loading import read_file
 from optimx.config.writing import to_toml
 from optimx.convert import convert
 from optimx.lr_scheduler import get_scheduler
@@ -51,7 +53,7 @@ def test_timm() -> None:
     for t, lr in enumerate(rates(TIMM, total)):
         cosine = 1e-5 + (5e-4 - 1e-5) / 2 * (1 + math.cos(math.pi * t / total))
         assert lr == pytest.approx(1e-6 + t * (5e-4 - 1e-6) / warmup if t < warmup else cosine)
-    assert convert(TIMM).notes == []
+    assert [note.partition(":")[0] for note in convert(TIMM).notes] == ["lengths are in epochs"]
 
 
 def test_timms_prefix() -> None:
@@ -96,11 +98,10 @@ def test_timms_groups_and_batch() -> None:
     conversion = convert(theirs)
     assert conversion.config["groups"] == {"layer_decay": 0.65, "layer_preset": "timm"}
     assert conversion.config["batch_scaling"] == {"batch": 64, "reference": 512, "rule": "sqrt"}
-    assert [note.partition(":")[0].partition(" is")[0] for note in conversion.notes[:2]] == [
-        "batch_scaling.batch", "not converted",
-    ]  # fmt: skip
+    assert conversion.config["schedule"]["interval"] == "1ep"
     notes = " ".join(conversion.notes)
-    for told in ("clip_grad = 1.0 by agc", "ratios of each group's lr", "once an epoch", "lr_noise = [0.5]"):
+    for told in ("batch_scaling.batch is 64", "clip_grad = 1.0 by agc", "lr_noise = [0.5]", "ratios of 0.0353553",
+                 "grad_accum_steps = 1"):  # fmt: skip
         assert told in notes
 
 
@@ -166,23 +167,83 @@ def test_hugging_faces_optimizer() -> None:
                           "lr_scheduler_kwargs": '{"bogus": 1}', "max_grad_norm": 0})  # fmt: skip
     assert conversion.config["schedule"] == {"name": "linear", "total": "3ep", "convention": "hf", "warmup": 0.1}
     assert "max_grad_norm" not in conversion.config["optimizer"]
-    assert conversion.notes == ["not converted: lr_scheduler_kwargs.bogus = 1", "not converted: optim_args = 'a=b'"]
+    assert conversion.notes[:2] == ["not converted: optim_args = 'a=b'", "not converted: lr_scheduler_kwargs.bogus = 1"]
+    assert convert({**HF, "optim": "sgd", "optim_args": "momentum=0.9, nesterov=True"}).config["optimizer"] == {
+        "name": "sgd", "lr": 2e-5, "weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "max_grad_norm": 0.5,
+    }  # fmt: skip
+    plateau = convert({**HF, "lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"factor": 0.5}})
+    assert plateau.config["schedule"] == {"name": "ReduceLROnPlateau", "factor": 0.5}
+    assert "step(metric)" in plateau.notes[-1]
 
 
 @pytest.mark.parametrize(
-    ("theirs", "project", "message"),
+    ("theirs", "assumed"),
     [
-        ({}, None, "project should be one of detectron2, hf, timm but is: None"),
-        (TIMM, "tim", r"project should be .* but is: 'tim'; did you mean 'timm'\?"),
-        ({**TIMM, "opt": "adamww"}, None, r"opt should be .* but is: 'adamww'; did you mean 'adamw'\?"),
-        ({**TIMM, "sched": "plateau"}, None, "sched should be one that has a counterpart"),
-        ({"SOLVER": {"LR_SCHEDULER_NAME": "Mine"}}, None, "LR_SCHEDULER_NAME should be"),
-        ({**HF, "optim": "galore_adamw"}, None, "optim should be"),
-        ({**TIMM, "lr": "fast"}, None, r"cannot be converted \(TypeError"),
-        ({"SOLVER": 3}, None, r"cannot be converted \(AttributeError"),
+        (
+            {"SOLVER": {"STEPS": "(60, 80)", "MAX_ITER": 90}, "_BASE_": "../Base.yaml"},
+            {"SOLVER.BASE_LR = 0.001", "SOLVER.GAMMA = 0.1", "SOLVER.WARMUP_ITERS = 1000", "SOLVER.MOMENTUM = 0.9",
+             "SOLVER.WEIGHT_DECAY = 0.0001", "SOLVER.WEIGHT_DECAY_BIAS = 0.0001", "SOLVER.WARMUP_FACTOR = 0.001"},
+        ),
+        (
+            {"learning_rate": 1e-4, "num_train_epochs": 2, "lr_scheduler_type": "polynomial"},
+            {"optim = 'adamw_torch'", "adam_beta2 = 0.999", "adam_epsilon = 1e-08", "max_grad_norm = 1.0",
+             "weight_decay = 0.0", "warmup_steps = 0", "lr_scheduler_kwargs.lr_end = 1e-07"},
+        ),
+        (
+            {"opt": "sgd", "sched": "cosine"},
+            {"lr_base = 0.1", "lr_base_size = 256", "batch_size = 128", "momentum = 0.9", "weight_decay = 2e-05",
+             "epochs = 100", "warmup_epochs = 5", "warmup_lr = 1e-05", "min_lr = 0.0", "sched_on_updates = False"},
+        ),
     ],
-    ids=["nothing", "project", "opt", "sched", "scheduler", "optim", "value", "form"],
-)
-def test_refused(theirs: dict[str, Any], project: str | None, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        convert(theirs, project)
+    ids=["detectron2", "hf", "timm"],
+)  # fmt: skip
+def test_defaults_are_noted(theirs: dict[str, Any], assumed: set[str]) -> None:
+    """Of the project, where they decide something and the file does not."""
+    (note,) = [note for note in convert(theirs).notes if note.startswith("not given")]
+    assert assumed <= set(note.partition("default: ")[2].split(", "))
+    assert not any(key in note for key in ("decay_milestones", "lr_cycle", "num_cycles", "NUM_DECAYS"))
+
+
+def test_detectron2s_files(tmp_path: Path) -> None:
+    """Strings that are Python there, and tags that would run something."""
+    pytest.importorskip("yaml")
+    path = tmp_path / "config.yaml"
+    text = """
+        _BASE_: "../Base-RCNN-FPN.yaml"
+        MODEL:
+          ANCHOR_GENERATOR:
+            SIZES: !!python/object/apply:eval ["[[x, x * 2] for x in [32, 64]]"]
+          CLASSES: {{1: person}}
+        SOLVER:
+          BASE_LR: 2e-2
+          STEPS: {}
+          MAX_ITER: 90
+          WARMUP_ITERS: 10
+    """
+    for steps, expected in {
+        "(60, 80)": [60, 80],
+        "(60,)": [60],
+        "()": [],
+        "[60, 80]": [60, 80],
+        "(60, 95)": [60],
+    }.items():
+        path.write_text(text.format(steps))
+        assert convert(read_file(path)).config["schedule"]["milestones"] == expected
+    assert "SOLVER.STEPS [95]" in " ".join(convert(read_file(path)).notes)
+    path.write_text(text.format('!!python/object/apply:eval ["(1, 2)"]'))
+    with pytest.raises(
+        ConfigError, match="STEPS should be a list of numbers, not what YAML's tag !!python/object/apply"
+    ):
+        convert(read_file(path))
+
+
+def test_dumps_of_python_objects(tmp_path: Path) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "args.yaml"
+    path.write_text(
+        "!!python/object:argparse.Namespace\nopt: sgd\nlr: 0.1\nsched: none\nopt_betas: !!python/tuple [1, 2]\n"
+    )
+    assert convert(read_file(path)).config["optimizer"]["betas"] == [1, 2]
+    kind = "!!python/object/apply:transformers.trainer_utils.SchedulerType [cosine]"
+    path.write_text(f"learning_rate: 1e-4\nmax_steps: 10\nlr_scheduler_type: {kind}\n")
+    assert convert(read_file(path)).config["schedule"]["name"] == "cosine"

@@ -320,7 +320,6 @@ def test_tensor_table_needs_no_triton() -> None:
 #: Python 3.10 has no tomllib.
 EXTRAS = {
     "optimx/_backend.py": ("triton",),
-    "optimx/cli.py": ("rich",),
     "optimx/config/loading.py": ("omegaconf", "tomli", "tomllib", "yaml"),
     "optimx/lr_scheduler/_plot.py": ("matplotlib",),
 }

@@ -44,6 +44,7 @@ from optimx.lr_scheduler import (
     Product,
     Restarts,
     Schedule,
+    Staircase,
     Tanh,
     Warmup,
 )
@@ -91,6 +92,8 @@ SHAPES: dict[str, tuple[Schedule, list[float]]] = {
     "inverse-time": (InverseTime(1.0, decay_steps=2), [1, 2 / 3, 0.5, 0.4, 1 / 3]),
     "inverse-time-staircase": (InverseTime(1.0, decay_steps=2, staircase=True), [1, 1, 0.5, 0.5, 1 / 3]),
     "inverse-sqrt": (InverseSqrt(1), [1, C, math.sqrt(1 / 3), 0.5, math.sqrt(0.2)]),
+    "staircase": (Staircase(Linear(4), 2), [1, 1, 0.5, 0.5, 0]),
+    "staircase-of-phases": (Staircase((Warmup(2) >> Linear(4)).with_convention("hf"), 3), [0, 0, 0, 0.75, 0.75]),
     "noam": (Noam(2), [0.5, 1, math.sqrt(2 / 3), C, math.sqrt(0.4)]),
     "noam-d-model": (Noam(2, d_model=4, scale=2), [1 / math.sqrt(8), C, math.sqrt(1 / 3), 0.5, math.sqrt(0.2)]),
     "constant": (Constant(0.3), [0.3] * 5),
@@ -117,6 +120,7 @@ TABLE: dict[str, list[float]] = {
     "deepspeed": A,
     "timm-prefix": A,
     "torchtitan": B,
+    "hf-cosine-warmup": [0.5, 1, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381, 0, 0],
     "deepspeed-cosine": [0, 0.5, 0.9619, 0.8536, 0.6913, 0.5, 0.3087, 0.1464, 0.0381, 0, 0],
     "beit": [0, 1, *B[2:]],
     "timm": [0, 0.5, 0.9045, 0.7939, 0.6545, 0.5, 0.3455, 0.2061, 0.0955, 0.0245, 0],
@@ -603,6 +607,7 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "negative-steps": (lambda: Cosine(-1), "steps should be >= 0 but is: -1"),
     "ratio": (lambda: Warmup(0.1), r"steps should be 0 or >= 1 .* but is: 0.1"),  # type: ignore
     "part-of-a-step": (lambda: Cosine(0.5), r"steps should be 0 or >= 1 .* but is: 0.5"),  # type: ignore
+    "no-interval": (lambda: Staircase(Cosine(3), 0), "every should be >= 1 but is: 0"),
     "negative-warmup": (lambda: Warmup(-3), "steps should be >= 0 but is: -3"),
     "floor-above-peak": (lambda: Linear(3, 1.5), "floor should be in .* but is: 1.5"),
     "negative-floor": (lambda: Exponential(0.9, floor=-0.1), "floor should be in .* but is: -0.1"),

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..registry import normalized
 from .errors import ConfigError, Problem, nearest
 from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
 
-__all__ = ["load", "merge", "parse_value", "read_file"]
+__all__ = ["Tagged", "load", "merge", "parse_value", "read_file"]
 
 
 def load(
@@ -41,6 +41,7 @@ def load(
             tree = _namespace(cfg, paths, presets or {})
         else:
             tree = _expand(_plain(_tree(cfg), "cfg"))
+            _check_own(tree, cfg)
         for path, value in pairs:
             _set(tree, path, _plain(value, path))
     except RecursionError as error:
@@ -90,9 +91,21 @@ def _tree(cfg: Any) -> Any:
     raise _error("cfg", "should be a table, a Config, a namespace, a path or the name of a preset", cfg)
 
 
+def _check_own(tree: Any, cfg: Any) -> None:
+    """ConfigError for a config of another project that can be converted."""
+    # it imports this module
+    from ..convert.projects import recognised
+
+    project = recognised(tree) if not {*SECTIONS} & tree.keys() else None
+    if project is not None:
+        what = os.fspath(cfg) if isinstance(cfg, (str, os.PathLike)) else "FILE"
+        rule = f"should be a config of optimx, but its keys are {project}'s (`optimx convert {what}` makes one of it)"
+        raise _error("cfg", rule, cfg)
+
+
 def _plain(value: Any, path: str) -> Any:
     """New dicts and lists all the way down; other values as they are. None as an attribute means not given."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    if not isinstance(value, Tagged) and dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = types.SimpleNamespace(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if is_namespace(value):
         value = {name: field for name, field in vars(value).items() if field is not None}
@@ -103,6 +116,8 @@ def _plain(value: Any, path: str) -> Any:
         return {str(key): _plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, Tagged):
+        raise _error(path, f"should be YAML without the tag {value.tag}", value.value)
     return value
 
 
@@ -135,8 +150,23 @@ def _omegaconf(cfg: Any) -> Any:
         raise _error("cfg", f"should resolve ({error})", cfg) from error
 
 
-def read_file(path: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Tagged:
+    """What a YAML file has under a tag that nothing but its own project can make something of.
+
+    Attributes:
+        tag: Such as ``"!!python/object/apply:eval"``.
+        value: The text, list or table under it.
+    """
+
+    tag: str
+    value: Any
+
+
+def read_file(path: Path) -> dict[str, Any] | Tagged:
     """The table in a TOML, YAML or JSON file. No key is there twice; 1e-3 is a number in YAML too.
+
+    What has a tag that is not YAML's own is a :class:`Tagged`, the whole table too: nothing of it is run.
 
     Raises:
         ConfigError: It cannot be read, has another suffix or form, or is no table.
@@ -159,7 +189,7 @@ def read_file(path: Path) -> dict[str, Any]:
         ) from error
     # YAML's nothing
     tree = {} if tree is None else tree
-    if not isinstance(tree, dict):
+    if not isinstance(tree, (dict, Tagged)):
         raise _error(str(path), "should be a table", tree)
     return tree
 
@@ -181,15 +211,25 @@ def _yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers (in 1.1, 1e-3 is a string), and no key twice."""
+        """YAML 1.2's numbers (in 1.1, 1e-3 is a string), no key twice, and tags of any project."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             self.flatten_mapping(node)
             pairs = [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
             return _without_duplicates(pairs)
 
+        def construct_tagged(self, node: Any) -> Any:
+            if isinstance(node, yaml.ScalarNode):
+                value = self.construct_scalar(node)
+            else:
+                mapping = isinstance(node, yaml.MappingNode)
+                value = self.construct_mapping(node) if mapping else self.construct_sequence(node, deep=True)
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            return value if tag == "!!python/tuple" else Tagged(tag, value)
+
     number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    Loader.add_constructor(None, Loader.construct_tagged)
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -199,7 +239,8 @@ def _yaml(text: str) -> Any:
 def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     table: dict[Any, Any] = {}
     for key, value in pairs:
-        if not isinstance(key, str):
+        # such as a list, or a table
+        if not isinstance(key, Hashable):
             raise ValueError(f"keys should be strings but one is: {key!r}")
         if key in table:
             raise ValueError(f"the key {key!r} is there twice")

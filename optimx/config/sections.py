@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
+from ..lr_scheduler import Absolute
 from .values import Condition, above, at_least
 
 __all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
 
-#: ``"2ep"``, ``"0.5 epochs"``
-EPOCHS = re.compile(r"(\d{1,9}(?:\.\d+)?) ?ep(?:ochs?)?")
+#: ``"2ep"``, ``"0.5 epochs"``, ``"30ep-1"``: a step less
+EPOCHS = re.compile(r"(\d{1,9}(?:\.\d+)?) ?ep(?:ochs?)?(?: ?([-+] ?\d{1,9}))?")
 
 
 def _is_duration(value: int | float | str) -> bool:
@@ -95,7 +96,9 @@ class ScheduleConfig:
         total: Optimizer steps of the whole training, or epochs: ``"3ep"``.
         warmup: Steps of a linear warmup before it, within ``total``; or a table, ``{steps = 50, ...}``, of what
             :class:`optimx.lr_scheduler.Warmup` takes (default: none).
-        floor: Where it ends, a ratio of each group's lr (default: the schedule's own).
+        floor: Where it ends, a ratio of each group's lr, or ``{value = 1e-6}``, a learning rate (default: the
+            schedule's own).
+        interval: The learning rate changes on every so many steps: ``"1ep"`` (default: on every step).
         steps_per_epoch: Optimizer steps of an epoch, for what is given in epochs.
         convention: Where warmup and decay lie on the steps, a name of :data:`optimx.lr_scheduler.CONVENTIONS`
             (default: ``"every-step"``).
@@ -106,7 +109,10 @@ class ScheduleConfig:
     phases: tuple[dict[str, Any], ...] = ()
     total: Duration | None = None
     warmup: Duration | dict[str, Any] | None = None
-    floor: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | None = None
+    floor: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | Absolute | None = (
+        None
+    )
+    interval: Duration | None = None
     steps_per_epoch: Annotated[int, at_least(1)] | None = None
     convention: str | None = None
     args: dict[str, Any] = field(default_factory=dict)

@@ -2,60 +2,59 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from ..config.errors import ConfigError, Problem, nearest
-from .detectron2 import detectron2
-from .hugging_face import hugging_face
-from .source import Conversion, Source
-from .timm import timm
+from ..config.errors import MISSING, ConfigError, Problem, nearest
+from ..config.loading import Tagged
+from .projects import PROJECTS, look_alike, recognised, unknown_keys
+from .source import Conversion, Source, refused
 
 __all__ = ["Conversion", "convert"]
 
-_PROJECTS: dict[str, tuple[Callable[[Source], Conversion], set[str], re.Pattern[str]]] = {
-    "detectron2": (detectron2, {"SOLVER"}, re.compile("(?!)")),
-    "hf": (
-        hugging_face,
-        {"learning_rate", "lr_scheduler_type", "num_train_epochs", "adam_beta1"},
-        re.compile("optim|lr_|learning|adam_|weight_decay|warmup|max_grad"),
-    ),
-    "timm": (
-        timm,
-        {"opt", "sched", "warmup_epochs"},
-        re.compile("opt|lr_|sched|decay_|warmup|cooldown|patience|clip_|layer_decay|momentum|weight_decay"),
-    ),
-}
 
-
-def convert(theirs: Mapping[str, Any], project: str | None = None) -> Conversion:
+def convert(theirs: Mapping[str, Any] | Tagged, project: str | None = None) -> Conversion:
     """A config of another project as one of ours.
 
     Args:
-        theirs: Its values by name, as its own files have them.
+        theirs: Its values by name, as its own files have them; what :func:`~optimx.config.loading.read_file` returns.
         project: ``"timm"``, ``"detectron2"`` or ``"hf"`` (default: None, told by the names).
 
     Raises:
         ConfigError: The project is unknown, or there is no counterpart of its optimizer or schedule.
     """
-    if project is None:
-        project = next((name for name, (_, sign, _) in _PROJECTS.items() if sign & theirs.keys()), None)
-    if project not in _PROJECTS:
-        near = nearest(project, _PROJECTS) if project else None
-        raise ConfigError([Problem("project", f"should be one of {', '.join(_PROJECTS)}", project, near)])
-    function, _, about_training = _PROJECTS[project]
+    # a dump of argparse.Namespace or of TrainingArguments
+    theirs = theirs.value if isinstance(theirs, Tagged) else theirs
+    name = _project(theirs, project)
+    function, about = PROJECTS[name].convert, PROJECTS[name].about
     source = Source(theirs)
     try:
         conversion = function(source)
     except ConfigError:
         raise
-    # theirs is anybody's: a number that is a string, a table that is a number
+    # theirs may be anything: a table that is a number, a ratio to a learning rate of zero
     except Exception as error:
-        raise ConfigError(
-            [Problem(project, f"cannot be converted ({type(error).__name__}: {error})", theirs)]
-        ) from error
-    for key in source.left(about_training):
-        conversion.notes.append(f"not converted: {key} = {source.values[key]!r}")
-    conversion.config = {name: section for name, section in conversion.config.items() if section}
+        raise refused(name, f"cannot be converted ({type(error).__name__}: {error})", dict(theirs)) from error
+    conversion.notes[:0] = source.left(about)
+    conversion.config = {section: value for section, value in conversion.config.items() if value}
     return conversion
+
+
+def _project(theirs: Any, project: str | None) -> str:
+    """The project that is told, or that the keys tell; ConfigError if it is none of ours."""
+    names = ", ".join(PROJECTS)
+    if project is not None and project not in PROJECTS:
+        raise ConfigError([Problem("project", f"should be one of {names}", project, nearest(project, PROJECTS))])
+    if not isinstance(theirs, Mapping):
+        raise refused("theirs", "should be a table", theirs)
+    if other := look_alike(theirs):
+        raise refused("project", f"should be one of {names}, but the keys of this config are {other}", MISSING)
+    if project is not None:
+        return project
+    found = recognised(theirs)
+    told = f"should be told (--from, or project=) as one of {names}"
+    if found is None:
+        raise refused("project", f"{told}, as the keys of this config are those of none of them", MISSING)
+    if strange := unknown_keys(theirs, PROJECTS[found]):
+        raise refused("project", f"{told}, as some keys are those of {found}, but not {', '.join(strange)}", MISSING)
+    return found

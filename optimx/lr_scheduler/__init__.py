@@ -42,6 +42,7 @@ from .schedules import (
     Polynomial,
     Tanh,
 )
+from .staircase import Staircase
 from .warmup_lr import PlateauWithWarmup, WarmupLR
 
 if not _typing.TYPE_CHECKING:
@@ -96,6 +97,7 @@ __all__ = sorted(
         "SGDR",
         "Schedule",
         "ScheduleLR",
+        "Staircase",
         "Tanh",
         "TanhLR",
         "WSDLR",

@@ -3,31 +3,72 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+__all__ = ["plot_groups"]
+
+#: Lines that colors of their own tell apart; more have shades from first to last.
+_COLORS = 10
+#: Entries of the legend in a column.
+_ROWS = 30
 
 
 def plot_groups(
-    path: str | os.PathLike[str], values: Sequence[Sequence[float]], names: Sequence[str], field: str
+    path: str | os.PathLike[str], values: Sequence[Sequence[float]], groups: Sequence[Mapping[str, Any]], field: str
 ) -> None:
     """Draw a line for each group; groups that share theirs share its label.
 
     Args:
-        path: The image file.
+        path: The image file, of the format that its suffix says (without one: PNG). It is written as it is called.
         values: For each step a list of each group's value.
-        names: Of the groups.
+        groups: Parameter groups of the optimizer, which name the lines.
         field: What is drawn.
+
+    Raises:
+        ValueError: There is no step to draw, or no image has such a suffix.
     """
+    if not values:
+        raise ValueError("n should be >= 1, the steps to draw, but is: 0")
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    lines: dict[tuple[float, ...], list[str]] = {}
-    for name, line in zip(names, zip(*values, strict=True), strict=True):
-        lines.setdefault(line, []).append(name)
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    lines: dict[tuple[float, ...], list[int]] = {}
+    for i, line in enumerate(zip(*values, strict=True)):
+        lines.setdefault(line, []).append(i)
+    columns = -(-len(lines) // _ROWS)
+    height = max(4.0, 1.0 + 0.19 * min(len(lines), _ROWS)) if len(lines) > 1 else 4.0
+    figure = Figure(figsize=(8 + 2 * columns if len(lines) > 1 else 8, height), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=field)
-    for line, members in lines.items():
-        axes.plot(line, label=members[0] if len(members) == 1 else f"{members[0]} and {len(members) - 1} more")
+    shades = colormaps["viridis"]
+    for i, (line, members) in enumerate(lines.items()):
+        color = f"C{i}" if len(lines) <= _COLORS else shades(i / len(lines))
+        # a single step is a point
+        axes.plot(line, label=_label(groups, members), color=color, marker="o" if len(line) == 1 else None)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    if 1 < len(lines) <= 10:
-        axes.legend()
-    figure.savefig(path, dpi=120)
+    if len(lines) > 1:
+        figure.legend(loc="outside right upper", ncols=columns, fontsize="small", frameon=False)
+    figure.savefig(path, format=Path(path).suffix[1:].lower() or "png", dpi=120)
+
+
+def _label(groups: Sequence[Mapping[str, Any]], members: Sequence[int]) -> str:
+    """The groups by their names, or what the names of their parameters have in common, or their numbers."""
+    named = [str(groups[i]["name"]) for i in members if "name" in groups[i]]
+    if len(named) == len(members):
+        return _some(named)
+    names = [name for i in members for name in groups[i].get("param_names", ())]
+    if not names or not all("param_names" in groups[i] for i in members):
+        return _some([f"group {i}" for i in members])
+    parts = zip(*(name.split(".") for name in names), strict=False)
+    common = [part[0] for part in takewhile(lambda part: len(set(part)) == 1, parts)]
+    if common:
+        return ".".join(common)
+    return _some(list(dict.fromkeys(name.partition(".")[0] for name in names)))
+
+
+def _some(names: Sequence[str]) -> str:
+    few = names[:3]
+    return ", ".join(few) + (f" and {len(names) - len(few)} more" if len(names) > len(few) else "")

@@ -64,6 +64,8 @@ _FROM_ZERO = Convention("zero", "after", "after")
 CONVENTIONS: dict[str, Convention] = {
     "every-step": Convention(),
     "hf": _FROM_ZERO,
+    # its cosine_warmup_with_min_lr, of all its schedules
+    "hf-cosine-warmup": Convention("one", "last", "before", "last"),
     "megatron": _FROM_ZERO,
     "tf": _FROM_ZERO,
     "torchtitan": Convention("one", "last", "after"),
@@ -72,7 +74,7 @@ CONVENTIONS: dict[str, Convention] = {
     "deepspeed-cosine": Convention("zero", "after", "before", "last"),
     "beit": Convention("zero", "last", "after"),
     "timm": Convention("zero", "after", "start", target="peak"),
-    "timm-prefix": _FROM_ZERO,
+    "timm-prefix": Convention("zero", "after", "after", target="peak"),
     "detectron2": Convention("zero", "after", "start"),
     "product": Convention("zero", "after", "start", target="product"),
 }

@@ -159,7 +159,7 @@ class ScheduleLR(LRScheduler):
         """Draw the values of the first ``n`` steps into an image file (needs matplotlib).
 
         Args:
-            path: The file; its suffix is the format, such as ``.png``.
+            path: The file; its suffix is the format, such as ``.svg`` (without one: PNG).
             n: Number of steps (default: None, to just past the schedule's end, which it has to have).
             field: Which hyperparameter (default: ``"lr"``).
         """
@@ -172,8 +172,7 @@ class ScheduleLR(LRScheduler):
             if not lengths:
                 raise ValueError("n should be given, as the schedule has no end, but is: None")
             n = math.ceil(max(lengths)) + 1
-        names = [str(group.get("name", f"group {i}")) for i, group in enumerate(self.optimizer.param_groups)]
-        plot_groups(path, self.preview(n, field=field), names, field)
+        plot_groups(path, self.preview(n, field=field), self.optimizer.param_groups, field)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts; loads under ``torch.load(weights_only=True)``."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,15 @@ from ..config.errors import Problems, join
 from ..config.sections import EPOCHS, Duration
 from ..config.values import convert
 
-__all__ = ["Clock", "in_steps"]
+__all__ = ["ROUNDING", "Clock", "in_steps"]
+
+#: By convention: what its project makes of a number of steps that is not whole, where that is not the nearest one.
+ROUNDING: dict[str | None, Callable[[float], int]] = {
+    "hf": math.ceil,
+    "hf-cosine-warmup": math.ceil,
+    # a step is in a phase that ends after it; products of whole numbers may be off by rounding
+    "timm": lambda steps: math.ceil(steps - 1e-6),
+}
 
 
 @dataclass
@@ -19,6 +28,8 @@ class Clock:
 
     steps_per_epoch: int | None
     total: int | None = None
+    #: makes whole steps
+    rounding: Callable[[float], int] = round
     #: whether a fraction has been taken of it
     used: bool = False
     #: paths of those that the config has, but wrong: a problem of their own, which is told already
@@ -28,13 +39,15 @@ class Clock:
         """50, 0.05 (of the total) or "2ep" as steps; None with a problem, or with one that is told."""
         if isinstance(value, str):
             if self.steps_per_epoch is not None:
-                return round(float(EPOCHS.fullmatch(value)[1]) * self.steps_per_epoch)  # type: ignore[index]
+                number, more = EPOCHS.fullmatch(value).groups()  # type: ignore[union-attr]
+                steps = self.rounding(float(number) * self.steps_per_epoch) + int((more or "0").replace(" ", ""))
+                return max(steps, 0)
             unit, rule = "schedule.steps_per_epoch", "should be steps, as there is no schedule.steps_per_epoch,"
         elif value == 0 or value >= 1:
             return int(value)
         elif self.total is not None:
             self.used = True
-            return round(value * self.total)
+            return self.rounding(value * self.total)
         else:
             unit = "schedule.total"
             rule = "should be steps or epochs, as there is no schedule.total to take a fraction of,"

@@ -14,10 +14,10 @@ from ..config import ScheduleConfig
 from ..config.errors import MISSING, ConfigError, Problem, Problems, join
 from ..config.sections import Duration
 from ..config.values import check_arguments, hints_of, parameters_of
-from ..lr_scheduler import Cooldown, Hold, Phases, Schedule, ScheduleLR, WarmupLR
+from ..lr_scheduler import Absolute, Cooldown, Hold, InverseSqrt, Phases, Schedule, ScheduleLR, Staircase, WarmupLR
 from ..registry import SCHEDULERS
 from .checks import attempt
-from .lengths import Clock, in_steps
+from .lengths import ROUNDING, Clock, in_steps
 
 __all__ = ["SchedulePlan", "plan_schedule"]
 
@@ -56,6 +56,7 @@ def plan_schedule(
     """
     problems = Problems()
     clock = Clock(section.steps_per_epoch, bad={"schedule.total", "schedule.steps_per_epoch"} & {*bad})
+    clock.rounding = ROUNDING.get(section.convention, round)
     if section.total is not None:
         clock.total = clock.steps(section.total, "schedule.total", problems)
         if clock.total is None:
@@ -66,6 +67,7 @@ def plan_schedule(
         section,
         total=clock.total,
         warmup=_warmup(section, clock, problems),
+        interval=None if section.interval is None else clock.steps(section.interval, "schedule.interval", problems),
         args=in_steps(section.args, "schedule", clock, problems),
         phases=tuple(in_steps(section.phases, "schedule.phases", clock, problems)),
     )
@@ -114,18 +116,29 @@ def _gives_schedule(thing: Callable[..., Any]) -> bool:
     return "optimizer" not in parameters_of(thing, skip=0)[0]
 
 
-def wsd(steps: int, decay: Duration = 0.1, shape: str = "1-sqrt", floor: float = 0.0) -> Schedule:
+def wsd(steps: int, decay: Duration = 0.1, shape: str = "1-sqrt", floor: float | Absolute = 0.0) -> Schedule:
     """Warmup-stable-decay (https://arxiv.org/abs/2404.06395) after its warmup, which is the section's own.
 
     Args:
         steps: Of the stable phase and the decay together.
         decay: Steps of the decay (default: a tenth of the section's total).
         shape: Of the decay, as for :class:`~optimx.lr_scheduler.Cooldown` (default: ``"1-sqrt"``).
-        floor: Where it ends, a ratio of each group's lr (default: 0).
+        floor: Where it ends, a ratio of each group's lr, or :class:`~optimx.lr_scheduler.Absolute` (default: 0).
     """
     if decay > steps:  # type: ignore[operator]
         raise ValueError(f"decay should be <= {steps}, the steps without the warmup, but is: {decay}")
     return Hold(steps - decay) >> Cooldown(decay, shape, floor)  # type: ignore[operator, arg-type]
+
+
+def inverse_sqrt(steps: int | None = None, timescale: Duration = 10_000, floor: float | Absolute = 0.0) -> InverseSqrt:
+    """:class:`~optimx.lr_scheduler.InverseSqrt` with a timescale that, as every length, may be a part of the total.
+
+    Args:
+        steps: Its length, after which the value stays (default: None, endless).
+        timescale: > 0 steps; after three of them the value is a half (default: 10000).
+        floor: Where it stops, a ratio of each group's lr, or :class:`~optimx.lr_scheduler.Absolute` (default: 0).
+    """
+    return InverseSqrt(timescale, steps=steps, floor=floor)  # type: ignore[arg-type]
 
 
 # schedules
@@ -172,7 +185,9 @@ def _schedule(
             made += phase.phases if common else (phase,)  # type: ignore[attr-defined]
     problems.raise_if_any()
     convention = {} if section.convention is None else {"convention": section.convention}
-    schedule = attempt(lambda **some: Phases(tuple(made), **some), convention, "schedule")
+    schedule: Schedule = attempt(lambda **some: Phases(tuple(made), **some), convention, "schedule")
+    if section.interval is not None:
+        schedule = attempt(lambda interval: Staircase(schedule, interval), {"interval": section.interval}, "schedule")
     if rehearse is not None:
         attempt(lambda: ScheduleLR(rehearse(), schedule), {}, "schedule")
     if thing is None:
@@ -281,6 +296,8 @@ def _scheduler(
         # a total that a fraction was taken of has been used
         elif key != "total" or not clock.used:
             problems.unknown("schedule", name, key, value, named)
+    if section.interval is not None:
+        problems.unknown("schedule", name, "interval", section.interval, named)
     if section.convention is not None:
         if around is not None:
             convention["convention"] = section.convention
