@@ -116,9 +116,13 @@ def is_distributed() -> bool:
 def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[dict[str, Any]], None]) -> None:
     """Let ``add``, torch's method, append a group, with names or without, whatever the optimizer's other groups have.
 
-    Torch refuses to mix them, so its method gets no other group to see. That no parameter is in two groups, which it
-    checks too, is checked here.
+    Torch refuses to mix them, so its method gets no other group to see. What it checks besides, that no parameter is in
+    two groups, is checked here; and pairs of name and parameter are still refused beside groups without names.
     """
+    if isinstance(group, dict) and isinstance(group.get("params"), Iterator):
+        group["params"] = [*group["params"]]
+    params = group.get("params") if isinstance(group, dict) else None
+    in_pairs = isinstance(params, (list, tuple)) and any(isinstance(param, tuple) for param in params)
     # in place: a wrapper such as Lightning's shares the list
     groups = optimizer.param_groups
     others = groups.copy()
@@ -128,6 +132,10 @@ def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[
         joined = groups.copy()
     finally:
         groups[:] = others
+    if in_pairs and others and not any("param_names" in other for other in others):
+        raise ValueError(
+            "all optimizer param groups should be with/without names. cannot add param group with names to the optimizer"
+        )
     members = {*chain.from_iterable(map(itemgetter("params"), others))}
     if not members.isdisjoint(chain.from_iterable(map(itemgetter("params"), joined))):
         raise ValueError("some parameters appear in more than one parameter group")

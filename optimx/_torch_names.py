@@ -7,7 +7,6 @@ Torch's functional forms and helpers are not ours, and not in our modules; whoev
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pkgutil
 import sys
 from types import ModuleType
@@ -18,13 +17,14 @@ import torch.optim
 
 def stand_in(package: str) -> None:
     """Make every module of ``torch.optim``, and every name in it, importable from ``package``."""
+    ours = {info.name for info in pkgutil.iter_modules(sys.modules[package].__path__)}
     for info in pkgutil.iter_modules(torch.optim.__path__):
         theirs = importlib.import_module(f"torch.optim.{info.name}")
         name = f"{package}.{info.name}"
-        if importlib.util.find_spec(name) is None:
-            sys.modules[name] = theirs
-        else:
+        if info.name in ours:
             _fall_back(importlib.import_module(name), theirs)
+        else:
+            sys.modules[name] = theirs
 
 
 def _fall_back(ours: ModuleType, theirs: ModuleType) -> None:

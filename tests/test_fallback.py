@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from optimx import _backend
+from optimx import _backend, _engine
 from optimx._step import MultiTensorStep
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
@@ -439,7 +439,7 @@ def test_fake_tensors(case: Case) -> None:
 def cpu_bound_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted launches, treated as if a compiler and a GPU did them: their errors are handled."""
     namespace = SimpleNamespace(interpreted=lambda: False, give_up_on_triton=_backend.give_up_on_triton)
-    monkeypatch.setattr(_step, "_backend", namespace)
+    monkeypatch.setattr(_engine, "_backend", namespace)
     # to be put back when the test ends
     monkeypatch.setattr(_backend, "_broken", None)
 
