@@ -134,7 +134,8 @@ def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[
         groups[:] = others
     if in_pairs and others and not any("param_names" in other for other in others):
         raise ValueError(
-            "all optimizer param groups should be with/without names. cannot add param group with names to the optimizer"
+            "all optimizer param groups should be with/without names. "
+            "cannot add param group with names to the optimizer"
         )
     members = {*chain.from_iterable(map(itemgetter("params"), others))}
     if not members.isdisjoint(chain.from_iterable(map(itemgetter("params"), joined))):

@@ -228,8 +228,8 @@ def _triton_errors(expected: bool) -> Iterator[None]:
 def flat_shards_message(max_grad_norm: float | None) -> str:
     """Why gradients cannot be clipped in the step where FSDP1 keeps flat shards, and how they can."""
     return (
-        "max_grad_norm should be None where FullyShardedDataParallel keeps flat parameters (a process would clip by the "
-        "norm of its own shard: call model.clip_grad_norm_(max_norm) before the step) but is: "
+        "max_grad_norm should be None where FullyShardedDataParallel keeps flat parameters (a process would clip by "
+        "the norm of its own shard: call model.clip_grad_norm_(max_norm) before the step) but is: "
         f"{max_grad_norm}"
     )
 

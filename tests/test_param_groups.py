@@ -620,7 +620,6 @@ JOINS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[Any]]] = {
         lambda: [*no_decay_groups(Model(), 0.1), {"params": iter(more()), "lr": 0.5}],
         [*NAMES, None],
     ),
-    "named_joins_plain": (lambda: [{"params": more()}, {"params": more("a", "b"), "lr": 0.5}], [None, ["a", "b"]]),
     "names_as_a_list": (
         lambda: [{"params": more()}, {"params": more(), "param_names": ["a", "b"]}],
         [None, ["a", "b"]],
@@ -630,6 +629,16 @@ JOINS: dict[str, tuple[Callable[[], list[dict[str, Any]]], list[Any]]] = {
         [["a", "b"], None, ["c", "d"]],
     ),
 }
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["list", "add_param_group"])
+def test_pairs_beside_groups_without_names(later: bool) -> None:
+    """Torch's error: whoever gives pairs of name and parameter gives all of them so."""
+    plain, pairs = {"params": more()}, {"params": iter(more("a", "b"))}
+    optimizer = optimx.SGD([plain], lr=0.1)
+    with pytest.raises(ValueError, match="cannot add param group with names to the optimizer"):
+        optimizer.add_param_group(pairs) if later else optimx.SGD([plain, pairs], lr=0.1)
+    assert len(optimizer.param_groups) == 1
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["list", "add_param_group"])

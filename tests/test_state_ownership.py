@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import random
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from torch.optim import Optimizer
 
 import optimx
 from optimx._plan import StepPlan
-from tests.cases import CASES, CLOSE, Case, assert_same, make_params, set_grads, train, twins
+from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import a_step, params_of, usual
+from tests.edits import EDITS, SETTINGS, apply, complete
+from tests.engine import DIFFERENT, a_step, interpreted, params_of, usual
 from tests.engine import each_case_natively as each_case
 
 #: Small ones, which lie together on a CPU, and a large one.
@@ -545,3 +547,300 @@ def test_loaded_inside_of_inference_mode(case: Case, device: torch.device) -> No
         train([inside, outside], 2, first=2)
         assert_equal(params_of(inside), params_of(outside))
         assert_equal(inside.state_dict(), outside.state_dict())
+
+
+# anything, in any order
+
+RUNS, EDITS_OF_A_RUN = (6, 8) if INTERPRETED else (60, 30)
+#: Steps from the same numbers, with settings that none of the other tests has.
+ONE_STEP = {"rtol": 5e-6, "atol": 1e-6}
+
+RandomEdit = Callable[[Any, Case, random.Random], Any]
+RANDOM: dict[str, RandomEdit] = {}
+
+
+def at_random(function: RandomEdit) -> RandomEdit:
+    RANDOM[function.__name__] = function
+    return function
+
+
+def a_state(optimizer: Optimizer, rng: random.Random, contiguous: bool = False) -> dict[str, Tensor]:
+    """A parameter's; ``contiguous``: of one that kernels of ours update."""
+    states = [
+        state
+        for param, state in ((param, optimizer.state.get(param)) for param in params_of(optimizer))
+        if state and not (contiguous and not all(tensor.is_contiguous() for tensor in (param, *state.values())))
+    ]
+    return rng.choice(states) if states else {}
+
+
+def a_name(state: dict[str, Tensor], rng: random.Random, scalar: bool = False) -> list[str]:
+    """One of its keys, if there is one."""
+    names = sorted(name for name, value in state.items() if scalar or value.dim())
+    return [rng.choice(names)] if names else []
+
+
+@at_random
+def state_cloned(optimizer, case, rng):
+    state = a_state(optimizer, rng)
+    for name in a_name(state, rng, scalar=True):
+        state[name] = state[name].clone() * 2
+
+
+@at_random
+def state_made_anew_in_its_place(optimizer, case, rng):
+    """The new one often has the address or the identity of the old one."""
+    state = a_state(optimizer, rng)
+    for name in a_name(state, rng):
+        shape = state[name].shape
+        del state[name]
+        state[name] = torch.zeros(shape)
+
+
+@at_random
+def state_rekeyed(optimizer, case, rng):
+    for param in params_of(optimizer):
+        optimizer.state[param] = dict(rng.sample([*sorted(optimizer.state[param].items())], len(optimizer.state[param])))
+
+
+@at_random
+def state_mapping_reordered(optimizer, case, rng):
+    for i in rng.sample(range(len(params_of(optimizer))), 2):
+        param = params_of(optimizer)[i]
+        optimizer.state[param] = optimizer.state.pop(param, {})
+
+
+@at_random
+def states_swapped(optimizer, case, rng):
+    """Between two parameters, each tensor or the scalars too."""
+    by_shape: dict[Any, list[Any]] = {}
+    for param in params_of(optimizer):
+        if optimizer.state.get(param):
+            by_shape.setdefault((param.shape, param.stride()), []).append(optimizer.state[param])
+    alike = [states for states in by_shape.values() if len(states) > 1]
+    if alike:
+        first, second = rng.sample(rng.choice(alike), 2)
+        for name in a_name(first, rng, scalar=True):
+            first[name], second[name] = second[name], first[name]
+
+
+@at_random
+def key_popped(optimizer, case, rng):
+    """Ours makes it anew, stock is given what it would have begun with."""
+    state = a_state(optimizer, rng, contiguous=True)
+    for name in a_name(state, rng, scalar=True):
+        rule, group = case.cls.rule, optimizer.param_groups[0]
+        old = state.pop(name)
+        if isinstance(optimizer, torch.optim.SGD) or isinstance(optimizer, case.cls):
+            return
+        (param,) = (param for param, of_param in optimizer.state.items() if of_param is state)
+        if name in rule.counts:
+            state[name] = torch.full_like(old, rule.new_count(name, group_of(optimizer, param)))
+        elif name in rule.state_names(rule.variant_of(rule.structure_of(group_of(optimizer, param)), param)):
+            state[name] = rule.new_state(name, param, group_of(optimizer, param), optimizer.defaults)
+
+
+def group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
+
+
+@at_random
+def memory_moved_beneath(optimizer, case, rng):
+    state = a_state(optimizer, rng)
+    for name in a_name(state, rng, scalar=True):
+        value = state[name]
+        moved = value.detach().clone() + (1.0 if name == "step" else 0.25)
+        if rng.random() < 0.5:
+            value.data = moved
+        else:
+            value.set_(moved)
+
+
+@at_random
+def memory_of_all_moved_beneath(optimizer, case, rng):
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.data = value.data.clone()
+
+
+@at_random
+def states_put_into_one_tensor(optimizer, case, rng):
+    """In another order than ours."""
+    state = a_state(optimizer, rng)
+    for name in a_name(state, rng):
+        having = [of_param for of_param in optimizer.state.values() if name in of_param]
+        rng.shuffle(having)
+        memory = torch.cat([of_param[name].flatten() for of_param in having])
+        parts = memory.split([of_param[name].numel() for of_param in having])
+        for of_param, part in zip(having, parts, strict=True):
+            of_param[name] = part.view(of_param[name].shape)
+
+
+@at_random
+def param_moved_to_another_group(optimizer, case, rng):
+    groups = [group for group in optimizer.param_groups if len(group["params"]) > 1]
+    if groups:
+        group, other = rng.choice(groups), rng.choice(optimizer.param_groups)
+        param = group["params"].pop(rng.randrange(len(group["params"])))
+        other["params"].insert(rng.randint(0, len(other["params"])), param)
+
+
+@at_random
+def group_split(optimizer, case, rng):
+    group = rng.choice(optimizer.param_groups)
+    if len(group["params"]) > 1 and len(optimizer.param_groups) < 5:
+        optimizer.param_groups.append({**copy.deepcopy({**group, "params": []}), "params": group["params"][1:], "lr": 0.02})
+        del group["params"][1:]
+
+
+@at_random
+def groups_merged(optimizer, case, rng):
+    if len(optimizer.param_groups) > 1:
+        last = optimizer.param_groups.pop()
+        optimizer.param_groups[0]["params"] += last["params"]
+
+
+@at_random
+def param_removed_with_its_state(optimizer, case, rng):
+    groups = [group for group in optimizer.param_groups if len(group["params"]) > 1]
+    if groups and len(params_of(optimizer)) > 3:
+        optimizer.state.pop(rng.choice(groups)["params"].pop(0), None)
+
+
+@at_random
+def params_added(optimizer, case, rng):
+    if len(params_of(optimizer)) < 7:
+        shapes = rng.choices([(5,), (3, 4), (), (0,), (2, 1, 3)], k=2)
+        optimizer.add_param_group({"params": make_params(shapes, seed=rng.randrange(99))})
+
+
+@at_random
+def param_replaced_by_a_new_one(optimizer, case, rng):
+    """Which may well have the identity of the old one."""
+    group = rng.choice([group for group in optimizer.param_groups if group["params"]])
+    shape = group["params"][0].shape
+    optimizer.state.pop(group["params"].pop(0), None)
+    group["params"].insert(0, Parameter(torch.full(shape, 0.5)))
+
+
+@at_random
+def params_swapped(optimizer, case, rng):
+    first, second, *_ = params_of(optimizer)
+    if rng.random() < 0.5:
+        first.grad = second.grad = None
+        if optimizer.state.get(first) and optimizer.state.get(second) and first.shape == second.shape:
+            torch.utils.swap_tensors(first, second)
+
+
+@at_random
+def settings_back(optimizer, case, rng):
+    for group in optimizer.param_groups:
+        group.update({name: copy.deepcopy(value) for name, value in optimizer.defaults.items() if name != "foreach"})
+        group["lr"] = 0.1
+
+
+@at_random
+def norm_measured(optimizer, case, rng):
+    if isinstance(optimizer, case.cls):
+        optimizer.max_grad_norm = None if optimizer.max_grad_norm else 1e9
+
+
+@at_random
+def another_loads_it(optimizer, case, rng):
+    groups = [{"params": [Parameter(p.detach().clone()) for p in g["params"]]} for g in optimizer.param_groups]
+    kwargs = {name: value for name, value in optimizer.defaults.items() if name == "momentum"}
+    other: Any = case.cls(groups, **kwargs) if isinstance(optimizer, case.cls) else loop(case, groups, **kwargs)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return other
+
+
+#: Of the table, those that ask for no certain number of groups, and for no state that may not be there.
+OF_THE_TABLE = """
+    param_data_elsewhere param_data_misaligned param_data_other_values param_strides param_and_state_strides param_set_
+    params_swapped_for_tensors param_share_memory add_empty_group reorder_params swap_groups replace_group_dict
+    state_written_in_place state_data_elsewhere state_data_strides state_share_memory state_dict_of_param_replaced
+    state_of_param_replaced_by_equal_tensors first_state_cleared last_state_cleared every_state_cleared state_cleared
+    state_mapping_replaced load_own_state_dict load_copied_state_dict deepcopied pickled saved_by_torch
+""".split()
+OF_SETTINGS = SETTINGS.keys() - {"foreach", "fused_false", "differentiable", "lr_zero"}
+OF_COUNTS = ("written_in_place", "replaced", "replaced_by_views_of_one_tensor", "replaced_by_clone", "data_swapped")
+
+
+def random_edits(case: Case) -> list[str]:
+    """Names of what can be done to an optimizer of ours and to stock."""
+    counts = [f"{count}_{name}" for count in case.cls.rule.counts for name in OF_COUNTS]
+    settings = [name for name in sorted(OF_SETTINGS) if EDITS[name][1](case, usual(case))]
+    table = [name for name in OF_THE_TABLE if EDITS[name][1](case, usual(case))]
+    # few settings, which are many
+    return [*RANDOM, *table, *counts, *settings]
+
+
+def edited(name: str, optimizer: Any, case: Case, seed: str) -> Any:
+    if name in RANDOM:
+        return complete(RANDOM[name](optimizer, case, random.Random(seed)) or optimizer)
+    has_all = all(optimizer.state.get(param) for param in params_of(optimizer))
+    of_counts = any(name.startswith(f"{count}_") for count in case.cls.rule.counts)
+    return apply(name, optimizer) if has_all or not of_counts else optimizer
+
+
+def one_rounded_state(ours: Any, stock: Any, case: Case, rng: random.Random) -> None:
+    """A step with a state in bfloat16, which stock has rounded: it stays, and is used."""
+    state = a_state(ours, rng, contiguous=True)
+    names = a_name(state, rng)
+    if not names or case.name == "adafactor":
+        # which steps by averages as they are stored
+        return
+    (name,) = names
+    param, twin = next(pair for pair in zip(params_of(ours), params_of(stock)) if ours.state.get(pair[0]) is state)
+    rounded = ours.state[param][name].bfloat16()
+    stock.state[twin][name].copy_(rounded)
+    ours.state[param][name] = rounded
+    train([ours, stock], 1, first=rng.randrange(1000))
+    assert ours.state[param][name] is rounded
+    torch.testing.assert_close(rounded.float(), stock.state[twin][name], **CLOSE[torch.bfloat16])
+    torch.testing.assert_close(param, twin, **ONE_STEP)
+    ours.state[param][name] = rounded.float()
+
+
+def take_over(stock: Any, ours: Any) -> None:
+    """Give stock our numbers, so that nothing adds up."""
+    for param, twin in zip(params_of(ours), params_of(stock), strict=True):
+        twin.data.copy_(param.detach())
+        for name, value in ours.state.get(param, {}).items():
+            stock.state[twin][name].copy_(value)
+
+
+@pytest.mark.parametrize(
+    ("case", "run"),
+    [
+        pytest.param(case, run, id=f"{case.name}-{run}", marks=[interpreted] * (case.name in DIFFERENT))
+        for run in range(RUNS)
+        for case in [CASES[run % len(CASES)]]
+    ],
+)
+def test_random_edits(case: Case, run: int) -> None:
+    """A step after each, beside stock's, from the same numbers."""
+    rng = random.Random(run)
+    shapes = [(5,), (5,), (3, 4), (3, 4), ()][: rng.choice([3, 4, 5])]
+    ours, stock, _ = twins(case, make_params(shapes), usual(case), two_groups)
+    names = random_edits(case)
+    done: list[str] = []
+    for i in range(EDITS_OF_A_RUN):
+        done.append(rng.choice(names))
+        ours, stock = (edited(done[-1], optimizer, case, f"{run} {i}") for optimizer in (ours, stock))
+        n = len(params_of(ours))
+        skip = rng.sample(range(n), rng.choice([0, 0, 0, 1, 2, n]))
+        if done[-1] == "key_popped" or case.name == "adagrad":
+            # what is missing is made for a gradient
+            skip = []
+        try:
+            for step in range(rng.choice([1, 1, 2])):
+                train([ours, stock], 1, first=100 * i + step, skip=skip)
+                assert_same(ours, stock, ONE_STEP)
+                take_over(stock, ours)
+            if rng.random() < 0.1:
+                done.append("one_rounded_state")
+                one_rounded_state(ours, stock, case, rng)
+                take_over(stock, ours)
+        except Exception as error:
+            raise AssertionError(f"after {' '.join(done)}: {error}") from error
