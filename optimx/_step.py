@@ -30,6 +30,10 @@ class MultiTensorStep(Optimizer):
     rule: ClassVar[UpdateRule]
 
     #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
+    #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm; flat
+    #: parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
+    #: stages of a pipeline look like any other parameters, and a process would clip by its own part's norm: leave this
+    #: None there, and clip before the step by a norm that is reduced over all processes.
     max_grad_norm: float | None = None
     #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
     #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled

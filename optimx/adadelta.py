@@ -50,7 +50,8 @@ class Adadelta(MultiTensorStep, TorchAdadelta):
 
     Args beyond torch's:
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
+            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
 
     ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
 

@@ -232,6 +232,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting or even
             reading them once more (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+            The norm is of what this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
 
     What transformers' arguments are here:
 

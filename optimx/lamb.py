@@ -193,7 +193,8 @@ class LAMB(MultiTensorStep, LAMBLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
+            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
 
     State: ``step``, and ``exp_avg`` and ``exp_avg_sq`` of the parameter's shape.
 

@@ -83,7 +83,8 @@ class Lion(MultiTensorStep, LionLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
+            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
 
     State: ``exp_avg``, of the parameter's shape.
 

@@ -75,7 +75,8 @@ class SGD(MultiTensorStep, TorchSGD):
 
     Args beyond torch's:
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
+            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
 
     ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.

@@ -1,4 +1,4 @@
-"""Who is called by a GradScaler, what they see, and who is told of a skipped step: hooks, subclasses, wrappers, trainers."""
+"""What a GradScaler shows and tells to whoever stands around the step: hooks, subclasses, wrappers, trainers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import pickle
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,9 +24,8 @@ import optimx
 
 # torchvision, which Lightning imports, has to import first
 import tests.models  # noqa: F401
-from optimx._step import MultiTensorStep
 from tests.cases import CASES, Case, assert_same, make_params, set_grads
-from tests.engine import DIFFERENT, each_case_natively, each_different_case, interpreted, usual
+from tests.engine import each_case_natively, each_different_case, interpreted, usual
 
 SHAPES = [(), (129,), (5, 7)]
 SCALE = 2.0**10
@@ -193,12 +192,6 @@ def own_method_before_scheduler(make: Any, watch: Watch, undo: ExitStack) -> Any
 each_watcher = pytest.mark.parametrize("name", WATCHERS)
 
 
-@pytest.fixture
-def undo() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
 def new_scaler(cls: type[torch.amp.GradScaler], device: torch.device | str = "cpu") -> torch.amp.GradScaler:
     return cls(torch.device(device).type, init_scale=SCALE)
 
@@ -253,7 +246,7 @@ def test_gradients_are_unscaled_where_somebody_looks(case: Case, name: str, scal
 
 @each_fused_case
 def test_wrapper_around_fused(case: Case) -> None:
-    """It says that the optimizer in it unscales, but does not pass on what that needs. Our scaler does not fall for it."""
+    """It says that the optimizer in it unscales, but does not pass on what that needs: our scaler unscales."""
     kwargs = {**usual(case), "fused": True}
     ours, norms = watched("wrapper", case.cls, kwargs, new_scaler(optimx.GradScaler))
     expected, expected_norms = watched("wrapper", case.cls, kwargs, None)
@@ -302,7 +295,9 @@ def test_what_is_handed_over(case: Case, scaler_cls: type) -> None:
         assert seen == (expected if kwargs else expected[1:])
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "deepcopy", "pickle"]
+)
 @pytest.mark.parametrize("fused", [None, True], ids=["default", "fused"])
 @each_fused_case
 def test_copies_behave_like_stocks(case: Case, fused: bool | None, copied: Callable[[Any], Any]) -> None:
@@ -357,7 +352,7 @@ def test_step_was_skipped_until_the_next_step(asked: dict[str, bool], by_hand: b
 
 
 class Returning:
-    """A step that says how often it should count."""
+    """Its step has a keyword of its own, and returns it."""
 
     def step(self, closure: Any = None, *, times: int = 1) -> int:
         super().step(closure)  # type: ignore[misc]
@@ -457,8 +452,8 @@ def test_fast_path_when_nobody_looks_any_more(device: torch.device) -> None:
     assert untouched == [True, False, True]
 
 
-def test_nothing_is_left_of_a_step_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a claim to unscale: the next one may be a step with torch's scaler."""
+def test_nothing_is_left_of_a_step_that_raises() -> None:
+    """No claim to unscale, above all: the next step may be one with torch's scaler."""
     params = make_params(SHAPES)
     optimizer = optimx.AdamW(params)
     scaler = new_scaler(optimx.GradScaler)

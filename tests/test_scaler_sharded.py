@@ -1,4 +1,4 @@
-"""GradScaler where every rank sees its own part of the gradients: one bad part, and all ranks skip. Two gloo processes."""
+"""GradScaler where every rank sees its own part of the gradients: one bad part, and both of two gloo ranks skip."""
 
 from __future__ import annotations
 

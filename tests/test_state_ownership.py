@@ -791,7 +791,7 @@ def one_rounded_state(ours: Any, stock: Any, case: Case, rng: random.Random) -> 
         # which steps by averages as they are stored
         return
     (name,) = names
-    param, twin = next(pair for pair in zip(params_of(ours), params_of(stock)) if ours.state.get(pair[0]) is state)
+    param, twin = next(pair for pair in zip(params_of(ours), params_of(stock), strict=True) if ours.state.get(pair[0]) is state)
     rounded = ours.state[param][name].bfloat16()
     stock.state[twin][name].copy_(rounded)
     ours.state[param][name] = rounded
