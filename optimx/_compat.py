@@ -5,6 +5,8 @@ No other file touches a name of torch that begins with an underscore; when a rel
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -76,6 +78,9 @@ def is_called_unnoticed(optimizer: Optimizer, step: Any) -> bool:
     if own is not None:
         code = getattr(own, "__code__", None)
         if code is None or code.co_filename != lr_scheduler.__file__ or not vars(optimizer).get("_opt_called"):
+            return False
+        # it calls what was there before it, which need not be the class's
+        if without_hooks(own.__wrapped__) is not step:
             return False
     return not (
         optimizer._optimizer_step_pre_hooks
@@ -160,6 +165,17 @@ def count_dtype(fused: bool) -> torch.dtype:
     if fused or torch.get_default_dtype() is not torch.float64:
         return torch.float32
     return torch.float64
+
+
+def identities(objects: tuple[Any, ...]) -> Any:
+    """What is equal for two tuples of the same living objects: their addresses.
+
+    CPython's tuple is an array of them, which is copied at once; a list of the ids takes 30 times as long, and each
+    step compares those of all states.
+    """
+    if sys.implementation.name != "cpython":
+        return [*map(id, objects)]
+    return ctypes.string_at(id(objects) + tuple.__basicsize__, tuple.__itemsize__ * len(objects))
 
 
 def is_plain(tensor: Tensor) -> bool:

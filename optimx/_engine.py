@@ -171,6 +171,11 @@ class Engine:
                 norm, control = measure(buckets, others, max_norm, amp, clamp=not optimizer.normalize_grads)
                 self.control = control
                 optimizer.grad_norm = norm if needs_norm else None
+            if isinstance(amp.found_inf, Tensor) and not (buckets or others):
+                # nothing to update here, but a rank may tell what the others have found
+                self.control = torch.stack(
+                    [torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf]
+                )
             on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
             for bucket, there in zip(buckets, on_device, strict=True):
                 bucket.compile(there)

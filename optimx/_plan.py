@@ -63,7 +63,7 @@ class Leftover:
 
     Attributes:
         position: Index in the step's list of all parameters.
-        in_turn: It shares memory with another one, so they are updated one after the other.
+        in_turn: It shares memory with another one, or its memory has gaps: torch's loop, one after the other, is right.
     """
 
     position: int
@@ -167,12 +167,12 @@ class StepInputs:
         params: Group after group.
         grads: Of each parameter; None where it has none.
         values: Of all state dicts, in their order.
-        ids: Identities of parameters, keys of the optimizer's state, and values. As long as nobody died, equal ids mean
+        identities: Of parameters, keys of the optimizer's state, and values. As long as nobody died, equal ones mean
             the same objects.
     """
 
     def __init__(self, optimizer: MultiTensorStep) -> None:
-        self.params: list[Tensor] = [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
+        self.params: tuple[Tensor, ...] = (*chain.from_iterable(group["params"] for group in optimizer.param_groups),)
         self.grads: list[Any] = [param.grad for param in self.params]
         self.read_states(optimizer)
 
@@ -180,10 +180,10 @@ class StepInputs:
         """Bring the states up to date."""
         state: Any = optimizer.state
         try:
-            self.values = [*chain.from_iterable(map(dict.values, state.values()))]
+            self.values = (*chain.from_iterable(map(dict.values, state.values())),)
         except TypeError:  # somebody keeps something else there
-            self.values = [*chain.from_iterable(s.values() for s in state.values() if isinstance(s, dict))]
-        self.ids = [*map(id, chain(self.params, state, self.values))]
+            self.values = (*chain.from_iterable(s.values() for s in state.values() if isinstance(s, dict)),)
+        self.identities = [*map(_compat.identities, (self.params, (*state,), self.values))]
 
 
 class StepPlan:
@@ -221,7 +221,9 @@ class StepPlan:
             if position in shared:
                 self.leftovers.append(Leftover(position, shared[position], in_turn=True))
             elif key is None:
-                self.leftovers.append(Leftover(position, reason))
+                # torch's fused step on a CPU takes any memory to be dense; its loop does not
+                gaps = param.layout is torch.strided and not is_dense(param)
+                self.leftovers.append(Leftover(position, reason, in_turn=gaps))
             else:
                 if not same_layout(grad, param):
                     self.relayout.append(position)
@@ -238,7 +240,7 @@ class StepPlan:
         self._locate(optimizer, inputs)
 
         # what is compared every step; read after the states were made
-        self._ids = inputs.ids
+        self._identities = inputs.identities
         self._grad_types = [*map(type, grads)]
         #: Weak references to states come here when a state dies, whose id may be another's then. Parameters have none:
         #: torch.utils.swap_tensors refuses tensors that have, and of all of them dtype, shape and layout are compared.
@@ -310,7 +312,7 @@ class StepPlan:
     def holds(self, optimizer: MultiTensorStep, inputs: StepInputs) -> bool:
         """Whether parameters, groups and states are the objects they were."""
         return (
-            inputs.ids == self._ids
+            inputs.identities == self._identities
             and not self._dead
             and [len(group["params"]) for group in optimizer.param_groups] == self._group_sizes
             and self._same_variants(optimizer)

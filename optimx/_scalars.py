@@ -39,6 +39,11 @@ class Span(NamedTuple):
         """The span as one tensor."""
         return role[self.first].as_strided((self.length,), (1,))
 
+    def members_of(self, role: Sequence[Tensor]) -> Tensor:
+        """The members' scalars."""
+        span = self.of(role)
+        return span if isinstance(self.offsets, slice) else span[self.offsets]
+
 
 class Scalars:
     """How the scalar states of a bucket's members lie in memory.
@@ -63,11 +68,11 @@ class Scalars:
             return torch.stack([torch.stack([*role]) for role in roles])
         if len(self._spans) == 1 and isinstance(self._spans[0].members, slice):
             (span,) = self._spans
-            return torch.stack([span.of(role)[span.offsets] for role in roles])
+            return torch.stack([span.members_of(role) for role in roles])
         values = torch.empty(len(roles), len(roles[0]), dtype=roles[0][0].dtype, device="cpu")
         for span in self._spans:
             for row, role in zip(values, roles, strict=True):
-                row[span.members] = span.of(role)[span.offsets]
+                row[span.members] = span.members_of(role)
         return values
 
     def count(self, roles: Sequence[Sequence[Tensor]], others: Tensor | None) -> None:
@@ -78,6 +83,9 @@ class Scalars:
         if self._found is not None:
             counted = self._found[:1] + 1
             self._left = counted if others is None else torch.cat([counted, others])
+        if len(steps) == 1 and not rest:
+            steps[0].add_(1)
+            return
         for span in self._spans:
             span.of(steps).add_(1 if span.increments is None else span.increments)
             for row, role in zip(() if others is None else others, rest, strict=True):
@@ -89,13 +97,12 @@ class Scalars:
 
     def common_step(self, steps: Sequence[Tensor]) -> float | None:
         """The step count of all members; None if they differ."""
-        if len(self._spans) == 1:
-            (span,) = self._spans
-            all_steps = span.of(steps)[span.offsets]
-        else:
-            all_steps = self._read([steps])[0]
+        if len(steps) == 1:
+            return steps[0].item()
+        all_steps = self._spans[0].members_of(steps) if len(self._spans) == 1 else self._read([steps])[0]
         fewest, most = all_steps.aminmax()
-        return float(most) if bool(fewest == most) else None
+        step = most.item()
+        return step if fewest.item() == step else None
 
 
 def _spans(roles: Sequence[Sequence[Tensor]], known: Container[int]) -> list[Span]:

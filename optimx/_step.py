@@ -8,7 +8,7 @@ an :class:`UpdateRule`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any, ClassVar
@@ -30,8 +30,8 @@ class MultiTensorStep(Optimizer):
     rule: ClassVar[UpdateRule]
 
     #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
-    #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm; flat
-    #: parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
+    #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm;
+    #: flat parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
     #: stages of a pipeline look like any other parameters, and a process would clip by its own part's norm: leave this
     #: None there, and clip before the step by a norm that is reduced over all processes.
     max_grad_norm: float | None = None
@@ -176,6 +176,10 @@ class MultiTensorStep(Optimizer):
         """
         control = self._engine.control
         return torch.tensor(False, device="cpu") if control is None else control[2] != 0
+
+    def _note_found_inf(self, found_inf: Sequence[Tensor]) -> None:
+        """GradScaler has looked for infinite gradients, and may not call the step."""
+        self._engine.note_found_inf(self, found_inf)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.

@@ -66,10 +66,22 @@ class GradScaler(torch.amp.GradScaler):
     def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, and look for infinite ones; as in torch."""
         super().unscale_(optimizer)
-        if self.is_enabled() and self._is_sharded(optimizer):
-            found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
-            for found_inf in found.values():
-                torch.distributed.all_reduce(found_inf, torch.distributed.ReduceOp.MAX, self._process_group)
+        if self.is_enabled():
+            self._agree(optimizer)
+
+    def _agree(self, optimizer: Optimizer) -> None:
+        """Let every rank know what one has found: one reduction, whatever gradients and devices this one has."""
+        if not self._is_sharded(optimizer):
+            return
+        scale, _ = self._check_scale_growth_tracker("unscale_")
+        found = self._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+        # a rank without gradients skips with the others
+        if not found:
+            found[scale.device] = torch.zeros((), dtype=torch.float32, device=scale.device)
+        together = torch.stack([found_inf.to(scale.device).reshape(()) for found_inf in found.values()]).amax()
+        torch.distributed.all_reduce(together, torch.distributed.ReduceOp.MAX, self._process_group)
+        for found_inf in found.values():
+            found_inf.copy_(together)
 
     def _is_sharded(self, optimizer: Optimizer) -> bool:
         """Whether other ranks may find what this one does not, and torch does not ask them."""
@@ -95,7 +107,9 @@ class GradScaler(torch.amp.GradScaler):
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:
         if not (isinstance(optimizer, MultiTensorStep) and self._steps_within(optimizer)):
-            return super()._check_inf_per_device(optimizer)
+            found = super()._check_inf_per_device(optimizer)
+            self._agree(optimizer)
+            return found
         scale, _ = self._check_scale_growth_tracker("_check_inf_per_device")
         # written by the step that follows, before update() reads it
         found_inf = torch.zeros((), dtype=torch.float32, device=scale.device)
@@ -106,7 +120,8 @@ class GradScaler(torch.amp.GradScaler):
         return per_device
 
     def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if isinstance(optimizer, MultiTensorStep):
-            # who asks whether the step was skipped is told, although it will not be called
-            optimizer._engine.note_found_inf(optimizer, [*optimizer_state["found_inf_per_device"].values()])
+        # who asks whether the step was skipped is told, although it will not be called; also through a wrapper
+        note = getattr(optimizer, "_note_found_inf", None)
+        if note is not None:
+            note([*optimizer_state["found_inf_per_device"].values()])
         return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)

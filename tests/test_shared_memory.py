@@ -13,7 +13,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train
+from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
+from tests.conftest import INTERPRETED
 from tests.engine import each_case_natively as each_case
 from tests.engine import params_of, usual
 
@@ -212,6 +213,40 @@ def test_states_that_two_parameters_share(
         assert_same(ours, stock)
 
 
+def tied(optimizer: Optimizer) -> None:
+    params = params_of(optimizer)
+    params[4].data = params[2].data
+
+
+def tied_states(optimizer: Optimizer) -> None:
+    first, second = (optimizer.state[params_of(optimizer)[i]] for i in (2, 4))
+    for name in first:
+        second[name].data = first[name].data
+
+
+def tied_steps(optimizer: Optimizer) -> None:
+    first, second = (optimizer.state[params_of(optimizer)[i]] for i in (2, 4))
+    if "step" in first:
+        second["step"].data = first["step"].data
+
+
+@pytest.mark.parametrize("tie", [tied, tied_states, tied_steps], ids=lambda tie: tie.__name__)
+@pytest.mark.parametrize("size", [5, 5000], ids=["small", "large"])
+@each_case
+def test_memory_becomes_shared_between_steps(
+    case: Case, size: int, tie: Callable[[Optimizer], None], device: torch.device
+) -> None:
+    """Beneath tensors that stay the same objects: as weights are tied by ``.data``."""
+    if INTERPRETED and size > 5:
+        pytest.skip("takes the interpreter long")
+    ours, stock, _ = twins(case, make_params([(size,)] * 6, device), usual(case, lr=0.01))
+    train([ours, stock], 2)
+    for optimizer in (ours, stock):
+        tie(optimizer)
+    train([ours, stock], 2, first=2)
+    assert_same(ours, stock)
+
+
 @each_case
 def test_views_of_one_storage_share_nothing(case: Case, device: torch.device) -> None:
     """Parameters that lie side by side, as flattened models have them, are updated together."""
@@ -233,7 +268,7 @@ STEPS = 3
 
 
 def put_in_shared_memory(optimizer: Optimizer, case: Case) -> None:
-    """Before the first step, as A3C's SharedAdam does in its ``__init__``."""
+    """Before the first step, as A3C's SharedAdam does in its ``__init__``, with step counts of shape (1,)."""
     rule, group = case.cls.rule, optimizer.param_groups[0]
     for param in params_of(optimizer):
         state = optimizer.state[param]
@@ -264,7 +299,7 @@ def shared_pair(case: Case, share: Callable[[Any, Case], None]) -> tuple[Optimiz
     """Ours and torch's loop, with parameters and states in shared memory."""
     pair = []
     for build in (case.cls, lambda params, **kwargs: loop(case, params, **kwargs)):
-        params = [param.share_memory_() for param in make_params([(5,), (3, 4), (3, 4)])]
+        params = [param.share_memory_() for param in make_params([(5,), (3, 4)] * 5)]
         optimizer = build([{"params": params[:2]}, {"params": params[2:], "lr": 0.02}], **usual(case, lr=0.01))
         share(optimizer, case)
         pair.append(optimizer)

@@ -255,6 +255,59 @@ def test_memory_is_replaced(case: Case, shapes: list[tuple[int, ...]], after: in
     assert addresses(ours) == before
 
 
+def moved(state: dict[str, Tensor]) -> None:
+    for value in state.values():
+        value.data = value.data.clone()
+
+
+def other_steps(state: dict[str, Tensor]) -> None:
+    if "step" in state:
+        state["step"].data = torch.tensor(50.0)
+
+
+def other_scalars(state: dict[str, Tensor]) -> None:
+    for name, value in state.items():
+        if name != "step" and not value.dim():
+            value.set_(torch.tensor(0.25))
+
+
+def other_numbers(state: dict[str, Tensor]) -> None:
+    for value in state.values():
+        if value.dim():
+            value.set_(value * 3)
+
+
+def strides(state: dict[str, Tensor]) -> None:
+    for value in state.values():
+        if value.dim() == 2:
+            value.data = value.t().contiguous().t()
+
+
+def float64(state: dict[str, Tensor]) -> None:
+    """Torch's loop takes both."""
+    if "exp_avg_sq" in state:
+        state["exp_avg_sq"].data = state["exp_avg_sq"].double()
+
+
+BENEATH = (moved, other_steps, other_scalars, other_numbers, strides, float64)
+
+
+@pytest.mark.parametrize("change", BENEATH, ids=lambda change: change.__name__)
+@each_shape
+@each_case
+def test_memory_of_one_is_replaced(
+    case: Case, shapes: list[tuple[int, ...]], change: Callable[[dict[str, Tensor]], None]
+) -> None:
+    """Of one parameter in the middle, beneath all or some of its states."""
+    ours, stock, _ = start(case, shapes)
+    train([ours, stock], 2)
+    for i in (4, 2):
+        for optimizer in (ours, stock):
+            change(optimizer.state[params_of(optimizer)[i]])
+        train([ours, stock], 2, first=i)
+    assert_same(ours, stock)
+
+
 def share(states: list[Tensor]) -> None:
     """With other processes, as Hogwild does."""
     states[1].data = states[1].clone().share_memory_()

@@ -7,7 +7,7 @@ import gc
 import io
 import random
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,22 @@ def test_views_go_on_when_another_loads_the_state(case: Case, device: torch.devi
 
 
 @each_case
+def test_states_change_places(case: Case, device: torch.device) -> None:
+    """By torch.utils.swap_tensors, with each other and with a new one: the objects stay where they were."""
+    ours, stock = pair(case, device)
+    for step in range(3):
+        train([ours, stock], 2, first=2 * step)
+        for optimizer in (ours, stock):
+            first, second = (optimizer.state[param] for param in params_of(optimizer)[1:3])
+            for name in first:
+                torch.utils.swap_tensors(first[name], second[name])
+            for name in second:
+                torch.utils.swap_tensors(second[name], second[name] + 1.0)
+    train([ours, stock], 2, first=6)
+    assert_same(ours, stock)
+
+
+@each_case
 def test_what_is_written_through_a_view_is_used(case: Case, device: torch.device) -> None:
     ours, stock = pair(case, device)
     train([ours, stock], 1)
@@ -144,6 +160,36 @@ def test_what_is_written_through_a_view_is_used(case: Case, device: torch.device
                 view.add_(0.5)
         train([ours, stock], 1, first=1 + step, skip=[step])
     assert_same(ours, stock)
+
+
+def of_one_element(i: int, value: Tensor) -> Tensor:
+    return value.reshape(1).clone()
+
+
+def of_both_shapes(i: int, value: Tensor) -> Tensor:
+    return value.reshape([(), (1,)][i % 2]).clone()
+
+
+def with_gaps(i: int, value: Tensor) -> Tensor:
+    return torch.stack([value.reshape(1), value.reshape(1)], 1)[:, 0]
+
+
+@pytest.mark.parametrize("make", [of_one_element, of_both_shapes, with_gaps], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("n", [3, 12])
+@each_case
+def test_scalars_that_others_made(
+    case: Case, make: Callable[[int, Tensor], Tensor], n: int, device: torch.device
+) -> None:
+    """Who makes the states by hand often counts in tensors of one element; they stay."""
+    ours, stock, _ = twins(case, make_params([(3,)] * n, device), usual(case))
+    train([ours, stock], 1)
+    for optimizer in (ours, stock):
+        for i, state in enumerate(optimizer.state.values()):
+            state.update({name: make(i, state[name]) for name in case.cls.rule.counts})
+    before = [id(value) for value in states_of(ours)]
+    train([ours, stock], 3, first=1)
+    assert_same(ours, stock)
+    assert [id(value) for value in states_of(ours)] == before
 
 
 # nobody else keeps them
@@ -476,6 +522,7 @@ def test_containers_in_the_state(case: Case, device: torch.device) -> None:
         "ordered": OrderedDict(a=tensor(5.0), b=None),
         "list": [tensor(6.0), shared, shared],
         "tuple": (tensor(8.0), [tensor(9.0)]),
+        "deque": deque([tensor(11.0)]),
         "number": 10,
         "empty": {},
     }
@@ -497,12 +544,29 @@ def test_containers_in_the_state(case: Case, device: torch.device) -> None:
         state["ordered"]["a"].add_(1)
         state["list"].append(1)
         state["tuple"][1][0].add_(1)
+        state["deque"][0].add_(1)
         assert_equal(snapshot, frozen)
         for name in theirs:
             del state[name]
     train([ours, stock], 2, first=2)
     assert_same(ours, stock)
     assert_equal(snapshot, frozen)
+
+
+@each_case
+def test_states_of_no_parameter(case: Case, device: torch.device) -> None:
+    """Torch saves and loads whatever else is among the states."""
+    ours, _ = pair(case, device)
+    train([ours], 1)
+    ours.state["of_all"] = {"seen": torch.ones(2), "many": [torch.ones(2)]}
+    snapshot = copy.deepcopy(ours.state_dict())
+    frozen = copy.deepcopy(snapshot)
+    for optimizer in (ours, another(case, device)):
+        optimizer.load_state_dict(snapshot)
+        optimizer.state["of_all"]["seen"].add_(1)
+        optimizer.state["of_all"]["many"][0].add_(1)
+        train([optimizer], 1, first=1)
+        assert_equal(snapshot, frozen)
 
 
 # inference mode
@@ -762,7 +826,7 @@ OF_THE_TABLE = """
     state_of_param_replaced_by_equal_tensors first_state_cleared last_state_cleared every_state_cleared state_cleared
     state_mapping_replaced load_own_state_dict load_copied_state_dict deepcopied pickled saved_by_torch
 """.split()
-OF_SETTINGS = SETTINGS.keys() - {"foreach", "fused_false", "differentiable", "lr_zero"}
+OF_SETTINGS = SETTINGS.keys() - {"foreach", "fused_false", "differentiable", "lr_zero", "no_momentum"}
 OF_COUNTS = ("written_in_place", "replaced", "replaced_by_views_of_one_tensor", "replaced_by_clone", "data_swapped")
 
 
