@@ -30,15 +30,15 @@ def split_by_size(tensors: Sequence[Tensor]) -> tuple[list[list[int]], list[int]
     return cut(small, tensors), [i for i, tensor in enumerate(tensors) if not is_small(tensor)]
 
 
-def cut(indices: Sequence[int], tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of small tensors, batch by batch."""
+def cut(indices: Sequence[int], tensors: Sequence[Tensor], most: int = BATCH) -> list[list[int]]:
+    """Indices of tensors, batch by batch of ``most`` elements."""
     batches: list[list[int]] = []
     room = 0
     for i in indices:
         numel = tensors[i].numel()
         if numel > room or not batches:
             batches.append([])
-            room = BATCH
+            room = most
         batches[-1].append(i)
         room -= numel
     return batches

@@ -8,7 +8,7 @@ at once, and whatever lies there instead is what the next step uses. :meth:`Buck
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -119,7 +119,8 @@ class Bucket:
         self._new_counts: list[tuple[float, ...]] = []
 
     def _addresses_of_scalars(self) -> list[int]:
-        return [role[i].data_ptr() for role in self.members.scalars for i in self._watched]
+        """Of all that are counted where they lie."""
+        return [] if self.scalars is None else [*map(Tensor.data_ptr, chain.from_iterable(self.members.scalars))]
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import _compat
 
-#: Pieces of memory up to which each is counted at once. Beyond, every scalar is counted for itself.
-FEW = 8
+#: Members a piece of memory must hold on average, to be counted at once. Else every scalar is counted for itself.
+MANY = 8
 
 
 class Span(NamedTuple):
@@ -24,7 +24,7 @@ class Span(NamedTuple):
     Attributes:
         first: The member that comes first in memory.
         length: Scalars from there to the last one.
-        members: Their indices; a slice where they are all members in order.
+        members: Their indices; a slice where they follow each other.
         offsets: Where they are in the span; a slice where there are no gaps.
         increments: 1 for members and 0 in the gaps; None without gaps.
     """
@@ -66,9 +66,8 @@ class Scalars:
     def _read(self, roles: Sequence[Sequence[Tensor]]) -> Tensor:
         if not self._spans:
             return torch.stack([torch.stack([*role]) for role in roles])
-        if len(self._spans) == 1 and isinstance(self._spans[0].members, slice):
-            (span,) = self._spans
-            return torch.stack([span.members_of(role) for role in roles])
+        if len(self._spans) == 1:
+            return torch.stack([self._spans[0].members_of(role) for role in roles])
         values = torch.empty(len(roles), len(roles[0]), dtype=roles[0][0].dtype, device="cpu")
         for span in self._spans:
             for row, role in zip(values, roles, strict=True):
@@ -112,8 +111,8 @@ def _spans(roles: Sequence[Sequence[Tensor]], known: Container[int]) -> list[Spa
     by_storage: dict[tuple[int, ...], list[int]] = {}
     for i, members_scalars in enumerate(zip(*roles, strict=True)):
         by_storage.setdefault(tuple(s.untyped_storage().data_ptr() for s in members_scalars), []).append(i)
-        if len(by_storage) > FEW:
-            return []
+    if len(by_storage) > max(1, len(steps) // MANY):
+        return []
     spans = []
     for members in by_storage.values():
         first = min(members, key=steps.__getitem__)
@@ -132,8 +131,14 @@ def _spans(roles: Sequence[Sequence[Tensor]], known: Container[int]) -> list[Spa
         if length > len(members):
             increments = torch.zeros(length, dtype=roles[0][0].dtype, device="cpu")
             increments[offsets] = 1
-        every = members == [*range(len(steps))]
+        in_order = members == [*range(members[0], members[-1] + 1)]
         spans.append(
-            Span(first, length, slice(None) if every else members, slice(None) if dense else offsets, increments)
+            Span(
+                first,
+                length,
+                slice(members[0], members[-1] + 1) if in_order else members,
+                slice(None) if dense else offsets,
+                increments,
+            )
         )
     return spans

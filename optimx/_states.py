@@ -3,24 +3,34 @@
 Small tensors on a CPU are updated together, and scalars counted together, where they lie one after the other; so they
 are laid out like that when we make them: before a parameter's first step, and when a checkpoint is loaded. What
 somebody else put into ``optimizer.state`` (shared memory, a view, another dtype) is used where it is.
+
+Memory that tensors share is kept small, and where nothing is gained nothing is shared: pickle, other than
+``torch.save``, writes all of it with each tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _backend, _compat
-from ._batch import is_small
+from ._batch import BATCH, cut, is_small
+from ._call import MANY
 
 if TYPE_CHECKING:
     from ._buckets import Bucket
     from ._step import MultiTensorStep
 
 State = dict[str, Any]
+
+#: Scalars that lie together, at most.
+SCALARS = 1 << 10
+#: Elements that lie together, at most, where torch's operator updates them: a few tensors in a cache line.
+NEIGHBOURS = 1 << 8
 
 
 def create_states(optimizer: MultiTensorStep, bucket: Bucket, params: Sequence[Tensor]) -> None:
@@ -54,9 +64,17 @@ def create_states(optimizer: MultiTensorStep, bucket: Bucket, params: Sequence[T
             without.sort(key=lambda i: (bucket.groups[i], params[i].shape))
             new = [rule.new_state(name, params[i], groups[i], optimizer.defaults) for i in without]
             if key.backend == _backend.NATIVE:
-                new = side_by_side(new)
+                new = side_by_side(new, _most_neighbours(optimizer, key.structure, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
                 states[i][name] = tensor
+
+
+def _most_neighbours(optimizer: MultiTensorStep, structure: tuple[bool, ...], dtype: torch.dtype) -> int:
+    """Up to how many elements lie together: a batch where a formula updates it at once, few for torch's operator."""
+    rule = optimizer.rule
+    compute = torch.float64 if dtype is torch.float64 else torch.float32
+    by_formula = rule.operator(structure, compute) is None or (rule.by_element and len(optimizer.param_groups) >= MANY)
+    return BATCH if by_formula else NEIGHBOURS
 
 
 def settle_scalars(names: Sequence[str], states: Sequence[State], device: torch.device) -> None:
@@ -70,23 +88,26 @@ def settle_scalars(names: Sequence[str], states: Sequence[State], device: torch.
             for name in names:
                 state[name] = state[name].detach().to(device, copy=True)
     for same in alike.values():
-        block = torch.stack([state[name].detach().reshape(()) for name in names for state in same])
         # towards the host a copy that nobody waits for would be read too early
-        block = block.to(device, non_blocking=device.type != "cpu")
-        places = iter(_places(block, [torch.Size()] * len(block)))
-        for name in names:
-            for state in same:
-                state[name] = next(places)
+        values = torch.stack([torch.stack([state[name].detach().reshape(()) for state in same]) for name in names])
+        values = values.to(device, non_blocking=device.type != "cpu")
+        n = SCALARS // len(names)
+        for first in range(0, len(same), n):
+            block = values[:, first : first + n].reshape(-1).clone()
+            places = iter(_places(block, [torch.Size()] * len(block)))
+            for name in names:
+                for state in same[first : first + n]:
+                    state[name] = next(places)
 
 
-def side_by_side(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors, those that are small and alike as copies in one piece of memory, in this order."""
+def side_by_side(tensors: Sequence[Tensor], most: int) -> list[Tensor]:
+    """The tensors, those that are small and alike as copies in pieces of memory of ``most`` elements, in this order."""
     result = list(tensors)
     alike: dict[torch.dtype, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        if is_small(tensor) and tensor.numel():
+        if is_small(tensor) and 0 < tensor.numel() <= most:
             alike.setdefault(tensor.dtype, []).append(i)
-    for indices in alike.values():
+    for indices in chain.from_iterable(cut(same, tensors, most) for same in alike.values()):
         if len(indices) > 1:
             block = torch.cat([tensors[i].detach().view(-1) for i in indices])
             for i, place in zip(indices, _places(block, [tensors[i].shape for i in indices]), strict=True):
@@ -103,28 +124,33 @@ def _places(block: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
         offset += shape.numel()
 
 
-def own_states(optimizer: MultiTensorStep, snapshot: Any = None) -> None:
+def own_states(optimizer: MultiTensorStep, snapshot: Any = None, *, keep_shared: bool = False) -> None:
     """Let states lie as :func:`create_states` would have laid them, in memory that is not the snapshot's.
 
     Args:
-        optimizer: Whose states have just been loaded, or made by torch's ``__init__``.
+        optimizer: Whose states have just been loaded or unpickled, or made by torch's ``__init__``.
         snapshot: The ``state`` of what was loaded: neither its tensors nor its containers may change later.
+        keep_shared: Leave alone what other processes share.
     """
     rule = optimizer.rule
     taken = {*map(_memory, _tensors(snapshot))}
     scalars: dict[torch.device, list[State]] = {}
-    small: dict[str, list[State]] = {}
+    small: dict[tuple[str, int], list[State]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for group in optimizer.param_groups:
             for param in sorted(group["params"], key=lambda param: param.shape):
                 state = optimizer.state.get(param)
                 if not isinstance(state, dict):
                     continue
+                if keep_shared and any(_is_plain(value) and value.is_shared() for value in state.values()):
+                    continue
                 together: set[str] = set()
                 if rule.counts and all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in rule.counts):
                     scalars.setdefault(state[rule.counts[0]].device, []).append(state)
                     together.update(rule.counts)
                 if _backend.choose(param.device)[0] == _backend.NATIVE:
+                    structure = rule.variant_of(rule.structure_of(group), param)
+                    most = _most_neighbours(optimizer, structure, param.dtype)
                     for name, value in state.items():
                         if (
                             name not in together
@@ -132,15 +158,15 @@ def own_states(optimizer: MultiTensorStep, snapshot: Any = None) -> None:
                             and value.device == param.device
                             and is_small(value)
                         ):
-                            small.setdefault(name, []).append(state)
+                            small.setdefault((name, most), []).append(state)
                             together.add(name)
                 for name in state.keys() - together:
                     state[name] = _apart_from(taken, state[name])
         for device, states in scalars.items():
             settle_scalars(rule.counts, states, device)
-        for name, states in small.items():
+        for (name, most), states in small.items():
             # one that is alone stays where it is
-            places = side_by_side([state[name] for state in states])
+            places = side_by_side([state[name] for state in states], most)
             for state, place in zip(states, places, strict=True):
                 state[name] = _apart_from(taken, place)
 

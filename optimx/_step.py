@@ -29,6 +29,8 @@ class MultiTensorStep(Optimizer):
 
     rule: ClassVar[UpdateRule]
 
+    _is_copy: bool
+
     #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
     #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm;
     #: flat parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
@@ -92,6 +94,9 @@ class MultiTensorStep(Optimizer):
             # torch adds this default to any optimizer; Lion and LAMB have no such setting
             self.defaults.pop("differentiable", None)
         vars(self).pop("_engine", None)
+        if "defaults" in state and not vars(self).get("_is_copy"):
+            # unpickled: each state may have brought all the memory that it shared
+            own_states(self, keep_shared=True)
 
     def _own_attributes(self) -> list[tuple[str, Any]]:
         """Public attributes of the instance that torch's ``__getstate__`` leaves out; no replaced methods."""
@@ -110,7 +115,9 @@ class MultiTensorStep(Optimizer):
     def _copied(self, copied: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
         """A copy as pickle would make it, also of attributes that pickle might not take."""
         twin = memo[id(self)] = type(self).__new__(type(self))
-        twin.__setstate__(copied(super().__getstate__()))
+        twin._is_copy = True
+        twin.__setstate__(copied(self.__getstate__()))
+        del twin._is_copy
         vars(twin).update(copied(dict(self._own_attributes())))
         return twin
 
