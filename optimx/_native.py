@@ -63,7 +63,7 @@ class NativeBucket(Bucket):
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
         self._calls: Sequence[Call] = []
-        #: Addresses of states, where it matters that they lie together.
+        #: Addresses of parameters and states, where it matters how they lie to each other.
         self._addresses: list[int] = []
 
     @property
@@ -72,11 +72,11 @@ class NativeBucket(Bucket):
         return self._staged is None
 
     def matches(self) -> bool:
-        """A state whose memory is replaced, by hand, may not lie beside its neighbours any more."""
-        return super().matches() and (not self._addresses or self._addresses_of_states() == self._addresses)
+        """What gets other memory, by hand, may not lie beside its neighbours any more, or lie in another's."""
+        return super().matches() and (not self._addresses or self._all_addresses() == self._addresses)
 
-    def _addresses_of_states(self) -> list[int]:
-        return [*map(Tensor.data_ptr, chain.from_iterable(self.members.states))]
+    def _all_addresses(self) -> list[int]:
+        return [*map(Tensor.data_ptr, chain(self.members.params, *self.members.states))]
 
     def release(self) -> None:
         super().release()
@@ -115,8 +115,8 @@ class NativeBucket(Bucket):
                 self._calls = mix(self, calls, settings, range(len(self.positions)))
             else:
                 self._calls = calls
-            neighbours = any(call.has_neighbours for call in self._calls)
-            self._addresses = self._addresses_of_states() if neighbours else []
+            together = self.has_formula or any(call.has_neighbours for call in self._calls)
+            self._addresses = self._all_addresses() if together else []
         for call in self._calls:
             call.read(settings)
 

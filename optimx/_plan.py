@@ -361,7 +361,7 @@ def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequen
     ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
     for position, (param, grad) in enumerate(zip(params, grads, strict=True)):
         state = optimizer.state.get(param)
-        if grad is None or position in found:
+        if grad is None:
             continue
         for tensor in (param, *(state.values() if isinstance(state, dict) else ())):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _compat.is_plain(tensor):
@@ -374,7 +374,8 @@ def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequen
         farthest, owner = 0, -1
         for start, end, position in on_device:
             if start < farthest and position != owner:
-                found |= dict.fromkeys((position, owner), "shares memory with another parameter")
+                for one in (position, owner):
+                    found.setdefault(one, "shares memory with another parameter")
             if end > farthest:
                 farthest, owner = end, position
     return found

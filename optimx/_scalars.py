@@ -65,7 +65,8 @@ class Scalars:
 
     def _read(self, roles: Sequence[Sequence[Tensor]]) -> Tensor:
         if not self._spans:
-            return torch.stack([torch.stack([*role]) for role in roles])
+            # some write theirs as a vector of one element
+            return torch.stack([torch.cat([scalar.reshape(1) for scalar in role]) for role in roles])
         if len(self._spans) == 1:
             return torch.stack([self._spans[0].members_of(role) for role in roles])
         values = torch.empty(len(roles), len(roles[0]), dtype=roles[0][0].dtype, device="cpu")
