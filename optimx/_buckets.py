@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ._plan import BucketKey
     from ._rule import Row, UpdateRule
 
+#: Members up to which also the dtypes of scalars are compared.
+FEW = 8
+
 Picker = Callable[[Sequence[Any]], Sequence[Any]]
 
 
@@ -104,10 +107,8 @@ class Bucket:
         Args:
             known_scalars: Addresses of all scalar states of the optimizer, members' and others'.
         """
-        # looking at every state would take a sixth of a step on many small tensors; who swaps the memory beneath states
-        # does it to all of them, so a few tell. Where addresses are kept, all of those are compared
-        shapes = [(param.dim(), param.numel()) for param in self.members.params]
-        self._watched = sorted({0, len(shapes) - 1, shapes.index(max(shapes))})
+        numels = [param.numel() for param in self.members.params]
+        self._few = sorted({0, numels.index(max(numels)), len(numels) - 1})
         #: None where the host does not count.
         self.scalars: Scalars | None = None
         if self.rule.counts and not self.key.on_device:
@@ -119,8 +120,8 @@ class Bucket:
         self._new_counts: list[tuple[float, ...]] = []
 
     def _addresses_of_scalars(self) -> list[int]:
-        """Of all that are counted where they lie."""
-        return [] if self.scalars is None else [*map(Tensor.data_ptr, chain.from_iterable(self.members.scalars))]
+        """Of a few: who swaps the memory beneath scalars does it to all of them, and all take a tenth of a step."""
+        return [role[i].data_ptr() for role in self.members.scalars for i in self._few]
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""
@@ -169,9 +170,19 @@ class Bucket:
     def compile(self, control: Tensor | None) -> None:
         """Compile what :meth:`update` needs; may fail, and changes nothing."""
 
-    def watched_states(self) -> list[Tensor]:
-        """State tensors whose shapes, strides and dtypes are compared every step."""
-        return [role[i] for role in self.members.states for i in self._watched]
+    def compared_states(self) -> list[Tensor]:
+        """State tensors whose shapes, strides and dtypes are compared every step: all, or few where addresses are."""
+        states = self.members.states
+        if self.compares_addresses:
+            states = [[role[i] for i in self._few] for role in states]
+        # scalars that lie together are known by their addresses
+        scalars = self.members.scalars if len(self.positions) <= FEW else ()
+        return [*chain(*states, *scalars)]
+
+    @property
+    def compares_addresses(self) -> bool:
+        """Whether :meth:`matches` compares the addresses of all parameters and states."""
+        return True
 
     def matches(self) -> bool:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""

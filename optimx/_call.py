@@ -44,11 +44,6 @@ class Call:
         """The call's tensors of those of its bucket."""
         return members if self._pick is None else members.pick(self._pick)
 
-    @property
-    def has_neighbours(self) -> bool:
-        """Whether states are updated where they lie together."""
-        return any(batch.together for batch in self.batches)
-
     def read(self, settings: Sequence[tuple[Any, ...]]) -> None:
         """Take the setting of this step."""
         self.setting = settings[self.index]

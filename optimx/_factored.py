@@ -238,10 +238,6 @@ class FactoredCall(Call):
                 groups.append([i])
         self.stacks = [Stack(bucket.key.structure, call_members, indices) for indices in groups]
 
-    @property
-    def has_neighbours(self) -> bool:
-        return any(stack.together for stack in self.stacks)
-
 
 class FactoredBucket(NativeBucket):
     """Members on a CPU."""

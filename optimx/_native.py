@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _compat
 from ._batch import Batch
 from ._buckets import Bucket, Members
-from ._call import Call, MixedCall, mix
+from ._call import MANY, Call, MixedCall, mix
 from ._layout import flat
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
@@ -63,17 +63,21 @@ class NativeBucket(Bucket):
         self._pattern: list[int] = []
         self._setting_of_member: Sequence[int] = []
         self._calls: Sequence[Call] = []
-        #: Addresses of parameters and states, where it matters how they lie to each other.
-        self._addresses: list[int] = []
+        self._addresses = self._all_addresses() if self.compares_addresses else []
 
     @property
     def has_formula(self) -> bool:
         """Whether no operator updates the members."""
         return self._staged is None
 
+    @property
+    def compares_addresses(self) -> bool:
+        # where it matters how members lie to each other: to a formula, or to one that takes settings by element
+        return self.has_formula or (bool(self.rule.by_element) and len({*self.groups}) >= MANY)
+
     def matches(self) -> bool:
         """What gets other memory, by hand, may not lie beside its neighbours any more, or lie in another's."""
-        return super().matches() and (not self._addresses or self._all_addresses() == self._addresses)
+        return super().matches() and (not self.compares_addresses or self._all_addresses() == self._addresses)
 
     def _all_addresses(self) -> list[int]:
         return [*map(Tensor.data_ptr, chain(self.members.params, *self.members.states))]
@@ -115,8 +119,6 @@ class NativeBucket(Bucket):
                 self._calls = mix(self, calls, settings, range(len(self.positions)))
             else:
                 self._calls = calls
-            together = self.has_formula or any(call.has_neighbours for call in self._calls)
-            self._addresses = self._all_addresses() if together else []
         for call in self._calls:
             call.read(settings)
 

@@ -10,7 +10,6 @@ the lists of a step its tensors are, what they look like and where they lie, and
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -126,6 +125,8 @@ def classify(
         return None, reason
     structure = rule.variant_of(rule.structure_of(group), param)
     state = optimizer.state.get(param, {})
+    if not isinstance(state, dict):
+        return None, f"its state is a {type(state).__name__}"
     names = rule.state_names(structure)
     states = {name: state[name] for name in names if state.get(name) is not None}
     for name, tensor in states.items():
@@ -167,8 +168,8 @@ class StepInputs:
         params: Group after group.
         grads: Of each parameter; None where it has none.
         values: Of all state dicts, in their order.
-        identities: Of parameters, keys of the optimizer's state, and values. As long as nobody died, equal ones mean
-            the same objects.
+        identities: Of parameters, keys of the optimizer's state, and values: equal ones mean that the same tensors, or
+            others in their places, belong to the same parameters.
     """
 
     def __init__(self, optimizer: MultiTensorStep) -> None:
@@ -242,11 +243,6 @@ class StepPlan:
         # what is compared every step; read after the states were made
         self._identities = inputs.identities
         self._grad_types = [*map(type, grads)]
-        #: Weak references to states come here when a state dies, whose id may be another's then. Parameters have none:
-        #: torch.utils.swap_tensors refuses tensors that have, and of all of them dtype, shape and layout are compared.
-        self._dead: list[Any] = []
-        tensors = chain.from_iterable((*b.members.states, *b.members.scalars) for b in self.buckets)
-        self._alive = [weakref.ref(tensor, self._dead.append) for tensor in chain.from_iterable(tensors)]
         # a first step that differs from the others is not planned for a second time
         self.is_first = any(bucket.key.first for bucket in self.buckets)
         self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
@@ -283,7 +279,7 @@ class StepPlan:
 
     def _compared(self, inputs: StepInputs) -> list[Tensor]:
         """Tensors whose dtypes, devices, shapes and strides are compared."""
-        states = chain.from_iterable(bucket.watched_states() for bucket in self.buckets)
+        states = chain.from_iterable(bucket.compared_states() for bucket in self.buckets)
         return [*self._guarded(inputs.params), *self._guarded(inputs.grads), *states]
 
     def bind(self, inputs: StepInputs) -> None:
@@ -313,7 +309,6 @@ class StepPlan:
         """Whether parameters, groups and states are the objects they were."""
         return (
             inputs.identities == self._identities
-            and not self._dead
             and [len(group["params"]) for group in optimizer.param_groups] == self._group_sizes
             and self._same_variants(optimizer)
             and not self.is_first

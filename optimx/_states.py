@@ -10,7 +10,8 @@ Memory that tensors share is kept small, and where nothing is gained nothing is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,8 @@ def own_states(optimizer: MultiTensorStep, snapshot: Any = None, *, keep_shared:
                             together.add(name)
                 for name in state.keys() - together:
                     state[name] = _apart_from(taken, state[name])
+        for key in optimizer.state.keys() - {param for group in optimizer.param_groups for param in group["params"]}:
+            optimizer.state[key] = _apart_from(taken, optimizer.state[key])
         for device, states in scalars.items():
             settle_scalars(rule.counts, states, device)
         for (name, most), states in small.items():
@@ -195,9 +198,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _apart_from(taken: set[int], value: Any) -> Any:
     """The value, with copies of those tensors that lie in memory that is taken."""
     if isinstance(value, Tensor):
-        return value.clone() if _memory(value) in taken else value
+        # what was made in inference mode cannot be updated outside of it
+        return value.clone() if _memory(value) in taken or value.is_inference() else value
     if isinstance(value, dict):
         return {key: _apart_from(taken, entry) for key, entry in value.items()}
     if type(value) in (list, tuple):
         return type(value)(_apart_from(taken, entry) for entry in value)
-    return value
+    return copy.deepcopy(value) if taken and isinstance(value, Iterable) else value

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -316,11 +316,17 @@ def addresses(optimizer: Optimizer) -> list[int]:
 def work(rank: int, turns: Any, pairs: list[tuple[Optimizer, Optimizer]]) -> None:
     """A worker's steps, in turn with the other's."""
     torch.set_num_threads(1)
-    for step in range(STEPS):
-        turns[rank].acquire()
-        for pair in pairs:
-            train(pair, 1, first=10 * step + rank)
-        turns[1 - rank].release()
+    try:
+        for step in range(STEPS):
+            assert turns[rank].acquire(timeout=60)
+            for pair in pairs:
+                train(pair, 1, first=10 * step + rank)
+            turns[1 - rank].release()
+    except BaseException:
+        # the other one need not wait
+        for _ in range(STEPS):
+            turns[1 - rank].release()
+        raise
 
 
 @pytest.mark.parametrize("method", ["spawn", "fork"])

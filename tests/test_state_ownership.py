@@ -1,4 +1,4 @@
-"""Whose the states are: nobody but ``optimizer.state`` keeps them alive, and who holds one, or a view of it, sees it."""
+"""Whose the states are: nobody but ``optimizer.state`` keeps them alive, and who holds a view of one sees it."""
 
 from __future__ import annotations
 
@@ -510,6 +510,24 @@ def test_what_is_loaded_keeps_its_numbers(
     }
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (5000,)], ids=str)
+@each_case
+def test_what_a_single_parameter_loads_keeps_its_numbers(
+    case: Case, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Its states have no neighbours."""
+    if INTERPRETED and shape == (5000,):
+        pytest.skip("takes the interpreter long")
+    ours = case.cls(make_params([shape], device), **usual(case))
+    train([ours], 2)
+    snapshot = copy.deepcopy(ours.state_dict())
+    frozen = copy.deepcopy(snapshot)
+    for step in range(2, 4):
+        ours.load_state_dict(snapshot)
+        train([ours], 1, first=step)
+        assert_equal(snapshot, frozen)
+
+
 @each_case
 def test_containers_in_the_state(case: Case, device: torch.device) -> None:
     """Of somebody else's: they come back as they were, and what is loaded is not what was saved."""
@@ -698,19 +716,16 @@ def key_popped(optimizer, case, rng):
     """Ours makes it anew, stock is given what it would have begun with."""
     state = a_state(optimizer, rng, contiguous=True)
     for name in a_name(state, rng, scalar=True):
-        rule, group = case.cls.rule, optimizer.param_groups[0]
         old = state.pop(name)
-        if isinstance(optimizer, torch.optim.SGD) or isinstance(optimizer, case.cls):
+        if isinstance(optimizer, (torch.optim.SGD, case.cls)):
             return
+        rule = case.cls.rule
         (param,) = (param for param, of_param in optimizer.state.items() if of_param is state)
+        (group,) = (group for group in optimizer.param_groups if any(p is param for p in group["params"]))
         if name in rule.counts:
-            state[name] = torch.full_like(old, rule.new_count(name, group_of(optimizer, param)))
-        elif name in rule.state_names(rule.variant_of(rule.structure_of(group_of(optimizer, param)), param)):
-            state[name] = rule.new_state(name, param, group_of(optimizer, param), optimizer.defaults)
-
-
-def group_of(optimizer: Optimizer, param: Tensor) -> dict[str, Any]:
-    return next(group for group in optimizer.param_groups if any(p is param for p in group["params"]))
+            state[name] = torch.full_like(old, rule.new_count(name, group))
+        elif name in rule.state_names(rule.variant_of(rule.structure_of(group), param)):
+            state[name] = rule.new_state(name, param, group, optimizer.defaults)
 
 
 @at_random
@@ -826,13 +841,36 @@ def another_loads_it(optimizer, case, rng):
 
 
 #: Of the table, those that ask for no certain number of groups, and for no state that may not be there.
-OF_THE_TABLE = """
-    param_data_elsewhere param_data_misaligned param_data_other_values param_strides param_and_state_strides param_set_
-    params_swapped_for_tensors param_share_memory add_empty_group reorder_params swap_groups replace_group_dict
-    state_written_in_place state_data_elsewhere state_data_strides state_share_memory state_dict_of_param_replaced
-    state_of_param_replaced_by_equal_tensors first_state_cleared last_state_cleared every_state_cleared state_cleared
-    state_mapping_replaced load_own_state_dict load_copied_state_dict deepcopied pickled saved_by_torch
-""".split()
+OF_THE_TABLE = (
+    "param_data_elsewhere",
+    "param_data_misaligned",
+    "param_data_other_values",
+    "param_strides",
+    "param_and_state_strides",
+    "param_set_",
+    "params_swapped_for_tensors",
+    "param_share_memory",
+    "add_empty_group",
+    "reorder_params",
+    "swap_groups",
+    "replace_group_dict",
+    "state_written_in_place",
+    "state_data_elsewhere",
+    "state_data_strides",
+    "state_share_memory",
+    "state_dict_of_param_replaced",
+    "state_of_param_replaced_by_equal_tensors",
+    "first_state_cleared",
+    "last_state_cleared",
+    "every_state_cleared",
+    "state_cleared",
+    "state_mapping_replaced",
+    "load_own_state_dict",
+    "load_copied_state_dict",
+    "deepcopied",
+    "pickled",
+    "saved_by_torch",
+)
 OF_SETTINGS = SETTINGS.keys() - {"foreach", "fused_false", "differentiable", "lr_zero", "no_momentum"}
 OF_COUNTS = ("written_in_place", "replaced", "replaced_by_views_of_one_tensor", "replaced_by_clone", "data_swapped")
 
