@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+FOLDER = HERE.parent / "build"
 #: Name of the extension module.
 NAME = "_fake_device"
 
@@ -42,21 +44,25 @@ def problem() -> str | None:
 
 
 def extension() -> Path:
-    """The built extension; built where it is not, or of other sources."""
-    sources = sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])
-    version = importlib.metadata.version("torch")
-    content = b"".join([version.encode(), sys.version.encode(), *(source.read_bytes() for source in sources)])
-    folder = HERE.parent / "build" / hashlib.sha256(content).hexdigest()[:12]
-    built = folder / f"{NAME}.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
+    """The extension, built where it is not, or of other sources or for another torch."""
+    sources = sorted(HERE.glob("*.cpp"))
+    about = [importlib.metadata.version("torch").encode(), sys.version.encode(), (HERE / "runtime.h").read_bytes()]
+    objects = [FOLDER / f"{source.stem}-{_digest(*about, source.read_bytes())}.o" for source in sources]
+    # the module's name is that of its file
+    built = FOLDER / _digest(*(made.name.encode() for made in objects)) / f"{NAME}.so"
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(FOLDER / "lock"):
         if not built.exists():
-            _compile([source for source in sources if source.suffix == ".cpp"], folder, built)
+            _build(sources, objects, built)
     return built
 
 
+def _digest(*contents: bytes) -> str:
+    return hashlib.sha256(b"".join(contents)).hexdigest()[:12]
+
+
 @contextmanager
-def _locked(path: Path):
+def _locked(path: Path) -> Iterator[None]:
     """Test processes that start together build once."""
     import fcntl
 
@@ -65,22 +71,25 @@ def _locked(path: Path):
         yield
 
 
-def _compile(sources: list[Path], folder: Path, built: Path) -> None:
+def _build(sources: Sequence[Path], objects: Sequence[Path], built: Path) -> None:
     reason = problem()
     if reason is not None:
         raise SystemExit(f"the fake GPU cannot be built: it {reason}")
+    print("building the fake GPU: a minute, once", file=sys.stderr, flush=True)
     compiler, torch = os.environ.get("CXX", "g++"), torch_folder()
-    print(f"building the fake GPU in {folder} (a minute)", file=sys.stderr, flush=True)
     include = [torch / "include", torch / "include/torch/csrc/api/include", Path(sysconfig.get_path("include"))]
     flags = ["-O1", "-std=c++20", "-fPIC", "-w", f"-DTORCH_EXTENSION_NAME={NAME}", *(f"-I{path}" for path in include)]
-    objects = [folder / f"{source.stem}.o" for source in sources]
     running = [
-        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", str(made)])
+        subprocess.Popen([compiler, *flags, "-c", str(source), "-o", f"{made}.new"])
         for source, made in zip(sources, objects, strict=True)
+        if not made.exists()
     ]
     # wait for all of them
     if any([process.wait() for process in running]):  # noqa: C419
         raise SystemExit("the fake GPU did not compile: see above")
+    for made in objects:
+        if not made.exists():
+            Path(f"{made}.new").rename(made)
     lib = torch / "lib"
     libraries = [f"-L{lib}", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python", f"-Wl,-rpath,{lib}"]
     subprocess.run([compiler, "-shared", *map(str, objects), "-o", f"{built}.new", *libraries], check=True)

@@ -224,7 +224,7 @@ Graph::~Graph() {
 }
 bool capturing() { return recording != nullptr; }
 void record(std::function<void()> node) { recording->nodes.push_back(std::move(node)); }
-void scramble(void* memory, size_t n_bytes) { std::memset(memory, 0xFD, n_bytes); }
+void scramble(void* memory, size_t n_bytes) { std::memset(memory, 0xFF, n_bytes); }
 
 Inside::Inside() { depth++; }
 Inside::~Inside() { depth--; }
