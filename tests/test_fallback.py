@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 import optimx
 from optimx import _backend
 from optimx._step import MultiTensorStep
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
+from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
 
@@ -297,6 +298,9 @@ LR_IS_A_NUMBER = ("rmsprop", "adagrad", "adadelta", "adamax")
 @each_case_with({"differentiable": True})
 def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, device: torch.device) -> None:
     results = []
+    if case.name == "sgd":
+        # what torch takes on a GPU otherwise needs an lr that is a number
+        kwargs = {**kwargs, "foreach": False}
     for make in builders(case):
         lr = torch.tensor(0.1, device=device, requires_grad=True)
         (leaf,) = make_params([(5,)], device)
@@ -430,6 +434,32 @@ def test_fake_tensors(case: Case) -> None:
             optimizer = make([Parameter(torch.randn(shape)) for shape in SHAPES], **usual(case))
             states.append(step_twice(optimizer))
     assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("name", ["lion", "lamb"])
+def test_lr_of_one_element_in_a_loop_of_our_own(name: str, device: torch.device) -> None:
+    """On the CPU, of one dimension: operators take it for a number on any device, and scalars keep their shape."""
+    (case,) = (case for case in CASES if case.name == name)
+    results = []
+    for lr in (0.1, torch.tensor([0.1])):
+        params = [*make_leftovers(case, [(3,), ()], device), *make_params([(3,), ()], device)]
+        optimizer = loop(case, params, lr=lr, weight_decay=0.1)
+        train([optimizer], 2)
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@each_case_with({})
+def test_a_copy_falls_back_too(case: Case, kwargs: dict, copied: Callable[[Any], Any], device: torch.device) -> None:
+    """Torch's Adafactor asks its groups for a capturable that they do not have, once it is a copy."""
+    optimizer = case.cls(make_params(SHAPES, device), **usual(case))
+    group = optimizer.param_groups[0]
+    if case.is_torchs:
+        group["foreach"] = False
+    optimizer = copied(optimizer)
+    train([optimizer], 2)
+    assert all(param.isfinite().all() for param in params_of(optimizer))
 
 
 # triton that is missing or does not work
