@@ -179,9 +179,7 @@ class Engine:
             optimizer.grad_norm = norm if needs_norm else None
         if isinstance(amp.found_inf, Tensor) and not (buckets or others):
             # nothing to update here, but a rank may tell what the others have found
-            self.control = torch.stack(
-                [torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf]
-            )
+            self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
         _compile(buckets, on_device)
         plan.is_captured |= plan.on_triton and _compat.is_capturing()
