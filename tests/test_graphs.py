@@ -266,8 +266,9 @@ def test_adafactor_without_capturable_says_so() -> None:
         captured_step(optimizer)
 
 
+@pytest.mark.parametrize("warm", [True, False], ids=["warm", "cold"])
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
-def test_clip_grad_norm(norm_type: float) -> None:
+def test_clip_grad_norm(norm_type: float, warm: bool) -> None:
     """Its tables are the graph's: neither kept for later calls, nor given up when others take their place."""
     # torch's infinity norm takes no empty tensors
     params = make_params([(5,), (3, 5), (300,)], "cuda")
@@ -288,11 +289,17 @@ def test_clip_grad_norm(norm_type: float) -> None:
             set_grads(other, 0)
             optimx.clip_grad_norm_(other, 1.0, norm_type)
 
-    clip_others()
+    if warm:
+        optimx.clip_grad_norm_(params, 0.5, norm_type)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         norm = optimx.clip_grad_norm_(params, 0.5, norm_type)
-    clip_others()
+    if warm:
+        clip_others()
+    else:
+        # what the capture made has no values yet
+        fill(5)
+        assert optimx.clip_grad_norm_(params, 0.5, norm_type) > 0.5
     for step in range(2):
         stock = [Parameter(torch.zeros_like(values)) for values in fill(step)]
         for p, values in zip(stock, fill(step), strict=True):
