@@ -7,12 +7,13 @@ FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_s
                named_schedulers build config errors
 
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
-test test-floor demo: export OMP_WAIT_POLICY = PASSIVE
+test test-floor fake-gpu demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test test-floor audit lint format bench report demo plots docs gpu gpu-test gpu-bench clean
+.PHONY: help test test-floor fake-gpu audit lint format bench report demo plots docs gpu gpu-test gpu-bench clean
 
 help:
-	@echo "make test        tests: native, then the Triton kernels interpreted on the CPU"
+	@echo "make test        tests: native, then the Triton kernels interpreted on the CPU, then some on a fake GPU"
+	@echo "make fake-gpu    tests of a GPU on a fake one, TESTS=... for any of them (needs g++)"
 	@echo "make test-floor  some of the tests, with the oldest Python, torch and triton"
 	@echo "make audit       compile every kernel for five GPU architectures, read assembly"
 	@echo "make lint        ruff and mypy"
@@ -31,6 +32,11 @@ help:
 test: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --timeout 300 tests --ignore tests/audit
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --timeout 300 -m interpreted tests --ignore tests/audit
+	$(BIN)/python -m tests.fake_gpu
+
+# the tests of a GPU on one that is host memory: a thin selection, or TESTS="tests/test_parity.py -k adamw"
+fake-gpu: .venv/.installed
+	$(BIN)/python -m tests.fake_gpu $(TESTS)
 
 # python, torch and triton of pyproject.toml's lower bounds. pyenv hides versions that nobody asked for
 .venv-floor/.installed: export PYENV_VERSION = 3.10

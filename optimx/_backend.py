@@ -10,17 +10,30 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 import torch
 
-TRITON, NATIVE, TORCH = "triton", "native", "torch"
+from . import _compat
 
-_broken: str | None = None
+TRITON, NATIVE, TORCH = "triton", "native", "torch"
 
 
 def interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+#: Raise what goes wrong in a kernel, instead of leaving its tensors to torch's step. The interpreter compiles nothing,
+#: so there it is always our mistake.
+strict = interpreted()
+
+#: Devices whose memory Triton's interpreter reads.
+interpreter_reaches = {"cpu"}
+
+#: Kernel variants that do not compile here, and why.
+_given_up: dict[Hashable, str] = {}
 
 
 @functools.cache
@@ -42,24 +55,71 @@ def choose(device: torch.device) -> tuple[str, str]:
         return NATIVE, ""
     if device.type not in ("cuda", "cpu"):
         return TORCH, f"no kernels for {device.type} devices"
-    reason = _broken or _triton_missing()
+    reason = _triton_missing()
+    if reason is None and interpreted() and device.type not in interpreter_reaches:
+        reason = f"TRITON_INTERPRET=1: the interpreter reads no memory of {device.type} devices"
     if reason is None and device.type == "cuda":
         reason = _too_old(torch.cuda.current_device() if device.index is None else device.index)
     return (TORCH, reason) if reason else (TRITON, "")
 
 
-def give_up_on_triton(error: Exception) -> None:
-    """From now on torch's own steps; says once why."""
-    global _broken
-    if _broken is None:
-        _broken = f"Triton failed: {type(error).__name__}: {error}"
-        message = f"optimx: a Triton kernel did not compile, torch's own steps are used instead. {_broken}"
+class CompileError(Exception):
+    """A kernel that does not compile, before anything was changed; ``variants`` are those that need it."""
+
+    def __init__(self, variants: tuple[Hashable, ...], cause: Exception) -> None:
+        super().__init__(*variants)
+        self.variants = variants
+        self.cause = cause
+
+
+@contextmanager
+def compiling(*variants: Hashable) -> Iterator[None]:
+    """Raise :class:`CompileError` for what a compiler or a driver raises about these kernel variants.
+
+    What the device says of something else comes through: memory that is full, an earlier kernel's error, waiting where
+    nothing may wait. Under capture everything does: a graph that lacks a step must not look like one that has it.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, AssertionError):
+        raise
+    except Exception as error:
+        if (
+            strict
+            or isinstance(error, _compat.DEVICE_ERRORS)
+            or "synchronizing" in str(error)
+            or _compat.is_capturing()
+        ):
+            raise
+        raise CompileError(variants, error) from error
+
+
+def give_up(failed: CompileError, what: str) -> None:
+    """From now on torch's own operators do what these kernel variants would; says once why.
+
+    Args:
+        failed: The variants and the error.
+        what: Which tensors that concerns.
+    """
+    reason = f"a Triton kernel failed: {type(failed.cause).__name__}: {failed.cause}"
+    news = [variant for variant in failed.variants if variant not in _given_up]
+    _given_up.update(dict.fromkeys(news, reason))
+    if news:
+        message = (
+            f"optimx: torch's own operators are used for {what}, because {reason}\n"
+            "Whatever else Triton updates, it goes on updating; optimx.explain(optimizer) shows which tensors."
+        )
         warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def given_up(variant: Hashable) -> str | None:
+    """Why a kernel variant is not used any more; None if it is."""
+    return _given_up.get(variant)
 
 
 def triton_problem() -> str | None:
     """Why Triton compiles nothing here, None if it does: a kernel is tried, for sm_90 where there is no GPU."""
-    missing = _broken or _triton_missing()
+    missing = _triton_missing()
     if missing or interpreted():
         return missing or "TRITON_INTERPRET=1: kernels are interpreted"
     try:

@@ -67,7 +67,10 @@ class Bucket:
         positions: Index in the step's list of all parameters.
         groups: Index of the parameter's group.
         members: The tensors, between :meth:`bind` and :meth:`release`.
+        variant: What tells its kernels from those of others; None where nothing is compiled.
     """
+
+    variant: Any = None
 
     def __init__(self, key: BucketKey, rule: UpdateRule) -> None:
         self.key = key

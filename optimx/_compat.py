@@ -6,6 +6,7 @@ No other file touches a name of torch that begins with an underscore; when a rel
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -148,16 +149,57 @@ def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[
     groups += joined
 
 
+#: What a device reports, of this call or of an earlier one.
+DEVICE_ERRORS: Any = getattr(torch, "AcceleratorError", ())
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph records the current stream."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def graphs_keep_pinned_memory() -> bool:
+    """Whether pinned memory that is allocated under capture belongs to the graph, whose replays copy from it."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 11)
+
+
+# the second name until torch 2.10
+_CHECK = next(
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(Optimizer, name)
+)
+
+
+class GraphCaptureCheck(Optimizer):
+    """Torch's check of capturable groups, which its Adafactor makes although its groups have no such key.
+
+    There torch fails with a KeyError: under capture, and everywhere after ``deepcopy`` and pickle.
+    """
+
+
+def _check_graph_capture(optimizer: Optimizer) -> None:
+    if all("capturable" in group for group in optimizer.param_groups):
+        getattr(Optimizer, _CHECK)(optimizer)
+    elif is_capturing():
+        raise RuntimeError(
+            f"{type(optimizer).__name__} should update all parameters with its own kernels to be recorded in a CUDA "
+            "graph, but torch's step is needed for some: see optimx.explain, and capturable=True"
+        )
+
+
+setattr(GraphCaptureCheck, _CHECK, _check_graph_capture)
+
+
 def check_graph_capture(optimizer: Optimizer) -> None:
     """Torch's check that a step under CUDA-graph capture has ``capturable=True`` groups (RuntimeError).
 
     Torch's classes whose groups have no such key do not check.
     """
-    if "capturable" not in optimizer.defaults:
-        return
-    check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
-    # the name until torch 2.10
-    (check or optimizer._cuda_graph_capture_health_check)()  # type: ignore[operator]
+    if "capturable" in optimizer.defaults:
+        getattr(optimizer, _CHECK)()
 
 
 def count_dtype(fused: bool) -> torch.dtype:

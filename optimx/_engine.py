@@ -21,6 +21,7 @@ from ._grad_norm import Amp, measure
 from ._plan import Leftover, StepInputs, StepPlan
 
 if TYPE_CHECKING:
+    from ._buckets import Bucket
     from ._step import MultiTensorStep
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
@@ -59,7 +60,6 @@ class Engine:
         self.device_counts = False
         self.control: Tensor | None = None
         self.deferred_found_inf: Tensor | None = None
-        self._captured_plans: list[StepPlan] = []
         self._settings: list[Any] = []
         self._n_group_keys = 0
 
@@ -73,21 +73,19 @@ class Engine:
         if amp.found_inf is not None and optimizer.rule.counts and not self.device_counts and plan.on_triton:
             plan.release()
             self.device_counts = True
-            self.plans.clear()
+            self._forget_plans()
             plan = self._plan(optimizer, inputs)
-        if plan.is_captured():
-            # the graph reads the plan's tables at every replay
-            self._captured_plans.append(plan)
-        try:
-            self._run(optimizer, plan, inputs, amp)
-        except _TritonError as error:
-            plan.release()
-            _backend.give_up_on_triton(error.cause)
-            self.plans.clear()
+        while True:
+            try:
+                self._run(optimizer, plan, inputs, amp)
+                return
+            except _backend.CompileError as failed:
+                _backend.give_up(failed, _described(failed, optimizer, plan))
+            finally:
+                plan.release()
+            # without the variants that failed; others may
+            self._forget_plans()
             plan = self._plan(optimizer, inputs)
-            self._run(optimizer, plan, inputs, amp)
-        finally:
-            plan.release()
 
     def read_groups(self, optimizer: MultiTensorStep) -> None:
         """Bring ``values``, the hyperparameters of each group, up to date.
@@ -145,10 +143,19 @@ class Engine:
                     return plan
                 plan.release()
         # plans for other patterns of gradients stay
-        kept = [plan for plan in self.plans if not plan.is_for(inputs)]
+        kept = [plan for plan in self.plans if plan.is_captured or not plan.is_for(inputs)]
         plan = StepPlan(optimizer, inputs)
-        self.plans = [plan, *(p for p in kept[: _PLANS_KEPT - 1] if p.holds(optimizer, inputs))]
+        if not plan.is_of_graph:
+            others = [p for p in kept if not p.is_captured and p.holds(optimizer, inputs)]
+            captured = [p for p in kept if p.is_captured and not p.has_dead_states()]
+            self.plans = [plan, *others[: _PLANS_KEPT - 1], *captured]
         return plan
+
+    def _forget_plans(self) -> None:
+        """Plan the coming steps anew. A graph goes on reading the tables of the plan that it recorded."""
+        self.plans = [plan for plan in self.plans if plan.is_captured]
+        for plan in self.plans:
+            plan.is_retired = True
 
     def _run(self, optimizer: MultiTensorStep, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
         needs_norm = optimizer.needs_norm
@@ -160,25 +167,23 @@ class Engine:
         self.control = control = None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
-        with _triton_errors(plan.on_triton and not _backend.interpreted()):
-            for bucket in buckets:
-                bucket.send(self.values)
-            if needs_norm and not (buckets or others):
-                optimizer.grad_norm = torch.zeros((), device="cpu")
-            elif (needs_norm or amp != Amp()) and (buckets or others):
-                # normalizing is clipping to 1 that also lengthens
-                max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
-                norm, control = measure(buckets, others, max_norm, amp, clamp=not optimizer.normalize_grads)
-                self.control = control
-                optimizer.grad_norm = norm if needs_norm else None
-            if isinstance(amp.found_inf, Tensor) and not (buckets or others):
-                # nothing to update here, but a rank may tell what the others have found
-                self.control = torch.stack(
-                    [torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf]
-                )
-            on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
-            for bucket, there in zip(buckets, on_device, strict=True):
-                bucket.compile(there)
+        for bucket in buckets:
+            bucket.send(self.values)
+        if needs_norm and not (buckets or others):
+            optimizer.grad_norm = torch.zeros((), device="cpu")
+        elif (needs_norm or amp != Amp()) and (buckets or others):
+            # normalizing is clipping to 1 that also lengthens
+            max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
+            norm, control = measure(buckets, others, max_norm, amp, clamp=not optimizer.normalize_grads)
+            self.control = control
+            optimizer.grad_norm = norm if needs_norm else None
+        if isinstance(amp.found_inf, Tensor) and not (buckets or others):
+            # nothing to update here, but a rank may tell what the others have found
+            self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
+        on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
+        _compile(buckets, on_device)
+        if plan.on_triton and _compat.is_capturing():
+            plan.keep_for_graph()
         # torch's step goes first: where it raises, nothing has been changed
         if plan.leftovers:
             self._run_stock(optimizer, plan.leftovers, others, control, amp)
@@ -210,24 +215,25 @@ class Engine:
                         optimizer._stock_step()
 
 
-class _TritonError(Exception):
-    """A launch that cannot be, before anything was changed."""
+def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:
+    """Compile what the buckets will launch; the error, if any, is of all that do not compile."""
+    failed: list[_backend.CompileError] = []
+    for bucket, control in zip(buckets, controls, strict=True):
+        try:
+            bucket.compile(control)
+        except _backend.CompileError as error:
+            failed.append(error)
+    if failed:
+        variants = chain.from_iterable(error.variants for error in failed)
+        raise _backend.CompileError((*variants,), failed[0].cause)
 
-    def __init__(self, cause: Exception) -> None:
-        self.cause = cause
 
-
-@contextmanager
-def _triton_errors(expected: bool) -> Iterator[None]:
-    """Mark what a compiler or a driver may raise; running out of memory and our own mistakes are neither."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, AssertionError):
-        raise
-    except Exception as error:
-        if not expected:
-            raise
-        raise _TritonError(error) from error
+def _described(failed: _backend.CompileError, optimizer: MultiTensorStep, plan: StepPlan) -> str:
+    """The tensors of a plan that kernels which do not compile were for."""
+    concerned = [bucket for bucket in plan.buckets if bucket.variant in failed.variants]
+    n_tensors = sum(len(bucket.positions) for bucket in concerned)
+    where = sorted({f"{str(b.key.dtypes[0]).removeprefix('torch.')} on {b.key.device}" for b in concerned})
+    return f"{n_tensors} tensor{'s' * (n_tensors != 1)} of {type(optimizer).__name__} ({', '.join(where)})"
 
 
 def flat_shards_message(max_grad_norm: float | None) -> str:

@@ -37,7 +37,7 @@ class FactoredTritonBucket(TritonBucket):
         super().send(values)
         self._measured, self._grad_scale = False, None
 
-    def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
+    def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         self._measured, self._grad_scale = True, grad_scale
         self._sum(partials[:, offset:], grad_scale, None, warmup=False)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import _compat
+from . import _backend, _compat
 from ._batch import split_by_size
 from ._native import NativeBucket
 
@@ -196,10 +196,11 @@ def _measure_triton(
     norm = torch.empty((), dtype=dtype, device=home)
     control = torch.empty(3, dtype=torch.float64, device=home)
     found_inf = _on(amp.found_inf, home)
-    finish_(
-        partials, norm, control, norm_type=2.0, max_norm=max_norm, clamp=clamp, grad_scale=_on(amp.grad_scale, home),
-        found_inf=found_inf, check_finite=amp.check,
-    )  # fmt: skip
+    with _backend.compiling(*(bucket.variant for bucket in buckets)):
+        finish_(
+            partials, norm, control, norm_type=2.0, max_norm=max_norm, clamp=clamp,
+            grad_scale=_on(amp.grad_scale, home), found_inf=found_inf, check_finite=amp.check,
+        )  # fmt: skip
     if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:
         amp.found_inf.copy_(found_inf, non_blocking=True)
     return norm, control

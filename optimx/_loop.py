@@ -39,6 +39,11 @@ def each_parameter(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tenso
             yield group, param, -param.grad if group["maximize"] else param.grad, optimizer.state[param]
 
 
+def as_number(value: Any) -> Any:
+    """A hyperparameter that operators take like a number, whatever the device: a tensor has no dimension then."""
+    return value.reshape(()) if isinstance(value, Tensor) else value
+
+
 def as_real(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Complex tensors as pairs of real numbers, which torch's optimizers take to be independent."""
     return tuple(torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)

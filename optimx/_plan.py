@@ -10,9 +10,10 @@ the lists of a step its tensors are, what they look like and where they lie, and
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from ._layout import extent, is_dense, same_layout
 from ._states import create_states
 
 if TYPE_CHECKING:
+    from ._rule import UpdateRule
     from ._step import MultiTensorStep
 
 _NUMBERS = {bool, int, float, type(None)}
@@ -97,11 +99,6 @@ def unsuitable(param: Tensor, grad: Tensor, group: dict[str, Any]) -> str | None
     return None
 
 
-def is_capturing() -> bool:
-    """Whether a CUDA graph records the current stream."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
 def has_device_values(values: Iterable[Any]) -> bool:
     """Whether a hyperparameter is a tensor that the host could not read without waiting."""
     values = [*values]
@@ -140,8 +137,11 @@ def classify(
         return None, "float64 gradient or state of a smaller parameter"
     triton = backend == _backend.TRITON
     capturable = group.get("capturable", optimizer.capturable)
-    if triton and not capturable and is_capturing():
-        return None, "capture without capturable=True"
+    if triton and _compat.is_capturing():
+        if not capturable:
+            return None, "capture without capturable=True"
+        if not _compat.graphs_keep_pinned_memory():
+            return None, f"CUDA graphs need torch 2.11, this is {torch.__version__}"
     values = rule.values(group)
     # a tensor lr on the device is read there, never here: so are the rows made, and the steps counted
     on_device = triton and (capturable or has_device_values(values) or optimizer._engine.device_counts)
@@ -158,7 +158,14 @@ def classify(
             return None, "a tensor hyperparameter is on another device"
     aligned = triton and not any(tensor.data_ptr() % 16 for tensor in (param, grad, *states.values()))
     first = rule.is_first(state, values)
-    return BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned), ""
+    key = BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned)
+    broken = _backend.given_up(variant(rule, key)) if triton else None
+    return (None, broken) if broken else (key, "")
+
+
+def variant(rule: UpdateRule, key: BucketKey) -> tuple[Any, ...]:
+    """What tells the kernels of a bucket from those of others."""
+    return rule.module, replace(key, first=False)
 
 
 class StepInputs:
@@ -197,6 +204,10 @@ class StepPlan:
     Attributes:
         leftovers: What torch's own step updates.
         has_flat_shards: FSDP1 left this process a part of a parameter.
+        is_of_graph: Made under capture. What was allocated then is the graph's, and holds nothing until it is replayed:
+            such a plan is for one step.
+        is_captured: A graph reads the tables.
+        is_retired: It stays for the graph alone.
     """
 
     def __init__(self, optimizer: MultiTensorStep, inputs: StepInputs) -> None:
@@ -206,7 +217,10 @@ class StepPlan:
         self.relayout: list[int] = []
         self.structure = [rule.structure_of(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
-        self._capture = optimizer.capturable, is_capturing()
+        self._capturable = optimizer.capturable
+        self.is_of_graph = _compat.is_capturing()
+        self.is_captured = self.is_retired = False
+        self._states: list[weakref.ref[Tensor]] = []
         self._on_device = [*map(has_device_values, engine.values)]
         self._values_seen = engine.values
         self._group_sizes = [len(group["params"]) for group in groups]
@@ -232,6 +246,12 @@ class StepPlan:
                     by_key[key] = self._new_bucket(key, optimizer)
                 by_key[key].add(position, g)
         self.buckets = [*by_key.values()]
+        self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
+        #: Under capture the same parameters would be in the same buckets.
+        self._suits_capture = not self.on_triton or (
+            _compat.graphs_keep_pinned_memory()
+            and all(group.get("capturable", optimizer.capturable) for group in self._groups_on_buckets(groups))
+        )
         self._members = [position for bucket in self.buckets for position in bucket.positions]
         if self._members == list(range(len(params))):
             self._members = []
@@ -245,8 +265,11 @@ class StepPlan:
         self._grad_types = [*map(type, grads)]
         # a first step that differs from the others is not planned for a second time
         self.is_first = any(bucket.key.first for bucket in self.buckets)
-        self.on_triton = any(bucket.key.backend == _backend.TRITON for bucket in self.buckets)
         self._guard = _compat.metadata_guard(self._compared(inputs))
+
+    def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups of members."""
+        return [groups[i] for i in {*chain.from_iterable(bucket.groups for bucket in self.buckets)}]
 
     def _locate(self, optimizer: MultiTensorStep, inputs: StepInputs) -> None:
         """Tell the buckets where their members' states are, and let them plan."""
@@ -309,10 +332,12 @@ class StepPlan:
         """Whether parameters, groups and states are the objects they were."""
         return (
             inputs.identities == self._identities
+            and not self.is_retired
             and [len(group["params"]) for group in optimizer.param_groups] == self._group_sizes
             and self._same_variants(optimizer)
             and not self.is_first
-            and self._capture == (optimizer.capturable, is_capturing())
+            and self._capturable == optimizer.capturable
+            and (self._suits_capture or not _compat.is_capturing())
         )
 
     def _same_variants(self, optimizer: MultiTensorStep) -> bool:
@@ -334,16 +359,16 @@ class StepPlan:
         """Whether dtypes, devices, shapes, strides and addresses are what they were; the buckets are bound."""
         return self._guard(*self._compared(inputs)) and all(bucket.matches() for bucket in self.buckets)
 
-    def is_captured(self) -> bool:
-        """Whether a CUDA graph records this step."""
-        return self.on_triton and is_capturing()
+    def keep_for_graph(self) -> None:
+        """A graph has recorded launches that read this plan's tables; the buckets are bound."""
+        if not self.is_captured:
+            self.is_captured = True
+            tensors = chain.from_iterable((*b.members.states, *b.members.scalars) for b in self.buckets)
+            self._states = [*map(weakref.ref, chain.from_iterable(tensors))]
 
-    def take_back_first(self, state: dict[Tensor, Any]) -> None:
-        """A first step that was skipped is still to come."""
-        for bucket in self.buckets:
-            for param in bucket.members.params if bucket.key.first else ():
-                for name in bucket.state_names:
-                    del state[param][name]
+    def has_dead_states(self) -> bool:
+        """Whether a state that a graph updates is gone, and the graph of no use."""
+        return any(state() is None for state in self._states)
 
 
 def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:

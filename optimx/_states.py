@@ -89,8 +89,11 @@ def settle_scalars(names: Sequence[str], states: Sequence[State], device: torch.
             for name in names:
                 state[name] = state[name].detach().to(device, copy=True)
     for same in alike.values():
-        # towards the host a copy that nobody waits for would be read too early
         values = torch.stack([torch.stack([state[name].detach().reshape(()) for state in same]) for name in names])
+        if values.device.type == "cpu" and device.type == "cuda":
+            # a copy of memory that is not pinned may wait, and cannot be recorded in a graph
+            values = values.pin_memory()
+        # towards the host a copy that nobody waits for would be read too early
         values = values.to(device, non_blocking=device.type != "cpu")
         n = SCALARS // len(names)
         for first in range(0, len(same), n):

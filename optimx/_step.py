@@ -24,7 +24,7 @@ from ._rule import UpdateRule
 from ._states import own_states, settle_scalars
 
 
-class MultiTensorStep(Optimizer):
+class MultiTensorStep(_compat.GraphCaptureCheck):
     """Mixin with the step. The torch class comes after it: ``class AdamW(MultiTensorStep, torch.optim.AdamW)``."""
 
     rule: ClassVar[UpdateRule]

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _backend, _compat
 from ._buckets import Bucket
+from ._plan import variant
 from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class TritonBucket(Bucket):
@@ -46,13 +44,7 @@ class TritonBucket(Bucket):
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
         self._addresses = self._fixed_addresses()
-        # a graph copies from staging memory at every replay: it is allocated here, because under capture it cannot be,
-        # and never given back
-        self._spare: list[Tensor] = []
-        self._owned_by_graphs: list[Any] = []
-        if self.key.on_device and device.type == "cuda":
-            words = _even(n) + 2 * _even(n * len(kernels.RAW))
-            self._spare.append(torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True))
+        self.variant = variant(self.rule, self.key)
 
     def _fixed_addresses(self) -> list[int]:
         """Addresses that the tables have: all but those of gradients."""
@@ -74,7 +66,7 @@ class TritonBucket(Bucket):
             self._rows = sent.view(torch.float64)
             return
         values = self.values_of(values)
-        capturing = _capturing(self.key.device)
+        capturing = _compat.is_capturing()
         if capturing or not _identical(values, self._raw_values):
             self.grads, raw, scalars = self._send(addresses, *self._raw(values))
             self._raw_tables = raw.view(torch.float64), scalars
@@ -90,6 +82,10 @@ class TritonBucket(Bucket):
 
     def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         """Write squared norms, of gradients divided by ``grad_scale``, and marks of bad ones; see ``norm_``."""
+        with _backend.compiling(self.variant):
+            self._measure(partials, offset, grad_scale)
+
+    def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         from .triton_kernels.grad_norm import norm_
 
         norm_(
@@ -98,11 +94,16 @@ class TritonBucket(Bucket):
         )  # fmt: skip
 
     def compile(self, control: Tensor | None) -> None:
-        """Compile what :meth:`update` will launch. Raises what the compiler raises."""
-        variant = (self.aligned, control is not None)
-        if variant not in self._compiled:
-            self._launch(control, warmup=True)
-            self._compiled.add(variant)
+        """Compile what :meth:`update` will launch.
+
+        Raises:
+            CompileError: It does not compile.
+        """
+        needed = (self.aligned, control is not None)
+        if needed not in self._compiled:
+            with _backend.compiling(self.variant):
+                self._launch(control, warmup=True)
+            self._compiled.add(needed)
 
     def update(self, control: Tensor | None) -> None:
         if not self.key.on_device:
@@ -130,12 +131,7 @@ class TritonBucket(Bucket):
         for part in parts:
             words.frombytes(part.tobytes())
             words.extend([0] * (_even(len(part)) - len(part)))
-        staging = None
-        if _capturing(self.key.device):
-            staging = self._spare.pop()[: len(words)] if self._spare else None
-        sent = upload(torch.frombuffer(words, dtype=torch.int64), self.key.device, staging)
-        if staging is not None:
-            self._owned_by_graphs += [staging, sent]
+        sent = upload(torch.frombuffer(words, dtype=torch.int64), self.key.device)
         tensors = sent.split([_even(len(part)) for part in parts])
         return tuple(tensor[: len(part)] for tensor, part in zip(tensors, parts, strict=True))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -83,9 +83,9 @@ def clip_grads_with_norm_(
     with torch.no_grad():
         scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):
-            if backend == _backend.TRITON:
-                _scale_triton_(same, scale.to(device, non_blocking=True))
-            elif device.type != "cpu":
+            if backend == _backend.TRITON and _on_triton(_scale_triton_, same, scale.to(device, non_blocking=True)):
+                continue
+            if device.type != "cpu":
                 # not in the gradients' dtype: 16 bits would round the factor first
                 _compat.foreach_mul_(same, scale.to(device, result_dtype([same[0].dtype]), non_blocking=True))
             elif float(scale) != 1.0 and same[0].dtype.itemsize > 2:
@@ -148,10 +148,16 @@ def _listed(tensors: Tensors) -> list[Tensor]:
 def _by_backend(tensors: Sequence[Tensor]) -> list[tuple[str, torch.device, list[Tensor]]]:
     """Tensors by backend, device and dtype; what a launch does not take is torch's."""
     grouped: dict[tuple[str, torch.device, torch.dtype], list[Tensor]] = {}
+    capturable = _compat.graphs_keep_pinned_memory() or not _compat.is_capturing()
     for tensor in tensors:
         backend, _ = _backend.choose(tensor.device)
         if backend == _backend.TRITON and not (
-            tensor.dtype in FLOATS and _compat.is_plain(tensor) and tensor.layout is torch.strided and is_dense(tensor)
+            capturable
+            and tensor.dtype in FLOATS
+            and _compat.is_plain(tensor)
+            and tensor.layout is torch.strided
+            and is_dense(tensor)
+            and not _backend.given_up(_variant(tensor))
         ):
             backend = _backend.TORCH
         grouped.setdefault((backend, tensor.device, tensor.dtype), []).append(tensor)
@@ -159,13 +165,28 @@ def _by_backend(tensors: Sequence[Tensor]) -> list[tuple[str, torch.device, list
 
 
 def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
-    norms = []
+    norms: list[Tensor] = []
     for backend, _, same in _by_backend(tensors):
+        norm = None
         if backend == _backend.TRITON and norm_type in (1.0, 2.0, float("inf")):
-            norms.append(_norm_triton(same, norm_type))
-        else:
-            norms += tensor_norms(same, norm_type)
+            norm = _on_triton(_norm_triton, same, norm_type)
+        norms += tensor_norms(same, norm_type) if norm is None else [norm]
     return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
+
+
+def _variant(grad: Tensor) -> tuple[Any, ...]:
+    """What tells the kernels for a gradient from others; see :func:`optimx._backend.given_up`."""
+    return "grad_norm", grad.device, grad.dtype
+
+
+def _on_triton(launch: Callable[..., Any], grads: Sequence[Tensor], *args: Any) -> Any:
+    """What ``launch(grads, *args)`` returns; None, with nothing done, where its kernel does not compile."""
+    try:
+        with _backend.compiling(_variant(grads[0])):
+            return launch(grads, *args)
+    except _backend.CompileError as failed:
+        _backend.give_up(failed, f"the norm of {len(grads)} gradients on {grads[0].device}")
+        return None
 
 
 def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -182,12 +203,13 @@ def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     return norm
 
 
-def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> None:
+def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> bool:
     from .triton_kernels.grad_norm import scale_
 
     table, addresses, aligned = _table(grads)
     scale_(table, addresses, scale, dtype=grads[0].dtype, aligned=aligned)
     torch.autograd.graph.increment_version(grads)
+    return True
 
 
 def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
@@ -195,7 +217,10 @@ def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
     from .triton_kernels.tensor_table import is_aligned, upload
 
     addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64, device="cpu")
-    table = _sizes(tuple(map(Tensor.numel, grads)), grads[0].device, launch_size)
+    # what is made under capture is the graph's, and holds nothing until a replay; what was made before might be given
+    # up while the graph still reads it
+    sizes = _sizes.__wrapped__ if _compat.is_capturing() else _sizes
+    table = sizes(tuple(map(Tensor.numel, grads)), grads[0].device, launch_size)
     return table, upload(addresses, table.device), is_aligned(addresses)
 
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
+from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 from ._native import NativeBucket, Piece
 from ._rule import Row, UpdateRule
 from ._step import MultiTensorStep
@@ -168,7 +168,7 @@ class LAMBLoop(Optimizer):
                 p_norm, norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
                 ratio = torch.where((p_norm == 0) | (norm == 0), 1.0, p_norm / norm)
                 direction.mul_(ratio.clamp(max=group["max_trust_ratio"]) if group["max_trust_ratio"] else ratio)
-            p.sub_(direction.mul_(group["lr"]))
+            p.sub_(direction.mul_(as_number(group["lr"])))
         return loss
 
 

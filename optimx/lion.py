@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._loop import as_real, check_at_least_zero, check_betas, each_parameter
+from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 from ._rule import UpdateRule
 from ._step import MultiTensorStep
 
@@ -62,9 +62,9 @@ class LionLoop(Optimizer):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             p, g, exp_avg = as_real(param, grad, state["exp_avg"])
-            beta1, beta2 = group["betas"]
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.sub_(exp_avg.lerp(g, 1 - beta1).sign_().mul_(group["lr"]))
+            lr, (beta1, beta2) = as_number(group["lr"]), group["betas"]
+            p.mul_(1 - lr * as_number(group["weight_decay"]))
+            p.sub_(exp_avg.lerp(g, 1 - beta1).sign_().mul_(lr))
             exp_avg.lerp_(g, 1 - beta2)
         return loss
 

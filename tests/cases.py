@@ -367,4 +367,7 @@ def train(optimizers: Sequence[torch.optim.Optimizer], steps: int, first: int = 
     for step in range(first, first + steps):
         for optimizer in optimizers:
             set_grads([p for g in optimizer.param_groups for p in g["params"]], step, **kwargs)
+            if type(optimizer) is torch.optim.Adafactor:
+                # a copy of torch's forgets it, and asks its groups for a key that they do not have, where a GPU is
+                optimizer._warned_capturable_if_run_uncaptured = True
             optimizer.step()

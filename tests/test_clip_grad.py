@@ -228,13 +228,14 @@ def test_layouts(layout: str, norm_type: float, device: torch.device) -> None:
 
 
 def test_expanded(device: torch.device) -> None:
-    """A factor must not reach one element several times: refused as by torch, unless nothing is clipped."""
+    """A factor must not reach one element several times: refused as by torch, unless the host knows that it is 1."""
     params = with_grads(device, shapes=[(5,), (4, 300)])
     params[1].grad = torch.tensor([[0.5], [-2.0], [1.0], [0.1]], device=device).expand(4, 300)
     before = copies(params)
-    norm = optimx.clip_grad_norm_(params, 1e3)
-    torch.testing.assert_close(norm, stock.get_total_norm([p.grad for p in params]), **CLOSE[torch.float32])
-    assert_untouched(params, before)
+    if device.type == "cpu":
+        norm = optimx.clip_grad_norm_(params, 1e3)
+        torch.testing.assert_close(norm, stock.get_total_norm([p.grad for p in params]), **CLOSE[torch.float32])
+        assert_untouched(params, before)
     for module in (optimx, stock):
         with pytest.raises(RuntimeError, match="single memory location"):
             module.clip_grad_norm_(params[1], 0.1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +15,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from optimx import _backend, _engine
+from optimx import _backend
 from optimx._step import MultiTensorStep
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
+from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
 
@@ -298,6 +298,9 @@ LR_IS_A_NUMBER = ("rmsprop", "adagrad", "adadelta", "adamax")
 @each_case_with({"differentiable": True})
 def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, device: torch.device) -> None:
     results = []
+    if case.name == "sgd":
+        # what torch takes on a GPU otherwise needs an lr that is a number
+        kwargs = {**kwargs, "foreach": False}
     for make in builders(case):
         lr = torch.tensor(0.1, device=device, requires_grad=True)
         (leaf,) = make_params([(5,)], device)
@@ -433,22 +436,48 @@ def test_fake_tensors(case: Case) -> None:
     assert states[0] == states[1]
 
 
+@pytest.mark.parametrize("name", ["lion", "lamb"])
+def test_lr_of_one_element_in_a_loop_of_our_own(name: str, device: torch.device) -> None:
+    """On the CPU, of one dimension: operators take it for a number on any device, and scalars keep their shape."""
+    (case,) = (case for case in CASES if case.name == name)
+    results = []
+    for lr in (0.1, torch.tensor([0.1])):
+        params = [*make_leftovers(case, [(3,), ()], device), *make_params([(3,), ()], device)]
+        optimizer = loop(case, params, lr=lr, weight_decay=0.1)
+        train([optimizer], 2)
+        results.append([p.detach() for p in params])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@each_case_with({})
+def test_a_copy_falls_back_too(case: Case, kwargs: dict, copied: Callable[[Any], Any], device: torch.device) -> None:
+    """Torch's Adafactor asks its groups for a capturable that they do not have, once it is a copy."""
+    optimizer = case.cls(make_params(SHAPES, device), **usual(case))
+    group = optimizer.param_groups[0]
+    if case.is_torchs:
+        group["foreach"] = False
+    optimizer = copied(optimizer)
+    train([optimizer], 2)
+    assert all(param.isfinite().all() for param in params_of(optimizer))
+
+
 # triton that is missing or does not work
 
 
-def cpu_bound_to_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Interpreted launches, treated as if a compiler and a GPU did them: their errors are handled."""
-    namespace = SimpleNamespace(interpreted=lambda: False, give_up_on_triton=_backend.give_up_on_triton)
-    monkeypatch.setattr(_engine, "_backend", namespace)
-    # to be put back when the test ends
-    monkeypatch.setattr(_backend, "_broken", None)
+def break_kernels(
+    monkeypatch: pytest.MonkeyPatch, case: Case, error: Exception, dtype: torch.dtype | None = None
+) -> None:
+    """Let the update of parameters of ``dtype`` (default: of all) fail to compile."""
+    bucket = case.cls.rule.triton_bucket()
+    launch = bucket._launch_update
 
+    def launch_update(self: Any, control: Tensor | None, warmup: bool) -> None:
+        if dtype in (None, self.key.dtypes[0]):
+            raise error
+        launch(self, control, warmup)
 
-def break_kernels(monkeypatch: pytest.MonkeyPatch, case: Case, error: Exception) -> None:
-    def kernels(*args: Any, **kwargs: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(type(case.cls.rule), "launch", kernels)
+    monkeypatch.setattr(bucket, "_launch_update", launch_update)
 
 
 @pytest.mark.parametrize("ours", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
@@ -462,7 +491,7 @@ def test_broken_triton(
     triton_backend: torch.device,
     stock_steps: list,
 ) -> None:
-    cpu_bound_to_triton(monkeypatch)
+    monkeypatch.setattr(_backend, "strict", False)
     optimizer, stock, copies = twins(case, make_params(SHAPES, triton_backend), usual(case), **ours)
 
     def step_both(step: int) -> None:
@@ -483,8 +512,8 @@ def test_broken_triton(
         warnings.simplefilter("always")
         for step in range(good_steps, good_steps + 3):
             step_both(step)
-        # others learn it too, silently
-        other = case.cls(make_params(SHAPES, triton_backend))
+        # others of the same kernels learn it too, silently
+        other = case.cls(make_params(SHAPES, triton_backend), **usual(case))
         train([other], 1)
     (warning,) = [each for each in caught if issubclass(each.category, RuntimeWarning)]
     assert "ValueError: no such instruction" in str(warning.message)
@@ -493,13 +522,21 @@ def test_broken_triton(
     assert "no such instruction" in reasons(optimizer)[0]
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), AssertionError("ours")], ids=["memory", "ours"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        pytest.param(torch.OutOfMemoryError("no memory"), id="memory"),
+        pytest.param(AssertionError("ours"), id="ours"),
+        pytest.param(torch.AcceleratorError("CUDA error: an illegal memory access"), id="device"),
+        pytest.param(RuntimeError("called a synchronizing CUDA operation"), id="wait"),
+    ],
+)
 @each_case_natively
 def test_errors_that_are_not_tritons(
     case: Case, error: Exception, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device
 ) -> None:
     """They come through, nothing has changed, and the next step is a whole one."""
-    cpu_bound_to_triton(monkeypatch)
+    monkeypatch.setattr(_backend, "strict", False)
     ours, stock, _ = twins(case, make_params(SHAPES, triton_backend), usual(case))
     train([ours, stock], 1)
     before = copy.deepcopy([params_of(ours), ours.state_dict()])
@@ -512,6 +549,28 @@ def test_errors_that_are_not_tritons(
     torch.testing.assert_close([params_of(ours), ours.state_dict()], before, rtol=0, atol=0)
     train([ours, stock], 2, first=1)
     assert_same(ours, stock)
+
+
+@each_case_natively
+def test_one_broken_kernel_leaves_the_others(
+    case: Case, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device, stock_steps: list
+) -> None:
+    """float32 parameters have kernels of their own, which do not compile; float64 ones stay on Triton."""
+    monkeypatch.setattr(_backend, "strict", False)
+    break_kernels(monkeypatch, case, ValueError("no such instruction"), torch.float32)
+    params = [*make_params(SHAPES, triton_backend), *make_params(SHAPES, triton_backend, torch.float64)]
+    ours, stock, _ = twins(case, params, usual(case))
+    told = rf"2 tensors of {case.cls.__name__} \(float32 on {triton_backend}"
+    with pytest.warns(RuntimeWarning, match=told) as caught:
+        train([ours, stock], 3)
+    assert len(caught) == 1
+    assert_same(ours, stock)
+    assert [[p.dtype for p in call] for call in stock_steps] == [[torch.float32] * 2] * 3
+    rows = optimx.explain(ours).rows
+    assert {(row.backend, *row.dtypes[:1], "no such instruction" in row.reason) for row in rows} == {
+        ("torch", "float32", True),
+        ("triton", "float64", False),
+    }
 
 
 @each_case_natively

@@ -518,3 +518,24 @@ def test_divide_by_has_the_bits_of_divide(triton_backend: torch.device, beta2: f
     launch(_quotients_kernel, 1, warmup=False)(x.to(triton_backend), y.to(triton_backend), out, BLOCK_SIZE=n)
     torch.testing.assert_close(out[0], out[1], rtol=0.0, atol=0.0, equal_nan=True)
     torch.testing.assert_close(out[1].cpu(), x / y, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter specializes nothing")
+def test_no_kernel_is_compiled_anew_for_an_integer() -> None:
+    """One, and multiples of 16, would make a kernel of their own; and 1 a constant, which has no method of a tensor."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    import optimx.triton_kernels as package
+
+    found = set()
+    for module in iter_modules(package.__path__, f"{package.__name__}."):
+        for name, kernel in vars(import_module(module.name)).items():
+            if not (isinstance(kernel, triton.JITFunction) and name.endswith("_kernel")):
+                continue
+            for param in kernel.params:
+                if param.is_constexpr or param.name.endswith("_ptr"):
+                    continue
+                found.add(param.name)
+                assert param.do_not_specialize or param.annotation_type == "fp32", f"{name}: {param.name}"
+    assert found == {"n_tensors", "n_programs", "n_partials", "max_norm"}

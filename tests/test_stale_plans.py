@@ -68,8 +68,8 @@ def test_edit_between_steps(case: Case, kwargs: dict, name: str, device: torch.d
     train([ours, stock], 2)
     ours, stock = (apply(name, optimizer) for optimizer in (ours, stock))
     train([ours, stock], 2, first=2)
-    # also where the dtype changed: the first steps were in float32
-    assert_same(ours, stock, CLOSE[torch.float32])
+    # also where the dtype changed: the first steps were in float32; RMSprop's are ten times lr, and round so
+    assert_same(ours, stock, {"rtol": 2e-6, "atol": 2e-6} if case.name == "rmsprop" else CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -407,7 +407,11 @@ def through_safetensors(snapshot: dict[str, Any], folder: Path) -> Any:
     tensors = {f"{i}.{name}": v for i, state in snapshot["state"].items() for name, v in state.items()}
     save_file(tensors, folder / "saved.safetensors")
     read = load_file(folder / "saved.safetensors")
-    state = {i: {name: read[f"{i}.{name}"] for name in state} for i, state in snapshot["state"].items()}
+    # on the CPU, if nothing else is said
+    state = {
+        i: {name: read[f"{i}.{name}"].to(value.device) for name, value in state.items()}
+        for i, state in snapshot["state"].items()
+    }
     return {**snapshot, "state": state}
 
 

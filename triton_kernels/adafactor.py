@@ -344,7 +344,7 @@ def _adafactor_update_kernel(
         tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tensors", "n_programs"])
 def _adafactor_size_kernel(
     tensor_ptr,  # int32 [n_tensors]
     shapes_ptr,  # int64 [n_tensors, 7]

@@ -34,17 +34,16 @@ def chunk_map(numels: Sequence[int], chunk_size: int) -> tuple[Tensor, Tensor]:
     return tensor.to(torch.int32), start
 
 
-def upload(source: Tensor, device: torch.device, staging: Tensor | None = None) -> Tensor:
+def upload(source: Tensor, device: torch.device) -> Tensor:
     """Send a CPU tensor to ``device`` without waiting.
 
     The staging memory is fresh on every call: torch's caching host allocator takes it back only when the copy is done,
-    where a buffer of our own, written again too early, would be a race. ``staging`` overrides it: a CUDA graph copies
-    from the same memory at every replay, so there the caller owns (and keeps) it.
+    where a buffer of our own, written again too early, would be a race. Under capture (torch 2.11 or later) it becomes
+    the graph's, which copies from it at every replay.
     """
     if device.type == "cpu":
         return source.clone()
-    if staging is None:
-        staging = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
+    staging = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return staging.copy_(source).to(device, non_blocking=True)
 
 

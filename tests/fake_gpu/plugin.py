@@ -1,0 +1,54 @@
+"""pytest plugin (``-p tests.fake_gpu.plugin``): this process has two CUDA devices, which are host memory.
+
+The device is as strict as a real one: tensors on two devices, the wrong current device, waits under
+``set_sync_debug_mode``, freed memory, what cannot be captured. Triton's interpreter runs the kernels. What it does not
+show: races between streams, times, a GPU's arithmetic, and what Triton's compiler accepts.
+"""
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import sys
+from typing import Any
+
+if "torch" in sys.modules:
+    raise RuntimeError("the fake device should be loaded before torch, which looks for devices once")
+os.environ["TRITON_INTERPRET"] = "1"
+
+from tests.fake_gpu.device import build
+
+_path = build.extension()
+# torch's own libraries come first: the extension is linked to them
+ctypes.CDLL(str(build.torch_folder() / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
+ctypes.CDLL(str(_path))
+
+import torch
+
+_spec: Any = importlib.util.spec_from_file_location(build.NAME, _path)
+device: Any = importlib.util.module_from_spec(_spec)
+sys.modules[build.NAME] = device
+_spec.loader.exec_module(device)
+
+from tests.fake_gpu.device import kernels, storages, torch_cuda
+
+torch_cuda.install()
+storages.install()
+kernels.install()
+
+import optimx._backend
+
+# the interpreter reads this device's memory
+optimx._backend.interpreter_reaches.add("cuda")
+
+assert torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    import pytest
+
+    for item in items:
+        if "sparse" in item.name:
+            item.add_marker(pytest.mark.skip(reason="the fake GPU has no sparse tensors"))
