@@ -9,13 +9,14 @@ FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_s
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test test-floor demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test test-floor audit host lint format bench report demo plots docs
+.PHONY: help test test-floor audit fake-gpu host lint format bench report demo plots docs
 .PHONY: gpu gpu-smoke gpu-test gpu-bench gpu-tune gpu-setup clean
 
 help:
 	@echo "make test        tests: native, then the Triton kernels interpreted on the CPU"
 	@echo "make test-floor  some of the tests, with the oldest Python, torch and triton"
 	@echo "make audit       compile every kernel for five GPU architectures, read assembly"
+	@echo "make fake-gpu    whole steps without a GPU: Triton's JIT and launcher on a stub driver"
 	@echo "make host        what the host pays for a step on a GPU, without a GPU: stub driver"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
@@ -57,6 +58,9 @@ audit: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --timeout 600 tests/audit
 
 # the fake device is built with g++, the stub driver with a C compiler
+fake-gpu: .venv/.installed
+	$(BIN)/python -m pytest -n 2 --timeout 300 -p tests.fake_gpu.stub_plugin tests/fake_gpu
+
 host: .venv/.installed
 	$(BIN)/python -m bench host --stub
 
