@@ -48,3 +48,9 @@ def test_is_compiled_once(variant: Variant, stub: stub_driver.Stub) -> None:
         assert stub.launches - launches == n_launches
         # what the JIT has compiled, it loads
         assert stub.modules == modules, f"compiled anew for {sizes}"
+
+
+def test_a_missing_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stub_driver.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs a C compiler"):
+        stub_driver.build()
