@@ -377,7 +377,7 @@ def test_a_contestant_that_raises_has_a_row_and_the_others_have_times():
 
 def test_a_contestant_that_raises_when_it_is_counted_has_no_times():
     def run(case: Case) -> Run:
-        return plain._replace(optimizer=object())
+        return replace(plain, optimizer=object())
 
     plain = STEP[FUSED](tiny())
     measured = measure(tiny(contestants={FUSED: STEP[FUSED], OURS: run}), BUDGET)
