@@ -9,20 +9,26 @@ FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_s
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
 test test-floor fake-gpu demo: export OMP_WAIT_POLICY = PASSIVE
 
-.PHONY: help test test-floor fake-gpu audit lint format bench report demo plots docs gpu gpu-test gpu-bench clean
+.PHONY: help test test-floor fake-gpu audit host lint format bench report demo plots docs
+.PHONY: gpu gpu-smoke gpu-test gpu-bench gpu-tune gpu-setup clean
 
 help:
 	@echo "make test        tests: native, then the Triton kernels interpreted on the CPU, then some on a fake GPU"
 	@echo "make fake-gpu    tests of a GPU on a fake one, TESTS=... for any of them (needs g++)"
 	@echo "make test-floor  some of the tests, with the oldest Python, torch and triton"
 	@echo "make audit       compile every kernel for five GPU architectures, read assembly"
+	@echo "make host        what the host pays for a step on a GPU, without a GPU: stub driver"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
 	@echo "make report      a page and charts of all results, and the README's tables"
 	@echo "make demo        train a small GPT twice, with torch.optim and with optimx"
 	@echo "make plots       draw the README's picture of all schedules"
 	@echo "make docs        build the documentation in site/"
-	@echo "make gpu         gpu-test, then gpu-bench: with python3 on PATH, results in OUT"
+	@echo "make gpu-smoke   every optimizer once on a GPU, then kernels and test_gpu: 4 minutes"
+	@echo "make gpu-test    all tests that need a GPU: 8 minutes"
+	@echo "make gpu-bench   benchmarks on a GPU; PART=1, 2, 3 or questions: 9 minutes each"
+	@echo "make gpu-tune    tile sizes on a GPU; KEEP=1 lets the launchers use what is found"
+	@echo "make gpu         all four. GPU targets take python3 on PATH, results go to OUT"
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -37,6 +43,7 @@ test: .venv/.installed
 # the tests of a GPU on one that is host memory: a thin selection, or TESTS="tests/test_parity.py -k adamw"
 fake-gpu: .venv/.installed
 	$(BIN)/python -m tests.fake_gpu $(TESTS)
+	$(if $(TESTS),,$(BIN)/python -m pytest -n 2 --timeout 300 -p tests.fake_gpu.stub_plugin tests/fake_gpu/test_stub.py)
 
 # python, torch and triton of pyproject.toml's lower bounds. pyenv hides versions that nobody asked for
 .venv-floor/.installed: export PYENV_VERSION = 3.10
@@ -55,6 +62,11 @@ test-floor: .venv-floor/.installed
 
 audit: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --timeout 600 tests/audit
+
+# the fake device is built with g++, the stub driver with a C compiler
+
+host: .venv/.installed
+	$(BIN)/python -m bench host --stub
 
 lint: .venv/.installed
 	$(BIN)/ruff check $(SOURCES)
@@ -89,15 +101,35 @@ docs: export NO_MKDOCS_2_WARNING = true
 docs: .venv/.installed
 	$(BIN)/python -m mkdocs build --strict --quiet
 
-# no numbers of what is wrong
-gpu: gpu-test
-	@$(MAKE) gpu-bench
+# GPU targets need torch, triton and pytest, and no network; results of a part stay whatever becomes of the next one
+gpu-%: export PYTHONUNBUFFERED = 1
+RESULTS = $(or $(OUT),build/gpu)
+# twelve processes where pytest-xdist is there, else one
+PARALLEL = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo -n 12)
+GPU_PYTEST = $(PYTHON) -m pytest -q -rfE --tb=short -m gpu $(if $(PARALLEL),-n 12)
 
-gpu-test:
-	$(PYTHON) -m pytest -q -m gpu tests --ignore tests/audit
+gpu:
+	@status=0; for part in gpu-smoke gpu-test gpu-bench gpu-tune; do $(MAKE) $$part || status=1; done; exit $$status
 
-gpu-bench:
-	$(PYTHON) -m bench --gpu $(if $(OUT),--out $(OUT)); status=$$?; $(PYTHON) -m bench.report $(OUT) && exit $$status
+# a checkout that nobody installed finds its kernels through a link
+gpu-setup:
+	@$(PYTHON) -c "import optimx.triton_kernels" 2>/dev/null || ln -sfn ../triton_kernels optimx/triton_kernels
+	@mkdir -p $(RESULTS)
+
+gpu-smoke: gpu-setup
+	@status=0; $(PYTHON) -m tests.gpu_smoke --out $(RESULTS) || status=1; \
+	$(GPU_PYTEST) --junitxml=$(RESULTS)/smoke-tests.xml tests/test_kernels.py tests/test_gpu.py || status=1; exit $$status
+
+gpu-test: gpu-setup
+	$(GPU_PYTEST) --junitxml=$(RESULTS)/tests.xml tests --ignore tests/audit
+
+# a report also of what came through
+gpu-bench: gpu-setup
+	@status=0; $(PYTHON) -m bench --gpu $(if $(PART),--part "$(PART)") $(if $(OUT),--out $(OUT)) || status=1; \
+	$(PYTHON) -m bench.report $(OUT) || status=1; exit $$status
+
+gpu-tune: gpu-setup
+	$(PYTHON) -m bench.tune --out $(RESULTS) $(if $(KEEP),--keep)
 
 clean:
 	rm -rf .venv .venv-bench .venv-floor build site dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis demo_out

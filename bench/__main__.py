@@ -1,5 +1,8 @@
 """Benchmarks against torch.optim: ``python -m bench [QUESTION ...] [--gpu] [--quick] [--out DIR] [-k EXPRESSION]``.
 
+``python -m bench host --stub`` measures what the host pays for a step on a GPU where there is none; ``--profile`` says
+for what.
+
 Each question is a file of this folder, ``test_<question>.py``, and a run of pytest-benchmark of its own, so that none
 measures in the memory that another has left behind. Its results go to ``<question>.json`` in a folder for the machine;
 ``python -m bench.report`` makes a page of them. A target that is missed is reported and is no failure; torch or optimx
@@ -22,6 +25,12 @@ from bench.provenance import machine_folder
 HERE = Path(__file__).parent
 QUESTIONS = tuple(sorted(path.stem.removeprefix("test_") for path in HERE.glob("test_*.py")))
 RESULTS = Path("bench/results")
+#: Questions that an H100 answers in less than nine minutes together.
+PARTS = {
+    "1": ("host", "step"),
+    "2": ("clip", "amp", "groups", "adafactor", "memory"),
+    "3": ("scaling", "schedulers"),
+}
 #: Pytest's exit status where a question has no case for this device, or none that matches.
 NOTHING_RUN = 5
 
@@ -30,20 +39,31 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description="Optimizer steps against torch.optim.")
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"of {', '.join(QUESTIONS)} (default: all)")
     parser.add_argument("--gpu", action="store_true", help="the GPU cases instead of the CPU cases")
+    parser.add_argument("--part", default="", help=f"a part of the questions, of {', '.join(PARTS)}; or questions")
+    parser.add_argument("--stub", action="store_true", help="the host's part of a GPU's step, without a GPU")
+    parser.add_argument("--profile", action="store_true", help="with --stub: where the time goes, and no benchmark")
     parser.add_argument("--quick", action="store_true", help="few rounds: to see that it runs, not for numbers")
     out = f"folder of the results (default: one for the machine in {RESULTS}; with --quick or -k nothing is saved)"
     parser.add_argument("--out", type=Path, help=out)
     parser.add_argument("--compare", type=Path, metavar="DIR", help="folder of earlier results to print beside these")
     parser.add_argument("-k", dest="expression", default="", help="only cases and contestants that match, as in pytest")
     options = parser.parse_args(arguments)
+    for word in options.part.split():
+        options.questions += PARTS.get(word, (word,))
     for question in options.questions:
         if question not in QUESTIONS:
             parser.error(f"question should be one of {', '.join(QUESTIONS)}, but is: {question}")
+    if options.stub and (options.gpu or (options.questions or ["host"]) != ["host"]):
+        parser.error(f"--stub is for host alone, without --gpu, but is with: {' '.join(options.questions) or '--gpu'}")
+    if options.profile and not options.stub:
+        parser.error("--profile needs --stub")
+    if options.stub:
+        options.questions = ["host"]
     if options.gpu and not torch.cuda.is_available():
         parser.error("--gpu needs a GPU that torch can use; torch.cuda.is_available() is False")
     if options.out is None and not (options.quick or options.expression):
         # what is saved here is whole, and for numbers
-        options.out = RESULTS / machine_folder(options.gpu)
+        options.out = RESULTS / machine_folder(options.gpu, options.stub)
     if options.compare is not None and not options.compare.is_dir():
         parser.error(f"--compare should be a folder of results, but is: {options.compare}")
     return options
@@ -51,7 +71,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def command(options: argparse.Namespace, question: str) -> str:
     """What gives these numbers again; where they are written does not matter to them."""
-    words = ["python -m bench", question, *["--gpu"] * options.gpu, *["--quick"] * options.quick]
+    flags = {"--gpu": options.gpu, "--stub": options.stub, "--quick": options.quick}
+    words = ["python -m bench", question, *(flag for flag, on in flags.items() if on)]
     words += [f'-k "{options.expression}"'] if options.expression else []
     return " ".join(words)
 
@@ -63,6 +84,7 @@ def pytest_command(options: argparse.Namespace, question: str, saved: Path | Non
     words += ["--benchmark-only", f"--command={command(options, question)}"]
     words += [f"--benchmark-json={saved}"] if saved else []
     words += ["--gpu"] * options.gpu + ["--quick"] * options.quick
+    words += ["-p", "tests.fake_gpu.stub_plugin", "--stub"] * options.stub
     words += ["-k", options.expression] if options.expression else []
     earlier = options.compare / f"{question}.json" if options.compare else None
     if earlier is None or not earlier.exists():
@@ -73,6 +95,8 @@ def pytest_command(options: argparse.Namespace, question: str, saved: Path | Non
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    if options.profile:
+        return subprocess.run([sys.executable, "-m", "bench.profile_host"], check=False).returncode
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
     codes = [run(options, question) for question in options.questions or QUESTIONS]

@@ -52,13 +52,14 @@ class Case:
         device, dtype: Of parameters, gradients and state.
         grad_norm: 2-norm of all gradients together.
         loss_scale: What the gradients are multiplied with, for GradScaler to take out again.
-        clock: What a call is charged with (see ``bench.timing``): "wall", "device" or "host" time.
+        clock: What a call is charged with (see ``bench.timing``): "wall", "device", "host" or "cpu" time.
         traffic: Contestant -> bytes of memory traffic a parameter, counted from its algorithm, where bandwidth matters.
         targets: What the results are held against.
         notes: Contestant -> what one must know to read its times.
         optimizer, kwargs: The optimizer's class by name, and its arguments where they are not the defaults.
         groups: How many parameter groups the contestants make.
         repeat: What is called how often in one timed call, for work of microseconds.
+        stub: It is for the stub driver, where there is no GPU (``--stub``).
     """
 
     name: str
@@ -78,6 +79,7 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     groups: int = 1
     repeat: int = 1
+    stub: bool = False
 
     @property
     def call(self) -> str:

@@ -24,28 +24,35 @@ from bench.timing import CPU_THREADS, GPU, QUICK, Budget, Measured, measure
 #: What the session has measured: cases in order, with their verdicts.
 MEASURED = pytest.StashKey[list[tuple[Measured, list[Verdict]]]]()
 CIRCUMSTANCES = pytest.StashKey[dict[str, str]]()
+#: The plugin that stands in for a GPU.
+STUB = "tests.fake_gpu.stub_plugin"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("optimx benchmarks")
     group.addoption("--gpu", action="store_true", help="the cases for a GPU instead of those for a CPU")
+    group.addoption("--stub", action="store_true", help="the cases for the stub driver, which is no GPU")
     group.addoption("--quick", action="store_true", help="few rounds: to see that they run, not for numbers")
     group.addoption("--command", default="", help="what to name as the command in the results")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = []
+    if config.getoption("--stub") and not config.pluginmanager.has_plugin(STUB):
+        raise pytest.UsageError(f"--stub needs -p {STUB}")
     if config.getoption("--gpu") and not torch.cuda.is_available():
         raise pytest.UsageError("--gpu needs a GPU that torch can use; torch.cuda.is_available() is False")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    device = "cuda" if config.getoption("--gpu") else "cpu"
+    stub = config.getoption("--stub")
+    device = "cuda" if config.getoption("--gpu") or stub else "cpu"
     there, elsewhere = [], []
     for item in items:
         case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         # other tests may have cases of their own
-        (elsewhere if isinstance(case, Case) and case.device != device else there).append(item)
+        other = isinstance(case, Case) and (case.device, case.stub) != (device, stub)
+        (elsewhere if other else there).append(item)
     config.hook.pytest_deselected(items=elsewhere)
     items[:] = there
 
@@ -70,7 +77,7 @@ def measured(pytestconfig: pytest.Config, threads: None) -> Callable[[Case], Mea
             gc.collect()
             if case.device == "cuda":
                 torch.cuda.empty_cache()
-            budget = GPU if case.device == "cuda" else Budget()
+            budget = GPU if case.device == "cuda" and not case.stub else Budget()
             known[case.name] = result = measure(case, QUICK if pytestconfig.getoption("--quick") else budget)
             pytestconfig.stash[MEASURED].append((result, judge(case, result.rows)))
         return known[case.name]
@@ -102,7 +109,7 @@ def enter(benchmark: Any, measured: Callable[[Case], Measured]) -> Callable[[Cas
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """What a comparison needs to know, in place of what would name the machine in its network."""
     machine_info.clear()
-    machine_info.update(machine(config.getoption("--gpu")))
+    machine_info.update(machine(config.getoption("--gpu"), config.getoption("--stub")))
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

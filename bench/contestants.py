@@ -8,9 +8,10 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,22 +22,29 @@ if TYPE_CHECKING:
     from bench.case import Case
 
 MAX_NORM = 1.0
-COPY_NUMEL = 2**24
+#: Float32 elements of the plain copy, at least and at most: it neither fits the caches nor takes memory that a large
+#: model needs.
+COPY_NUMEL, MAX_COPY_NUMEL = 2**24, 2**28
+#: Some 10 ms of a GPU's time, longer than the host mostly needs to queue a step (torch's own tests hold a stream so).
+HOLD_CYCLES = 20_000_000
 
 Params = list[torch.nn.Parameter]
 Groups = Callable[[Params], list[dict[str, Any]]]
 
 
-class Run(NamedTuple):
+@dataclass
+class Run:
     """A contestant ready to be timed: ``prepare()`` is called before every ``step()`` and is not timed.
 
-    ``moved``: bytes of memory traffic of a step, where that is not the case's.
+    ``moved``: bytes of memory traffic of a step, where that is not the case's. ``hold``: cycles for which the GPU is
+    kept busy while the host queues a step.
     """
 
     prepare: Callable[[], object]
     step: Callable[[], object]
     optimizer: torch.optim.Optimizer | None = None
     moved: int | None = None
+    hold: int = HOLD_CYCLES
 
 
 class Model:
@@ -171,7 +179,7 @@ def make_scaler(scaler_class: type[torch.amp.GradScaler], case: "Case") -> torch
 
 
 def device_copy(case: "Case") -> Run:
-    """The yardstick of bandwidth: one copy as large as the parameters, and never so small that it fits the caches."""
-    src = torch.zeros(max(case.numel, COPY_NUMEL), device=case.device)
+    """The yardstick of bandwidth: one copy as large as the parameters, within bounds."""
+    src = torch.zeros(min(max(case.numel, COPY_NUMEL), MAX_COPY_NUMEL), device=case.device)
     dst = torch.empty_like(src)
     return Run(lambda: None, lambda: dst.copy_(src), moved=src.nbytes + dst.nbytes)

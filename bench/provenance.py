@@ -14,11 +14,11 @@ from bench.packages import PEERS
 from bench.timing import CPU_THREADS
 
 
-def machine(gpu: bool) -> dict[str, str]:
+def machine(gpu: bool, stub: bool = False) -> dict[str, str]:
     """What two runs must share to be compared, by name; "none" or "unknown" where there is nothing to tell."""
     packages = {name: installed(name) for name in sorted(PEERS)}
     return {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {CPU_THREADS} threads",
+        "device": "stub driver, no GPU" if stub else device(gpu),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else "none",
         "cpu": cpu_model(),
         "torch": torch.__version__,
@@ -27,6 +27,10 @@ def machine(gpu: bool) -> dict[str, str]:
         "python": platform.python_version(),
         "peers": ", ".join(f"{name} {version}" for name, version in packages.items() if version != "none") or "none",
     }
+
+
+def device(gpu: bool) -> str:
+    return torch.cuda.get_device_name() if gpu else f"CPU, {CPU_THREADS} threads"
 
 
 def circumstances(command: str) -> dict[str, str]:
@@ -40,8 +44,10 @@ def circumstances(command: str) -> dict[str, str]:
     }
 
 
-def machine_folder(gpu: bool) -> str:
-    """The machine as the name of a folder: "nvidia-h200", "cpu-amd-epyc-2-threads"."""
+def machine_folder(gpu: bool, stub: bool = False) -> str:
+    """The machine as the name of a folder: "nvidia-h200", "cpu-amd-epyc-2-threads", "stub-driver-amd-epyc"."""
+    if stub:
+        return slug(f"stub driver {cpu_model()}")
     return slug(torch.cuda.get_device_name() if gpu else f"cpu {cpu_model()} {CPU_THREADS} threads")
 
 

@@ -98,7 +98,7 @@ def summarize(case: Case, rows: dict[str, Row], times: dict[str, list[float]], m
         deciles = quantiles(seconds, n=10, method="inclusive") if len(seconds) > 1 else seconds * 9
         row.rounds = len(seconds)
         row.median_ms, row.p20_ms, row.p80_ms = 1e3 * median(seconds), 1e3 * deciles[1], 1e3 * deciles[7]
-        if case.clock == "host":
+        if case.clock in ("host", "cpu"):
             row.us_per_tensor = 1e3 * row.median_ms / len(case.shapes)
         row.bytes_per_param = case.traffic.get(name)
         size = moved.get(name, case.traffic.get(name, 0) * case.numel)

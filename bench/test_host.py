@@ -1,4 +1,7 @@
-"""What does a step cost beside its arithmetic? Tensors of a few elements; on a GPU, the time until the call returns."""
+"""What does a step cost beside its arithmetic? Tensors of a few elements; on a GPU, the time until the call returns.
+
+With ``--stub``, where there is no GPU, what the host pays for a step on one: see ``bench/stub.py``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from functools import partial
 
 import torch
 
+from bench import stub
 from bench.case import FUSED, NO_SYNC, OURS, Case, Target
 from bench.contestants import Model, Run, optimx_step, torch_step
 from bench.suite import SMALL, contests
@@ -49,6 +53,7 @@ CASES = [
         "host-1000-tensors", [(64,)] * 1000, PLAIN, FUSED, device="cuda", clock="host",
         targets=(Target(OURS, "us_per_tensor", 0.5), NO_SYNC),
     ),
+    *stub.CASES,
 ]  # fmt: skip
 
 

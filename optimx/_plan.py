@@ -370,6 +370,13 @@ class StepPlan:
         """Whether a state that a graph updates is gone, and the graph of no use."""
         return any(state() is None for state in self._states)
 
+    def take_back_first(self, state: dict[Tensor, Any]) -> None:
+        """A first step that was skipped is still to come."""
+        for bucket in self.buckets:
+            for param in bucket.members.params if bucket.key.first else ():
+                for name in bucket.state_names:
+                    del state[param][name]
+
 
 def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:
     """Positions of parameters that have memory in common with another one, or whose states have; and how.

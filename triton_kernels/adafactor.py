@@ -99,7 +99,8 @@ def _pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr)
     return tl.multiple_of(tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
 
-@triton.jit
+# partial results begin anywhere, and what stands in for a scalar that is not there is no scalar
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "control_ptr", "norms_ptr", "bad_ptr"])
 def _adafactor_sums_kernel(
     fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ...
     grads_ptr,  # int64 [n]
@@ -165,7 +166,7 @@ def _adafactor_sums_kernel(
     tl.store(bad_ptr + pid, tl.max(tl.ravel(bad), axis=0).to(tl.float64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
 def _adafactor_average_kernel(
     fixed_ptr,  # int64 [n, n_roles]
     tensor_ptr,  # int32 [n_tensors]

@@ -33,7 +33,7 @@ def _norm_block(carry, args, offsets, mask, NORM_TYPE: tl.constexpr):
     return _meet(total, power, NORM_TYPE), any_bad | bad
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@triton.jit(do_not_specialize=["n_partials"], do_not_specialize_on_alignment=["grad_scale_ptr", "partials_ptr"])
 def _norm_kernel(
     grads_ptr,  # int64 [n_tensors]
     numels_ptr,  # int64 [n_tensors]
@@ -83,7 +83,10 @@ def _reduce(values, NORM_TYPE: tl.constexpr):
         return tl.sum(values, axis=0)
 
 
-@triton.jit(do_not_specialize=["n_partials"])
+@triton.jit(
+    do_not_specialize=["n_partials"],
+    do_not_specialize_on_alignment=["partials_ptr", "grad_scale_ptr", "found_inf_ptr", "norm_ptr", "control_ptr"],
+)
 def _finish_kernel(
     partials_ptr,  # float64 [2, n_partials]
     n_partials,
@@ -137,7 +140,7 @@ def _scale_block(carry, args, offsets, mask, CONSTANTS: tl.constexpr):
     return carry
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def _scale_kernel(
     grads_ptr,  # int64 [n_tensors]
     numels_ptr,  # int64 [n_tensors]

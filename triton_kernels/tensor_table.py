@@ -6,8 +6,11 @@ groups (a by-value argument struct ends at 4 or 32 KB). No kernel is defined her
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -64,6 +67,24 @@ class LaunchSize:
         return max(1, self.block_size * 2 // max(dtype.itemsize for dtype in dtypes))
 
 
+#: Tile sizes measured on a kind of GPU, by its name: ``[{"below": elements, "chunk_size": ..., ...}, ...]``, the
+#: smallest bound first. `make gpu-tune` writes it.
+TUNED = Path(__file__).with_name("launch_sizes.json")
+
+
+@cache
+def _tuned(device_name: str) -> list[dict[str, int]]:
+    return json.loads(TUNED.read_text()).get(device_name, []) if TUNED.exists() else []
+
+
+def launch_size(device: torch.device, n_elements: int) -> LaunchSize:
+    """The tile sizes for tensors of so many elements together: measured ones where there are some for the device."""
+    for entry in _tuned(torch.cuda.get_device_name(device)) if device.type == "cuda" else ():
+        if n_elements < entry["below"]:
+            return LaunchSize(entry["chunk_size"], entry["block_size"], entry["num_warps"])
+    return LaunchSize()
+
+
 class TensorTable:
     """What stays the same from step to step for the tensors of one launch.
 
@@ -72,7 +93,7 @@ class TensorTable:
         roles: For each role but the gradient (parameter, then states) its tensors, in the order of ``numels``.
         rows: The hyperparameter row of each tensor.
         device: Where the kernels run.
-        size: Tile sizes.
+        size: Tile sizes; None: those of :func:`launch_size`.
 
     Attributes:
         fixed: int64 ``[n_tensors, n_roles]``, addresses.
@@ -90,7 +111,7 @@ class TensorTable:
         device: torch.device,
         size: LaunchSize | None = None,
     ) -> None:
-        self.size = size or LaunchSize()
+        self.size = size or launch_size(device, sum(numels))
         self.device = device
         self.n_tensors = len(numels)
         addresses = [[tensor.data_ptr() for tensor in role] for role in roles]

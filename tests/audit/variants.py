@@ -29,12 +29,13 @@ from optimx.triton_kernels import (
 )
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import tables
-from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize, TensorTable
+from optimx.triton_kernels.tensor_table import NUM_THREADS
 from triton.backends.compiler import GPUTarget
 
 from .assembly import Limits
 from .budgets import instructions
 from .compiler import TARGETS, Launch, record
+from .sizes import Sizes, addresses, numbers
 from .walk import Walk
 
 Dtypes = Sequence[torch.dtype]
@@ -144,7 +145,7 @@ class Variant:
 
     Attributes:
         kernel, options: Its name: "adam" and "float32-amsgrad".
-        call: Calls the launcher, with tiles of the given size.
+        call: Calls the launcher.
         reads, writes: Dtypes of the tensors a full chunk reads and writes; empty where nothing is said about widths.
         threads: How many an SM or CU must have registers for.
         shared: See :class:`.assembly.Limits`.
@@ -154,7 +155,7 @@ class Variant:
 
     kernel: str
     options: str
-    call: Callable[[LaunchSize], None]
+    call: Callable[[Sizes], None]
     reads: Dtypes = ()
     writes: Dtypes = ()
     threads: int = THREADS
@@ -164,7 +165,7 @@ class Variant:
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
         """What is launched on ``target``, and what its assembly must keep to."""
-        launch = record(lambda: self.call(LaunchSize(num_warps=NUM_THREADS // target.warp_size)))[self.position]
+        launch = record(lambda: self.call(Sizes(num_warps=NUM_THREADS // target.warp_size)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
         tile = launch.options.get("TILE")
         block = launch.options["BLOCK_SIZE"] if tile is None else math.prod(tile[:3])
@@ -188,18 +189,6 @@ def _threads(dtypes: Dtypes, aligned: bool, threads: int = THREADS) -> int:
     return threads if aligned else THREADS_UNALIGNED
 
 
-def _table(size: LaunchSize, n_roles: int = 1) -> TensorTable:
-    return TensorTable([16], [[torch.empty(16)]] * n_roles, [0], torch.device("cpu"), size)
-
-
-def _addresses(*shape: int) -> torch.Tensor:
-    return torch.empty(shape or 1, dtype=torch.int64)
-
-
-def _numbers(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float64)
-
-
 def _update_variants() -> Iterator[Variant]:
     for algorithm in ELEMENTWISE:
         choices = EVERYTHING if algorithm.module is adam else REDUCED
@@ -219,8 +208,8 @@ def _update_variants() -> Iterator[Variant]:
                 dtypes=(p, g, *states),
             ) -> None:
                 update.update_(
-                    module, _table(size, len(dtypes) - 1), _addresses(), _numbers(1, len(module.HYPER)),
-                    _numbers(3) if control else None, structure=structure, dtypes=dtypes, aligned=aligned,
+                    module, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(module.HYPER)),
+                    numbers(3) if control else None, structure=structure, dtypes=dtypes, aligned=aligned,
                 )  # fmt: skip
 
             yield Variant(
@@ -238,11 +227,11 @@ def _update_variants() -> Iterator[Variant]:
 def _prepare_variants() -> Iterator[Variant]:
     for algorithm, control in product(ALGORITHMS, (False, True)):
 
-        def call(size: LaunchSize, algorithm=algorithm, control=control) -> None:
-            n_raw, n_columns = len(algorithm.module.RAW), len(algorithm.module.HYPER)
+        def call(size: Sizes, algorithm=algorithm, control=control) -> None:
+            n, n_raw, n_columns = size.n_tensors, len(algorithm.module.RAW), len(algorithm.module.HYPER)
             update.prepare_(
-                algorithm.module, _numbers(2, n_raw), _addresses(2, n_raw), _addresses(2, algorithm.n_counts),
-                _numbers(2, n_columns), _numbers(3) if control else None,
+                algorithm.module, numbers(n, n_raw), addresses(n, n_raw), addresses(n, algorithm.n_counts),
+                numbers(n, n_columns), numbers(3) if control else None,
             )  # fmt: skip
 
         yield Variant(f"{algorithm.name}_prepare", _name(control=control), call, threads=THREADS_FLOAT64)
@@ -254,9 +243,9 @@ def _lamb_variants() -> Iterator[Variant]:
         p, g, state = DTYPES[name]
         dtypes = (p, g, state, state)
 
-        def call(size: LaunchSize, dtypes=dtypes, control=control, aligned=aligned) -> None:
+        def call(size: Sizes, dtypes=dtypes, control=control, aligned=aligned) -> None:
             lamb.lamb_(
-                lamb, _table(size, 3), _addresses(), _numbers(1, len(lamb.HYPER)), _numbers(3) if control else None,
+                lamb, size.table(3), size.grads(), numbers(1, len(lamb.HYPER)), numbers(3) if control else None,
                 dtypes=dtypes, aligned=aligned,
             )  # fmt: skip
 
@@ -294,19 +283,18 @@ def _adafactor_variants() -> Iterator[Variant]:
             p, g, state = DTYPES[name]
             dtypes = (p, g, *[state] * n_states)
 
-            def call(
-                size: LaunchSize, kind=kind, structure=structure, control=control, aligned=wide, dtypes=dtypes
-            ) -> None:
-                table, shape = _table(size, len(dtypes) - 1), shapes[kind]
-                (matrices,) = tables([shape], structure[0], torch.device("cpu"), size, size.block(dtypes))
+            def call(size: Sizes, kind=kind, structure=structure, control=control, aligned=wide, dtypes=dtypes) -> None:
+                table, shape = size.table(len(dtypes) - 1), shapes[kind]
+                block = size.block(dtypes)
+                (matrices,) = tables([shape] * size.n_tensors, structure[0], torch.device("cpu"), size, block)
                 sums = adafactor.Sums.of(matrices, torch.float32, structure[0])
-                partials = _numbers(2, matrices.n_programs)
-                grad_scale, controls = (torch.empty(()), _numbers(3)) if control else (None, None)
+                partials = size.partials(matrices.n_programs)
+                grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
                 roles = {"dtypes": dtypes, "aligned": aligned}
                 adafactor.sums_(
                     table,
                     matrices,
-                    _addresses(),
+                    size.grads(),
                     grad_scale,
                     controls,
                     sums,
@@ -315,7 +303,7 @@ def _adafactor_variants() -> Iterator[Variant]:
                     **roles,
                 )
                 adafactor.adafactor_(
-                    table, matrices, _addresses(), _numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
+                    table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
                     measured=control, structure=structure, **roles,
                 )  # fmt: skip
 
@@ -355,9 +343,10 @@ def _norm_variants() -> Iterator[Variant]:
         if norm_type != 2 and not (scaled and aligned):
             continue
 
-        def call(size: LaunchSize, dtype=dtype, norm_type=norm_type, scaled=scaled, aligned=aligned) -> None:
+        def call(size: Sizes, dtype=dtype, norm_type=norm_type, scaled=scaled, aligned=aligned) -> None:
             grad_norm.norm_(
-                _table(size), _addresses(), torch.empty(()) if scaled else None, _numbers(2, 1), 0,
+                size.table(), size.grads(), size.scalar() if scaled else None,
+                numbers(2, size.offset + size.n_tensors), size.offset,
                 dtype=dtype, norm_type=norm_type, aligned=aligned,
             )  # fmt: skip
 
@@ -381,12 +370,11 @@ def _finish_variants() -> Iterator[Variant]:
             continue
         max_norm, clamp = clips[clip]
 
-        def call(
-            size: LaunchSize, norm_type=norm_type, max_norm=max_norm, clamp=clamp, scaled=scaled, skip=skip
-        ) -> None:
+        def call(size: Sizes, norm_type=norm_type, max_norm=max_norm, clamp=clamp, scaled=scaled, skip=skip) -> None:
             grad_norm.finish_(
-                _numbers(2, 1), torch.empty(()), _numbers(3), norm_type=norm_type, max_norm=max_norm, clamp=clamp,
-                grad_scale=torch.empty(()) if scaled else None, found_inf=torch.empty(()) if skip else None,
+                numbers(2, size.n_tensors), size.scalar(), numbers(3),
+                norm_type=norm_type, max_norm=max_norm, clamp=clamp,
+                grad_scale=size.scalar() if scaled else None, found_inf=size.scalar() if skip else None,
                 check_finite=skip == "check_finite",
             )  # fmt: skip
 
@@ -402,8 +390,8 @@ def _finish_variants() -> Iterator[Variant]:
 def _scale_variants() -> Iterator[Variant]:
     for dtype, aligned in product(TRITON_DTYPE, (True, False)):
 
-        def call(size: LaunchSize, dtype=dtype, aligned=aligned) -> None:
-            grad_norm.scale_(_table(size), _addresses(), _numbers(), dtype=dtype, aligned=aligned)
+        def call(size: Sizes, dtype=dtype, aligned=aligned) -> None:
+            grad_norm.scale_(size.table(), size.grads(), numbers(), dtype=dtype, aligned=aligned)
 
         moved = [dtype] if aligned else []
         options = _name(str(dtype)[6:], unaligned=not aligned)

@@ -8,8 +8,6 @@ show: races between streams, times, a GPU's arithmetic, and what Triton's compil
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import os
 import sys
 from typing import Any
@@ -18,24 +16,14 @@ if "torch" in sys.modules:
     raise RuntimeError("the fake device should be loaded before torch, which looks for devices once")
 os.environ["TRITON_INTERPRET"] = "1"
 
-from tests.fake_gpu.device import build
+from tests.fake_gpu import loading
 
-_path = build.extension()
-# torch's own libraries come first: the extension is linked to them
-ctypes.CDLL(str(build.torch_folder() / "lib" / "libtorch_global_deps.so"), mode=ctypes.RTLD_GLOBAL)
-ctypes.CDLL(str(_path))
+device = loading.load()
 
 import torch
 
-_spec: Any = importlib.util.spec_from_file_location(build.NAME, _path)
-device: Any = importlib.util.module_from_spec(_spec)
-sys.modules[build.NAME] = device
-_spec.loader.exec_module(device)
+from tests.fake_gpu.device import kernels
 
-from tests.fake_gpu.device import kernels, storages, torch_cuda
-
-torch_cuda.install()
-storages.install()
 kernels.install()
 
 import optimx._backend
