@@ -63,8 +63,6 @@ test-floor: .venv-floor/.installed
 audit: .venv/.installed
 	$(BIN)/python -m pytest -n 2 --timeout 600 tests/audit
 
-# the fake device is built with g++, the stub driver with a C compiler
-
 host: .venv/.installed
 	$(BIN)/python -m bench host --stub
 
