@@ -123,8 +123,8 @@ class Bucket:
         self._new_counts: list[tuple[float, ...]] = []
 
     def _addresses_of_scalars(self) -> list[int]:
-        """Of a few: who swaps the memory beneath scalars does it to all of them, and all take a tenth of a step."""
-        return [role[i].data_ptr() for role in self.members.scalars for i in self._few]
+        """Of all that are counted where they lie."""
+        return [] if self.scalars is None else [*map(Tensor.data_ptr, chain.from_iterable(self.members.scalars))]
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""

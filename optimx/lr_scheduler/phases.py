@@ -279,7 +279,8 @@ class Phases(Schedule):
     def _lead(self, i: int) -> int:
         """How many steps before its own first one a phase's clock begins."""
         if self.resolved.decay_from == "start":
-            return self._starts[i] if all(isinstance(phase, Warmup) for phase in self.phases[:i]) else 0
+            only_warmups = all(isinstance(phase, Warmup) or phase.steps == 0 for phase in self.phases[:i])
+            return self._starts[i] if only_warmups else 0
         return int(self.resolved.decay_from in ("last", "before") and self.phases[i].overlaps)
 
     def _target(self, i: int, step: float, peak: float, base: float) -> float:
