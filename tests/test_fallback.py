@@ -564,7 +564,8 @@ def test_one_broken_kernel_leaves_the_others(
     with pytest.warns(RuntimeWarning, match=told) as caught:
         train([ours, stock], 3)
     assert len(caught) == 1
-    assert_same(ours, stock)
+    # NAdam's float64 step has the exact product of its momenta
+    assert_same(ours, stock, CLOSE[torch.float32])
     assert [[p.dtype for p in call] for call in stock_steps] == [[torch.float32] * 2] * 3
     rows = optimx.explain(ours).rows
     assert {(row.backend, *row.dtypes[:1], "no such instruction" in row.reason) for row in rows} == {
