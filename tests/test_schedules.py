@@ -551,7 +551,7 @@ def test_clamped_at_both_ends(schedule: Schedule, more: int) -> None:
     assert schedule(schedule.steps + more) == schedule(schedule.steps)
 
 
-@example(Phases((Warmup(1), Hold(0), Cosine(1, k=0.5)), "product"), 0)
+@hypothesis.example(Phases((Warmup(1), Hold(0), Cosine(1, k=0.5)), "product"), 0)
 @given(composites, st.integers(0, 400))
 def test_between_zero_and_the_peak(schedule: Schedule, step: int) -> None:
     assert 0 <= schedule(step) <= 1 + 1e-12
