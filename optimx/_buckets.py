@@ -8,7 +8,7 @@ at once, and whatever lies there instead is what the next step uses. :meth:`Buck
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, repeat
+from itertools import chain, compress, repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,6 +33,7 @@ def picker(indices: Sequence[int]) -> Picker:
     """A function that takes the elements at ``indices`` out of a list, in C."""
     first, n = indices[0], len(indices)
     stride = indices[1] - first if n > 1 else 1
+    # which is also how a single one comes as a list
     if stride > 0 and [*indices] == [*range(first, first + stride * n, stride)]:
         return itemgetter(slice(first, first + stride * (n - 1) + 1, stride))
     return itemgetter(*indices)
@@ -67,9 +68,12 @@ class Bucket:
         positions: Index in the step's list of all parameters.
         groups: Index of the parameter's group.
         members: The tensors, between :meth:`bind` and :meth:`release`.
+        present: bool, of each member, whether it has a gradient in the step; None: all have.
+        takes_missing: A member may lack its gradient, None in ``members.grads``: then it is left as it is.
         variant: What tells its kernels from those of others; None where nothing is compiled.
     """
 
+    takes_missing = False
     variant: Any = None
 
     def __init__(self, key: BucketKey, rule: UpdateRule) -> None:
@@ -78,6 +82,7 @@ class Bucket:
         self.positions: list[int] = []
         self.groups: list[int] = []
         self.members = NOBODY
+        self.present: Tensor | None = None
         self.state_names = rule.state_names(key.structure)
 
     def add(self, position: int, group: int) -> None:
@@ -90,6 +95,16 @@ class Bucket:
         self._pick = picker(self.positions)
         self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
         self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.counts]
+
+    def mark(self, has_grad: Sequence[bool]) -> None:
+        """Say which of all parameters have a gradient in the coming steps."""
+        present = self._pick(has_grad)
+        self.present = None if all(present) else torch.tensor(present, device="cpu")
+
+    def updated_params(self) -> Sequence[Tensor]:
+        """Of the members that have a gradient."""
+        params = self.members.params
+        return params if self.present is None else [*compress(params, self.present.tolist())]
 
     def bind(self, params: Sequence[Tensor], grads: Sequence[Any], values: Sequence[Any]) -> None:
         """Take the members out of all parameters, their gradients, and the values of all states."""
@@ -117,9 +132,9 @@ class Bucket:
         if self.rule.counts and not self.key.on_device:
             self.scalars = Scalars(self.members.scalars, known_scalars)
         self._scalar_addresses = self._addresses_of_scalars()
-        #: Group and member of each distinct row, and each member's row.
-        self._keys: list[tuple[int, int]] = []
-        self._row_of_member: list[int] = []
+        #: A member of each distinct row, and each member's row.
+        self._row_owners: list[int] = []
+        self._row_of_member = torch.empty(0, dtype=torch.int64, device="cpu")
         self._new_counts: list[tuple[float, ...]] = []
 
     def _addresses_of_scalars(self) -> list[int]:
@@ -131,41 +146,48 @@ class Bucket:
         values = [*map(self.rule.values_for, values, repeat(self.key.dtypes[0]))]
         return [*map(self.rule.first_values, values)] if self.key.first else values
 
-    def host_rows(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[Row], list[int] | None]:
+    def host_rows(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[Row], Tensor | None]:
         """The distinct hyperparameter rows of the coming step.
 
         Returns:
-            The rows, and each member's row; None if those are the ones of the last call.
+            The rows, and each member's row, int64; None if those are the ones of the last call.
         """
         values = self.values_of(values)
-        counts: list[Any] = []
         row_of_member = None
-        unchanged = True
-        if self.scalars is not None:
-            found, unchanged = self.scalars.read(self.members.scalars)
-            counts = found.t().tolist()
-        if not (unchanged and self._keys):
-            distinct: dict[tuple[Any, ...], int] = {}
-            self._keys, row_of_member = [], []
-            for i, group in enumerate(self.groups):
-                row = distinct.setdefault((group, *counts[i]) if counts else (group,), len(distinct))
-                if row == len(self._keys):
-                    self._keys.append((group, i))
-                row_of_member.append(row)
+        # of one member the row is the first, whatever its counts
+        unchanged = self.scalars is None or self.scalars.read(self.members.scalars) or len(self.positions) == 1
+        if not (unchanged and self._row_owners):
+            row_of_member, self._row_owners = self._distinct_rows()
             self._row_of_member = row_of_member
-        steps = [self.rule.prepare(values[g], tuple(counts[i]) if counts else ()) for g, i in self._keys]
+        owners = self._row_owners
+        counts = [()] * len(owners) if self.scalars is None else self.scalars.of_members(owners)
+        steps = [self.rule.prepare(values[self.groups[i]], of_i) for i, of_i in zip(owners, counts, strict=True)]
         self._new_counts = [new for _, new in steps]
         return [row for row, _ in steps], row_of_member
 
-    def count(self) -> None:
-        """The step happens: bring scalar states on the host up to date (if they are many, after :meth:`host_rows`)."""
+    def _distinct_rows(self) -> tuple[Tensor, list[int]]:
+        if self.scalars is not None:
+            return self.scalars.kinds(self.groups)
+        distinct = {group: row for row, group in enumerate(dict.fromkeys(self.groups))}
+        rows = torch.tensor([distinct[group] for group in self.groups], dtype=torch.int64, device="cpu")
+        return rows, [self.groups.index(group) for group in distinct]
+
+    def count(self, present: Tensor | None = None) -> None:
+        """The step happens: bring scalar states on the host up to date (if they are many, after :meth:`host_rows`).
+
+        Args:
+            present: bool, of each member, whether it has a gradient; None: all have.
+        """
         if self.scalars is None:
             return
         others = None
         if len(self.rule.counts) > 1:
             new = torch.tensor([new[1:] for new in self._new_counts], dtype=torch.float64, device="cpu")
             others = new[self._row_of_member].t()
-        self.scalars.count(self.members.scalars, others)
+        self.scalars.count(self.members.scalars, others, present)
+        if present is not None:
+            # whose counts were equal, may differ now
+            self._row_owners = []
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Get ready for the launches of this step; may fail, and changes no parameter, state or count."""

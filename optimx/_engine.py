@@ -190,7 +190,7 @@ class Engine:
         for bucket, there in zip(buckets, on_device, strict=True):
             bucket.update(there)
             # autograd has to notice that what it saved for backward is gone
-            torch.autograd.graph.increment_version(bucket.members.params)
+            torch.autograd.graph.increment_version(bucket.updated_params())
         if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
             plan.take_back_first(optimizer.state)
 

@@ -19,12 +19,15 @@ class FactoredTritonBucket(TritonBucket):
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        factored, transposed, _ = self.key.structure
+        factored, transposed, moment = self.key.structure
         size = self.table.size
-        shapes = [_matrices(param, factored, transposed) for param in self.members.params]
-        self._matrices = tables(shapes, factored, self.key.device, size, size.block(self.key.dtypes))
+        params, _, states, _ = self.members
+        shapes = [_matrices(param, factored, transposed) for param in params]
+        # averages are of any length, and read as such
+        walked = [params, states[-1]] if moment else [params]
+        aligned = [all(tensor.data_ptr() % 16 == 0 for tensor in tensors) for tensors in zip(*walked, strict=True)]
         divisor = adafactor.row_divisor(self.key.dtypes)
-        self._rows_aligned = all(n_columns % divisor == 0 for _, _, n_columns in shapes)
+        self._matrices = tables(shapes, aligned, factored, divisor, self.key.device, size, size.block(self.key.dtypes))
         self._measured = False
         self._grad_scale: Tensor | None = None
         self._sums: list[adafactor.Sums] = []
@@ -36,6 +39,10 @@ class FactoredTritonBucket(TritonBucket):
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         super().send(values)
         self._measured, self._grad_scale = False, None
+        self._aligned = not any(address % 16 for address in self.addresses)
+
+    def _variant_of(self, control: Tensor | None) -> tuple[bool, ...]:
+        return *super()._variant_of(control), self._aligned, self._measured, self._grad_scale is not None
 
     def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         self._measured, self._grad_scale = True, grad_scale
@@ -50,13 +57,9 @@ class FactoredTritonBucket(TritonBucket):
             norms, bad = partials[:, first : first + table.n_programs]
             adafactor.sums_(
                 self.table, table, self.grads, grad_scale, control, sums, norms, bad, factored=factored,
-                dtypes=self.key.dtypes, aligned=self._aligned, warmup=warmup,
+                dtypes=self.key.dtypes, aligned=self._aligned and table.aligned, warmup=warmup,
             )  # fmt: skip
             first += table.n_programs
-
-    @property
-    def _aligned(self) -> bool:
-        return self.aligned and self._rows_aligned
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
         if not self._measured:
@@ -65,7 +68,8 @@ class FactoredTritonBucket(TritonBucket):
         for table, sums in zip(self._matrices, self._sums, strict=True):
             adafactor.adafactor_(
                 self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
-                structure=self.key.structure, dtypes=self.key.dtypes, aligned=self._aligned, warmup=warmup,
+                structure=self.key.structure, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
+                warmup=warmup,
             )  # fmt: skip
         if not warmup:
             self._sums = []

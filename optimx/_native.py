@@ -89,7 +89,8 @@ class NativeBucket(Bucket):
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         if self.has_formula:
-            self._merge(*self.host_rows(values))
+            rows, row_of_member = self.host_rows(values)
+            self._merge(rows, None if row_of_member is None else row_of_member.tolist())
         elif values is not self._values:
             self._values = values
             self._merge(self.values_of(values), self.groups)

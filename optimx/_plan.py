@@ -14,7 +14,8 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +46,6 @@ class BucketKey:
             (``capturable``, AMP skips, a tensor lr).
         count_dtype: Of the scalar states.
         first: Members take their first step, where the rule has it differ from the others.
-        aligned: 128-bit accesses are possible.
     """
 
     backend: str
@@ -55,7 +55,6 @@ class BucketKey:
     on_device: bool
     count_dtype: torch.dtype
     first: bool
-    aligned: bool
 
 
 @dataclass(frozen=True)
@@ -156,9 +155,8 @@ def classify(
     for value in values:
         if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != param.device:
             return None, "a tensor hyperparameter is on another device"
-    aligned = triton and not any(tensor.data_ptr() % 16 for tensor in (param, grad, *states.values()))
     first = rule.is_first(state, values)
-    key = BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first, aligned)
+    key = BucketKey(backend, param.device, dtypes, structure, on_device, count_dtype, first)
     broken = _backend.given_up(variant(rule, key)) if triton else None
     return (None, broken) if broken else (key, "")
 
@@ -174,6 +172,7 @@ class StepInputs:
     Attributes:
         params: Group after group.
         grads: Of each parameter; None where it has none.
+        grad_types: Of these.
         values: Of all state dicts, in their order.
         identities: Of parameters, keys of the optimizer's state, and values: equal ones mean that the same tensors, or
             others in their places, belong to the same parameters.
@@ -182,6 +181,7 @@ class StepInputs:
     def __init__(self, optimizer: MultiTensorStep) -> None:
         self.params: tuple[Tensor, ...] = (*chain.from_iterable(group["params"] for group in optimizer.param_groups),)
         self.grads: list[Any] = [param.grad for param in self.params]
+        self.grad_types = [*map(type, self.grads)]
         self.read_states(optimizer)
 
     def read_states(self, optimizer: MultiTensorStep) -> None:
@@ -195,11 +195,14 @@ class StepInputs:
 
 
 class StepPlan:
-    """The buckets of one pattern of gradients, and everything that has to be the same for them to hold.
+    """The buckets of a step, and everything that has to be the same for them to hold in another one.
+
+    Which parameters have a gradient is the same, but for members of buckets that take missing ones. There also those
+    are members that had a gradient before, and have a state: experts that got no token are nothing new.
 
     Args:
         optimizer: Whose step this plans; missing state is created.
-        inputs: Of the step; a parameter without a gradient is left out.
+        inputs: Of the step.
 
     Attributes:
         leftovers: What torch's own step updates.
@@ -226,13 +229,17 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
-        shared = sharing_memory(optimizer, params, grads)
+        like_grads = [*map(_in_place_of_missing, params, grads, map(partial(_may_return, optimizer), params))]
+        shared = sharing_memory(optimizer, params, like_grads)
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
-        for position, (param, grad, g) in enumerate(zip(params, grads, group_of, strict=True)):
+        for position, (param, grad, g) in enumerate(zip(params, like_grads, group_of, strict=True)):
             if grad is None:
                 continue
             key, reason = classify(optimizer, param, grad, groups[g])
+            missing = grads[position] is None
+            if missing and (position in shared or key is None or key.backend != _backend.TRITON):
+                continue
             if position in shared:
                 self.leftovers.append(Leftover(position, shared[position], in_turn=True))
             elif key is None:
@@ -258,11 +265,13 @@ class StepPlan:
         for bucket in self.buckets:
             create_states(optimizer, bucket, [params[i] for i in bucket.positions])
         inputs.read_states(optimizer)
+        self._optional = {i for bucket in self.buckets if bucket.takes_missing for i in bucket.positions}
+        self._grad_types: list[type] = []
+        self._some_missing = False
         self._locate(optimizer, inputs)
 
         # what is compared every step; read after the states were made
         self._identities = inputs.identities
-        self._grad_types = [*map(type, grads)]
         # a first step that differs from the others is not planned for a second time
         self.is_first = any(bucket.key.first for bucket in self.buckets)
         self._guard = _compat.metadata_guard(self._compared(inputs))
@@ -281,6 +290,7 @@ class StepPlan:
                 n_values += len(state)
         for bucket in self.buckets:
             bucket.locate([where.get(id(inputs.params[i]), {}) for i in bucket.positions])
+        self._mark(inputs.grad_types)
         self.bind(inputs)
         scalars = [
             state[name] for state in optimizer.state.values() if isinstance(state, dict)
@@ -303,10 +313,24 @@ class StepPlan:
     def _compared(self, inputs: StepInputs) -> list[Tensor]:
         """Tensors whose dtypes, devices, shapes and strides are compared."""
         states = chain.from_iterable(bucket.compared_states() for bucket in self.buckets)
-        return [*self._guarded(inputs.params), *self._guarded(inputs.grads), *states]
+        params, grads = self._guarded(inputs.params), self._guarded(inputs.grads)
+        if self._some_missing:
+            grads = [*map(_in_place_of_missing, params, grads, repeat(True))]
+        return [*params, *grads, *states]
+
+    def _mark(self, grad_types: list[type]) -> None:
+        """From now on these parameters have gradients."""
+        self._grad_types = grad_types
+        has_grad = [cls is not _NONE for cls in grad_types]
+        for bucket in self.buckets:
+            if bucket.takes_missing:
+                bucket.mark(has_grad)
+        self._some_missing = any(bucket.present is not None for bucket in self.buckets)
 
     def bind(self, inputs: StepInputs) -> None:
-        """Give the buckets the tensors of a step."""
+        """Give the buckets the tensors of a step that :meth:`is_for` has found to have the right gradients."""
+        if inputs.grad_types != self._grad_types:
+            self._mark(inputs.grad_types)
         for bucket in self.buckets:
             bucket.bind(inputs.params, inputs.grads, inputs.values)
 
@@ -320,13 +344,20 @@ class StepPlan:
         if self.relayout:
             grads = list(inputs.grads)
             for i in self.relayout:
+                if grads[i] is None:
+                    continue
                 grads[i] = torch.empty_like(inputs.params[i], dtype=grads[i].dtype).copy_(grads[i])
             for bucket in self.buckets:
                 bucket.bind(inputs.params, grads, inputs.values)
 
     def is_for(self, inputs: StepInputs) -> bool:
-        """Whether the same parameters have gradients."""
-        return [*map(type, inputs.grads)] == self._grad_types
+        """Whether the same parameters have gradients, as far as that matters."""
+        if inputs.grad_types == self._grad_types:
+            return True
+        if not self._optional or len(inputs.grad_types) != len(self._grad_types):
+            return False
+        changed = [i for i, (a, b) in enumerate(zip(inputs.grad_types, self._grad_types, strict=True)) if a is not b]
+        return self._optional.issuperset(changed)
 
     def holds(self, optimizer: MultiTensorStep, inputs: StepInputs) -> bool:
         """Whether parameters, groups and states are the objects they were."""
@@ -376,6 +407,20 @@ class StepPlan:
             for param in bucket.members.params if bucket.key.first else ():
                 for name in bucket.state_names:
                     del state[param][name]
+
+
+_NONE = type(None)
+
+
+def _may_return(optimizer: MultiTensorStep, param: Tensor) -> bool:
+    """Whether a parameter without a gradient is likely to have one in another step."""
+    stateless = not optimizer.rule.counts and param.requires_grad
+    return stateless or bool(optimizer.state.get(param))
+
+
+def _in_place_of_missing(param: Tensor, grad: Any, wanted: bool) -> Any:
+    """The gradient; in place of one that is missing, what looks as one usually does."""
+    return param.detach() if grad is None and wanted else grad
 
 
 def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:

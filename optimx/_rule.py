@@ -172,8 +172,7 @@ class UpdateRule:
         control: Tensor | None,
         *,
         structure: tuple[bool, ...],
-        dtypes: Sequence[torch.dtype],
-        aligned: bool,
+        dtypes: tuple[torch.dtype, ...],
         warmup: bool,
     ) -> None:
         """Launch the update (arguments as ``triton_kernels.update.update_`` has them)."""
@@ -181,7 +180,7 @@ class UpdateRule:
 
         update_(
             self.kernels, table, grads, hyper, control,
-            structure=structure, dtypes=dtypes, aligned=aligned, warmup=warmup,
+            structure=structure, dtypes=dtypes, warmup=warmup,
         )  # fmt: skip
 
 

@@ -44,6 +44,12 @@ class Span(NamedTuple):
         span = self.of(role)
         return span if isinstance(self.offsets, slice) else span[self.offsets]
 
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of all members of the bucket, where they are in the span, and 0 in the gaps."""
+        spread = torch.zeros(self.length, dtype=values.dtype, device="cpu")
+        spread[self.offsets] = values[self.members]
+        return spread
+
 
 class Scalars:
     """How the scalar states of a bucket's members lie in memory.
@@ -55,51 +61,82 @@ class Scalars:
 
     def __init__(self, roles: Sequence[Sequence[Tensor]], known: Container[int]) -> None:
         self._spans = _spans(roles, known)
-        self._found: Tensor | None = None
-        self._left: Tensor | None = None
+        #: In one piece without gaps, where values are compared and counted as they lie.
+        self._whole = self._spans[0] if len(self._spans) == 1 and isinstance(self._spans[0].offsets, slice) else None
+        self._found: list[Tensor] = []
+        self._left: list[Tensor] = []
 
-    def read(self, roles: Sequence[Sequence[Tensor]]) -> tuple[Tensor, bool]:
-        """The values, ``[n_names, n_members]``, and whether they are what :meth:`count` left."""
-        self._found = found = self._read(roles)
-        return found, self._left is not None and torch.equal(found, self._left)
+    def read(self, roles: Sequence[Sequence[Tensor]]) -> bool:
+        """Look at the values; whether they are what :meth:`count` left."""
+        self._found = [self._values(role) for role in roles]
+        return len(self._left) == len(roles) and all(map(torch.equal, self._found, self._left))
 
-    def _read(self, roles: Sequence[Sequence[Tensor]]) -> Tensor:
+    def of_members(self, indices: Sequence[int]) -> list[tuple[float, ...]]:
+        """The values of some members that :meth:`read` found."""
+        if len(indices) <= MANY:
+            return [tuple(found[i].item() for found in self._found) for i in indices]
+        return [*zip(*(found[indices].tolist() for found in self._found), strict=True)]
+
+    def kinds(self, groups: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Members of one group whose values are the same are of one kind.
+
+        Returns:
+            The kind of each member, int64, and a member of each kind. They are in the order of groups, then of values.
+        """
+        kinds = torch.tensor(groups, dtype=torch.int64, device="cpu")
+        for found in self._found:
+            # NaN, which equals nothing, is a kind for each
+            values, which = found.unique(return_inverse=True)
+            kinds = kinds * len(values) + which
+        _, kinds = kinds.unique(return_inverse=True)
+        some = torch.empty(int(kinds.max()) + 1, dtype=torch.int64, device="cpu")
+        return kinds, some.scatter_(0, kinds, torch.arange(len(kinds), device="cpu")).tolist()
+
+    def _values(self, role: Sequence[Tensor]) -> Tensor:
+        """In the order of members; a view where they lie like that."""
+        if self._whole is not None and isinstance(self._whole.members, slice):
+            return self._whole.of(role)
         if not self._spans:
             # some write theirs as a vector of one element
-            return torch.stack([torch.cat([scalar.reshape(1) for scalar in role]) for role in roles])
-        if len(self._spans) == 1:
-            return torch.stack([self._spans[0].members_of(role) for role in roles])
-        values = torch.empty(len(roles), len(roles[0]), dtype=roles[0][0].dtype, device="cpu")
+            return role[0].reshape(1) if len(role) == 1 else torch.cat([scalar.reshape(1) for scalar in role])
+        values = torch.empty(len(role), dtype=role[0].dtype, device="cpu")
         for span in self._spans:
-            for row, role in zip(values, roles, strict=True):
-                row[span.members] = span.members_of(role)
+            values[span.members] = span.members_of(role)
         return values
 
-    def count(self, roles: Sequence[Sequence[Tensor]], others: Tensor | None) -> None:
-        """Count a step, and set the scalars that are not step counts to ``others``, ``[n_names - 1, n_members]``."""
+    def count(self, roles: Sequence[Sequence[Tensor]], others: Tensor | None, present: Tensor | None = None) -> None:
+        """Count a step, and set the scalars that are not step counts to ``others``, ``[n_names - 1, n_members]``.
+
+        Args:
+            present: bool, of each member, whether it takes the step; None: all do.
+        """
         steps, *rest = roles
         if others is not None:
             others = others.to(steps[0].dtype)
-        if self._found is not None:
-            counted = self._found[:1] + 1
-            self._left = counted if others is None else torch.cat([counted, others])
-        if len(steps) == 1 and not rest:
-            steps[0].add_(1)
-            return
-        for span in self._spans:
-            span.of(steps).add_(1 if span.increments is None else span.increments)
+            if present is not None:
+                others = torch.where(present, others, torch.stack([self._values(role) for role in rest]))
+        increments = 1 if present is None else present.to(steps[0].dtype)
+        if len(steps) == 1:
+            steps[0].add_(increments if present is None else increments.view(steps[0].shape))
             for row, role in zip(() if others is None else others, rest, strict=True):
-                span.of(role)[span.offsets] = row[span.members]
-        if not self._spans:
-            _compat.foreach_add_(steps, 1)
+                role[0].copy_(row.view(role[0].shape))
+        elif self._spans:
+            for span in self._spans:
+                added = span.increments if present is None else span.spread(increments)
+                span.of(steps).add_(1 if added is None else added)
+                for row, role in zip(() if others is None else others, rest, strict=True):
+                    span.of(role)[span.offsets] = row[span.members]
+        else:
+            _compat.foreach_add_(steps, 1) if present is None else _compat.foreach_add_(steps, increments.unbind())
             for row, role in zip(() if others is None else others, rest, strict=True):
                 _compat.foreach_copy_(role, row.unbind())
+        self._left = [] if len(steps) == 1 else [self._values(role).clone() for role in roles]
 
     def common_step(self, steps: Sequence[Tensor]) -> float | None:
         """The step count of all members; None if they differ."""
         if len(steps) == 1:
             return steps[0].item()
-        all_steps = self._spans[0].members_of(steps) if len(self._spans) == 1 else self._read([steps])[0]
+        all_steps = self._values(steps)
         fewest, most = all_steps.aminmax()
         step = most.item()
         return step if fewest.item() == step else None

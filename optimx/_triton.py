@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Container, Sequence
 from itertools import chain
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 from . import _backend, _compat
 from ._buckets import Bucket
 from ._plan import variant
-from .triton_kernels.tensor_table import LaunchSize, TensorTable, is_aligned, upload
+from .triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -29,13 +28,15 @@ class TritonBucket(Bucket):
     can fail lies before the last, so a failure leaves nothing half done.
     """
 
+    takes_missing = True
+
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         device, n = self.key.device, len(self.positions)
         kernels = self.rule.kernels
         params, _, states, scalars = self.members
         self.table = TensorTable([param.numel() for param in params], [params, *states], range(n), device, launch_size)
-        self._compiled: set[tuple[bool, bool]] = set()
+        self._compiled: set[tuple[bool, ...]] = set()
         if self.key.on_device:
             addresses = torch.tensor(
                 [[*map(Tensor.data_ptr, role)] for role in scalars], dtype=torch.int64, device="cpu"
@@ -56,24 +57,27 @@ class TritonBucket(Bucket):
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
-        addresses = array("q", map(Tensor.data_ptr, self.members.grads))
-        self.aligned = self.key.aligned and is_aligned(torch.frombuffer(addresses, dtype=torch.int64))
+        device, grads = self.key.device, self.members.grads
+        #: Of gradients; 0 where there is none.
+        self.addresses = (
+            [*map(Tensor.data_ptr, grads)]
+            if self.present is None
+            else [0 if grad is None else grad.data_ptr() for grad in grads]
+        )
         if not self.key.on_device:
             rows, row_of_member = self.host_rows(values)
             if row_of_member is not None:
                 self.table.set_rows(row_of_member)
-            self.grads, sent = self._send(addresses, array("d", chain.from_iterable(rows)))
-            self._rows = sent.view(torch.float64)
+            self.grads, self._rows = send(device, self.addresses, [*chain.from_iterable(rows)])
             return
         values = self.values_of(values)
         capturing = _compat.is_capturing()
         if capturing or not _identical(values, self._raw_values):
-            self.grads, raw, scalars = self._send(addresses, *self._raw(values))
-            self._raw_tables = raw.view(torch.float64), scalars
+            self.grads, *self._raw_tables = send(device, self.addresses, *self._raw(values))
             # what is sent under capture arrives at replay, and belongs to the graph
             self._raw_values = [] if capturing else values
         else:
-            (self.grads,) = self._send(addresses)
+            (self.grads,) = send(device, self.addresses)
 
     @property
     def n_partials(self) -> int:
@@ -90,7 +94,7 @@ class TritonBucket(Bucket):
 
         norm_(
             self.table, self.grads, grad_scale, partials, offset,
-            dtype=self.key.dtypes[1], norm_type=2.0, aligned=self.aligned,
+            dtype=self.key.dtypes[1], norm_type=2.0,
         )  # fmt: skip
 
     def compile(self, control: Tensor | None) -> None:
@@ -99,15 +103,19 @@ class TritonBucket(Bucket):
         Raises:
             CompileError: It does not compile.
         """
-        needed = (self.aligned, control is not None)
+        needed = self._variant_of(control)
         if needed not in self._compiled:
             with _backend.compiling(self.variant):
                 self._launch(control, warmup=True)
             self._compiled.add(needed)
 
+    def _variant_of(self, control: Tensor | None) -> tuple[bool, ...]:
+        """What tells the kernels of a step from those of others of this bucket."""
+        return (control is not None,)
+
     def update(self, control: Tensor | None) -> None:
         if not self.key.on_device:
-            self.count()
+            self.count(self.present)
         self._launch(control, warmup=False)
 
     def _launch(self, control: Tensor | None, warmup: bool) -> None:
@@ -115,38 +123,25 @@ class TritonBucket(Bucket):
             from .triton_kernels.update import prepare_
 
             raw, scalars = self._raw_tables
-            prepare_(self.rule.kernels, raw, scalars, self._count_table, self._rows, control, warmup=warmup)
+            prepare_(self.rule.kernels, raw, scalars, self._count_table, self.grads, self._rows, control, warmup=warmup)
         self._launch_update(control, warmup)
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
         """What follows when hyperparameter rows are there."""
         self.rule.launch(
             self.table, self.grads, self._rows, control,
-            structure=self.key.structure, dtypes=self.key.dtypes, aligned=self.aligned, warmup=warmup,
+            structure=self.key.structure, dtypes=self.key.dtypes, warmup=warmup,
         )  # fmt: skip
 
-    def _send(self, *parts: array) -> tuple[Tensor, ...]:
-        """One copy for all parts; each begins at a multiple of 16 bytes, so that no launch is specialized anew."""
-        words = array("q")
-        for part in parts:
-            words.frombytes(part.tobytes())
-            words.extend([0] * (_even(len(part)) - len(part)))
-        sent = upload(torch.frombuffer(words, dtype=torch.int64), self.key.device)
-        tensors = sent.split([_even(len(part)) for part in parts])
-        return tuple(tensor[: len(part)] for tensor, part in zip(tensors, parts, strict=True))
-
-    def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[array, array]:
+    def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[float], list[int]]:
         """Hyperparameters of each tensor for ``prepare_``: numbers, and addresses of those that are device scalars."""
-        numbers, addresses = array("d"), array("q")
+        numbers: list[float] = []
+        addresses: list[int] = []
         for value in chain.from_iterable(values[group] for group in self.groups):
             on_device = isinstance(value, Tensor)
-            numbers.append(0.0 if on_device else value)
+            numbers.append(0.0 if on_device else float(value))
             addresses.append(value.data_ptr() if on_device else 0)
         return numbers, addresses
-
-
-def _even(count: int) -> int:
-    return count + count % 2
 
 
 def _identical(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]]) -> bool:

@@ -192,11 +192,11 @@ def _on_triton(launch: Callable[..., Any], grads: Sequence[Tensor], *args: Any) 
 def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     from .triton_kernels.grad_norm import finish_, norm_
 
-    table, addresses, aligned = _table(grads)
+    table, addresses = _table(grads)
     device = grads[0].device
     partials = torch.empty(2, table.n_chunks + table.n_chunks % 2, dtype=torch.float64, device=device)
     partials[:, table.n_chunks :] = 0
-    norm_(table, addresses, None, partials, 0, dtype=grads[0].dtype, norm_type=norm_type, aligned=aligned)
+    norm_(table, addresses, None, partials, 0, dtype=grads[0].dtype, norm_type=norm_type)
     norm = torch.empty((), dtype=torch.float64, device=device)
     control = torch.empty(3, dtype=torch.float64, device=device)
     finish_(partials, norm, control, norm_type=norm_type, max_norm=None)
@@ -206,22 +206,22 @@ def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
 def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> bool:
     from .triton_kernels.grad_norm import scale_
 
-    table, addresses, aligned = _table(grads)
-    scale_(table, addresses, scale, dtype=grads[0].dtype, aligned=aligned)
+    table, addresses = _table(grads)
+    scale_(table, addresses, scale, dtype=grads[0].dtype)
     torch.autograd.graph.increment_version(grads)
     return True
 
 
-def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor, bool]:
+def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor]:
     from ._triton import launch_size
-    from .triton_kernels.tensor_table import is_aligned, upload
+    from .triton_kernels.tensor_table import upload
 
     addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64, device="cpu")
     # what is made under capture is the graph's, and holds nothing until a replay; what was made before might be given
     # up while the graph still reads it
     sizes = _sizes.__wrapped__ if _compat.is_capturing() else _sizes
     table = sizes(tuple(map(Tensor.numel, grads)), grads[0].device, launch_size)
-    return table, upload(addresses, table.device), is_aligned(addresses)
+    return table, upload(addresses, table.device)
 
 
 @lru_cache(maxsize=8)

@@ -134,8 +134,8 @@ class LAMBRule(UpdateRule):
         )
         return row, (step,)
 
-    def launch(self, table, grads, hyper, control, *, structure, dtypes, aligned, warmup):
-        self.kernels.lamb_(self.kernels, table, grads, hyper, control, dtypes=dtypes, aligned=aligned, warmup=warmup)
+    def launch(self, table, grads, hyper, control, *, structure, dtypes, warmup):
+        self.kernels.lamb_(self.kernels, table, grads, hyper, control, dtypes=dtypes, warmup=warmup)
 
 
 class LAMBLoop(Optimizer):

@@ -11,17 +11,32 @@ update: 24. The averages and the partial sums of a matrix are a hundredth of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, compute_dtype, divide, gradient_factor, launch, lerp, load, maximum, sqrt, store
-from .matrix_table import ENTRIES, MatrixTable
+from .device import (
+    TRITON_DTYPE,
+    Variant,
+    compute_dtype,
+    divide,
+    gradient_factor,
+    launch,
+    lerp,
+    load,
+    maximum,
+    sqrt,
+    store,
+)
+from .matrix_table import ENTRIES, MatrixTable, Tile
 from .tensor_table import TensorTable
+
+Dtypes = tuple[torch.dtype, ...]
 
 RAW = (
     "lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay", "maximize", "hf", "beta1", "scale_parameter",
@@ -103,7 +118,7 @@ def _pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr)
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "control_ptr", "norms_ptr", "bad_ptr"])
 def _adafactor_sums_kernel(
     fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ...
-    grads_ptr,  # int64 [n]
+    grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]: row of the two above
     shapes_ptr,  # int64 [n_tensors, 7], see MatrixTable
     program_tensor_ptr,  # int32 [n_programs]
@@ -130,6 +145,8 @@ def _adafactor_sums_kernel(
     index, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, n_rows, n_columns = shape
     tensor = tl.load(tensor_ptr + index)
+    if tl.load(grads_ptr + tensor) == 0:
+        return
     p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
     row_sums_ptr += tl.load(shape_ptr + 4) + block * n_matrices * n_rows
@@ -169,6 +186,7 @@ def _adafactor_sums_kernel(
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
 def _adafactor_average_kernel(
     fixed_ptr,  # int64 [n, n_roles]
+    grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]
     entries_ptr,  # int64 [n_tensors, 4], see MatrixTable
     chunk_tensor_ptr,  # int32 [n_programs]
@@ -193,6 +211,8 @@ def _adafactor_average_kernel(
     pid = tl.program_id(0)
     index = tl.load(chunk_tensor_ptr + pid)
     tensor = tl.load(tensor_ptr + index)
+    if tl.load(grads_ptr + tensor) == 0:
+        return
     n_entries = tl.load(entries_ptr + index * 4)
     n_sums = tl.load(entries_ptr + index * 4 + 1)
     sums_ptr += tl.load(entries_ptr + index * 4 + 2)
@@ -274,7 +294,7 @@ def _direction(g, root, eps):
 @triton.jit
 def _adafactor_update_kernel(
     fixed_ptr,  # int64 [n, n_roles]
-    grads_ptr,  # int64 [n]
+    grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]
     shapes_ptr,  # int64 [n_tensors, 7]
     program_tensor_ptr,  # int32 [n_programs]
@@ -301,6 +321,8 @@ def _adafactor_update_kernel(
     index, shape_ptr, shape, _, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, _, n_columns = shape
     tensor = tl.load(tensor_ptr + index)
+    if tl.load(grads_ptr + tensor) == 0:
+        return
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
     eps = tl.load(row_ptr + _EPS).to(COMPUTE)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
@@ -432,7 +454,7 @@ def sums_(
     bad: Tensor,
     *,
     factored: bool,
-    dtypes: Sequence[torch.dtype],
+    dtypes: Dtypes,
     aligned: bool,
     warmup: bool = False,
 ) -> None:
@@ -441,7 +463,7 @@ def sums_(
     Args:
         tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments.
         matrices: Which of them, and how they are cut.
-        grads: int64, addresses.
+        grads: int64, addresses; 0 where there is no gradient: nothing is written for such a tensor.
         grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, where it is known already: the gradients' factor, in
             place of ``grad_scale``, and whether to do nothing.
@@ -452,15 +474,31 @@ def sums_(
         aligned: Addresses are multiples of 16 bytes, and so are rows.
         warmup: Compile, launch nothing.
     """
-    tile = matrices.tile
-    launch(_adafactor_sums_kernel, matrices.n_programs, warmup)(
+    variant = _sums_variant(
+        factored, dtypes, aligned, matrices.tile, tensors.size.num_warps, grad_scale is not None, control is not None
+    )
+    launch(
+        variant, matrices.n_programs,
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
         norms if grad_scale is None else grad_scale, norms if control is None else control,
-        sums.rows, sums.columns, sums.params, norms, bad,
-        DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]), COMPUTE=compute_dtype(dtypes[0]),
-        N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=grad_scale is not None,
-        HAS_CONTROL=control is not None, **_widths(dtypes, aligned),
-        TILE=(tile.matrices, tile.rows, tile.columns, tile.strip), num_warps=tensors.size.num_warps,
+        sums.rows, sums.columns, sums.params, norms, bad, warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _sums_variant(
+    factored: bool,
+    dtypes: Dtypes,
+    aligned: bool,
+    tile: Tile,
+    num_warps: int,
+    has_scale: bool,
+    has_control: bool,
+) -> Variant:
+    return Variant(
+        _adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]),
+        COMPUTE=compute_dtype(dtypes[0]), N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=has_scale,
+        HAS_CONTROL=has_control, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps,
     )  # fmt: skip
 
 
@@ -475,7 +513,7 @@ def adafactor_(
     *,
     measured: bool,
     structure: tuple[bool, ...],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Dtypes,
     aligned: bool,
     warmup: bool = False,
 ) -> None:
@@ -487,53 +525,96 @@ def adafactor_(
         hyper: float64 ``[n_rows, len(HYPER)]``; ``tensors.rows`` says which is whose.
         structure: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
     """
-    factored, transposed, moment = structure
-    tile = matrices.tile
+    factored, transposed, _ = structure
+    kernels = _variants(
+        structure, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
+        grad_scale is not None, control is not None,
+    )  # fmt: skip
     some_control = hyper if control is None else control
-    common = {
-        "COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": control is not None,
-    }  # fmt: skip
-    state = TRITON_DTYPE[dtypes[2]]
-    for role, partials in ((1, sums.rows), (2, sums.columns)) if factored else ((1, sums.columns),):
-        # the only average of a vector is that of its columns
-        which = role - 1 if factored else 1
-        chunk_tensor, chunk_start = matrices.entry_chunks[which]
-        launch(_adafactor_average_kernel, len(chunk_tensor), warmup)(
-            tensors.fixed, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows, hyper,
-            hyper if grad_scale is None else grad_scale, some_control, partials,
-            DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=grad_scale is not None, BLOCK_SIZE=ENTRIES,
-            num_warps=2, **common,
-        )  # fmt: skip
+    # the only average of a vector is that of its columns
+    for which, partials in enumerate((sums.rows, sums.columns)):
+        if which or factored:
+            chunk_tensor, chunk_start = matrices.entry_chunks[which]
+            launch(
+                kernels.averages[which], len(chunk_tensor),
+                tensors.fixed, grads, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows,
+                hyper, hyper if grad_scale is None else grad_scale, some_control, partials, warmup=warmup,
+            )  # fmt: skip
     if factored:
         chunk_tensor, chunk_start = matrices.mean_chunks
-        launch(_adafactor_mean_kernel, len(chunk_tensor), warmup)(
-            tensors.fixed, matrices.tensor, matrices.shapes, chunk_tensor, chunk_start, tensors.rows, hyper,
-            some_control, sums.means, DTYPE=state, ROLE=2 if transposed else 1,
-            MATRICES=matrices.matrices_per_mean, BLOCK_SIZE=1024 if matrices.matrices_per_mean == 1 else tile.rows,
-            num_warps=4, **common,
+        launch(
+            kernels.mean, len(chunk_tensor), tensors.fixed, matrices.tensor, matrices.shapes, chunk_tensor, chunk_start,
+            tensors.rows, hyper, some_control, sums.means, warmup=warmup,
         )  # fmt: skip
-
-    def walk(measure: bool) -> None:
-        launch(_adafactor_update_kernel, matrices.n_programs, warmup)(
-            tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
-            some_control, sums.means, sums.sizes, sums.updates, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes),
-            FACTORED=factored, MOMENT=moment, MEASURE=measure, **_widths(dtypes, aligned),
-            TILE=(tile.matrices, tile.rows, tile.columns, tile.strip), num_warps=tensors.size.num_warps, **common,
-        )  # fmt: skip
-
-    walk(measure=True)
-    launch(_adafactor_size_kernel, matrices.n_tensors, warmup)(
-        matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control, sums.params, sums.updates, sums.sizes,
-        matrices.n_tensors, matrices.n_programs, HAS_CONTROL=control is not None, BLOCK_SIZE=256, num_warps=2,
+    walk = (
+        tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
+        some_control, sums.means, sums.sizes, sums.updates,
     )  # fmt: skip
-    walk(measure=False)
+    launch(kernels.length, matrices.n_programs, *walk, warmup=warmup)
+    launch(
+        kernels.size, matrices.n_tensors, matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control,
+        sums.params, sums.updates, sums.sizes, matrices.n_tensors, matrices.n_programs, warmup=warmup,
+    )  # fmt: skip
+    launch(kernels.update, matrices.n_programs, *walk, warmup=warmup)
 
 
-def _widths(dtypes: Sequence[torch.dtype], aligned: bool) -> dict[str, int]:
+class _Variants(NamedTuple):
+    """The kernels of :func:`adafactor_`; ``averages`` of rows and of columns."""
+
+    averages: tuple[Variant, Variant]
+    mean: Variant
+    length: Variant
+    size: Variant
+    update: Variant
+
+
+@cache
+def _variants(
+    structure: tuple[bool, ...],
+    dtypes: Dtypes,
+    aligned: bool,
+    tile: Tile,
+    matrices_per_mean: int,
+    num_warps: int,
+    measured: bool,
+    has_scale: bool,
+    has_control: bool,
+) -> _Variants:
+    factored, transposed, moment = structure
+    common = {"COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": has_control}
+    state = TRITON_DTYPE[dtypes[2]]
+    # of a vector, which has no averages of rows, those of columns are the first
+    rows, columns = (
+        Variant(
+            _adafactor_average_kernel, DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=has_scale,
+            BLOCK_SIZE=ENTRIES, num_warps=2, **common,
+        )
+        for role in (1, 2 if factored else 1)
+    )  # fmt: skip
+    length, update = (
+        Variant(
+            _adafactor_update_kernel, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes), FACTORED=factored, MOMENT=moment,
+            MEASURE=measure, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps, **common,
+        )
+        for measure in (True, False)
+    )  # fmt: skip
+    return _Variants(
+        (rows, columns),
+        Variant(
+            _adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, MATRICES=matrices_per_mean,
+            BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
+        ),
+        length,
+        Variant(_adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2),
+        update,
+    )  # fmt: skip
+
+
+def _widths(dtypes: Dtypes, aligned: bool) -> dict[str, int]:
     """What the compiler may take addresses and lengths of rows to be multiples of."""
     return {"ALIGNMENT": 16 if aligned else 1, "N_DIVISOR": row_divisor(dtypes) if aligned else 1}
 
 
-def row_divisor(dtypes: Sequence[torch.dtype]) -> int:
+def row_divisor(dtypes: Dtypes) -> int:
     """Rows whose length is a multiple of it begin at a multiple of 16 bytes, whatever the dtype."""
     return 16 // min(dtype.itemsize for dtype in dtypes)

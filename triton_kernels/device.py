@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 #: Kernels take dtypes as constexpr: an address in a table has none of its own.
 TRITON_DTYPE = {
@@ -30,35 +32,85 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    pass
+class Variant:
+    """A kernel and its constants: what is compiled once for a device, whatever tensors it is launched on.
 
+    Args:
+        kernel: A ``@triton.jit`` function whose constexprs come last. It must not be specialized on what changes
+            between launches: addresses in its arguments are multiples of 16, or declared not to be looked at.
+        options: Its constexprs, and ``num_warps``.
+    """
 
-def launch(kernel: Any, n_programs: int, warmup: bool) -> Callable[..., Any]:
-    """``kernel`` on a one-dimensional grid; with ``warmup`` it is only compiled."""
-    grid = (n_programs,)
-    if warmup:
-        # the interpreter compiles nothing, and that of triton 3.5 does not pretend to
-        start = partial(getattr(kernel, "warmup", _nothing), grid=grid)
-    else:
-        start = kernel[grid]
+    def __init__(self, kernel: Any, **options: Any) -> None:
+        self.kernel = kernel
+        self.options = options | OPTIONS
+        self._handles: dict[torch.device, tuple[Any, ...]] = {}
 
-    def on_its_device(*args: Any, **kwargs: Any) -> Any:
-        # triton launches on the current device, wherever the tensors are
+    def compile(self, args: Sequence[Any]) -> Any:
+        """The compiled kernel, for the current device; Triton keeps it."""
+        return self.kernel.warmup(*args, grid=(1,), **self.options)
+
+    def handle(self, device: torch.device, args: Sequence[Any]) -> tuple[Any, ...]:
+        """What a launch on ``device`` needs of the compiled and loaded kernel; its dispatch costs five times a launch."""
+        if device not in self._handles or verify:
+            with _on(device):
+                compiled = self.compile(args)
+                constants = [self.options[param.name] for param in self.kernel.params if param.name in self.options]
+                handle = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+            if self._handles.setdefault(device, handle)[0] is not compiled:
+                raise AssertionError(f"{self.kernel.__name__} should be compiled once, and is not for {args}")
+        return self._handles[device]
+
+    def __call__(self, n_programs: int, args: Sequence[Any]) -> None:
+        """Launch, on the current stream of the first argument's device."""
         device = args[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            return start(*args, **OPTIONS, **kwargs)
+        compiled, run, function, metadata, constants = self._handles.get(device) or self.handle(device, args)
+        gpu = driver.active
+        if gpu.get_current_device() != (device.index or 0):
+            with torch.cuda.device(device):
+                self(n_programs, args)
+            return
+        stream = gpu.get_current_stream(device.index or 0)
+        hooks = knobs.runtime
+        about = compiled.launch_metadata((n_programs, 1, 1), stream, *args)
+        run(
+            n_programs, 1, 1, stream, function, metadata, about, hooks.launch_enter_hook, hooks.launch_exit_hook,
+            *args, *constants,
+        )  # fmt: skip
 
-    return on_its_device
+
+#: Look whether launches would be compiled anew (a test's).
+verify = False
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton compiles for the current device, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(variant: Variant, n_programs: int, *args: Any, warmup: bool = False) -> None:
+    """Launch on a one-dimensional grid; with ``warmup`` it is only compiled and loaded."""
+    interpreted = not isinstance(variant.kernel, JITFunction)
+    if interpreted and not warmup:
+        with _on(args[0].device):
+            variant.kernel[(n_programs,)](*args, **variant.options)
+    elif warmup and not interpreted:
+        variant.handle(args[0].device, args)
+    elif not interpreted:
+        variant(n_programs, args)
 
 
 @triton.jit
-def chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE: tl.constexpr):
-    """A program's share: which tensor, from which element on, and how many elements are left there."""
+def chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE: tl.constexpr):
+    """A program's share: which tensor, from which element on, and how many elements are left there.
+
+    A gradient at address 0 is missing in this step: nothing is left of its tensor.
+    """
     pid = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + pid)
     start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
-    return tensor, start, tl.load(numels_ptr + tensor) - start
+    numel = tl.where(tl.load(grads_ptr + tensor) != 0, tl.load(numels_ptr + tensor), 0)
+    return tensor, start, numel - start
 
 
 @triton.jit
@@ -66,41 +118,56 @@ def for_each_block(
     BLOCK: tl.constexpr,
     CONSTANTS: tl.constexpr,
     carry,
+    pointers,
     args,
     remaining,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """``carry = BLOCK(carry, args, offsets, mask, CONSTANTS)`` over a chunk; returns the last.
+    """``carry = BLOCK(carry, pointers, args, offsets, mask, CONSTANTS)`` over a chunk; returns the last.
 
-    A mask that comes from a loaded size forbids 128-bit accesses, so only a tensor's last chunk has one.
+    A mask that comes from a loaded size forbids 128-bit accesses, so only a tensor's last chunk has one. All chunks of
+    a tensor of which a pointer, to the parameter, gradient or a state, is no multiple of 16 go the same narrow way.
     """
-    if remaining >= CHUNK_SIZE:
+    remainder = pointers[0].to(tl.int64) % 16
+    for role in tl.static_range(1, len(pointers)):
+        remainder |= pointers[role].to(tl.int64) % 16
+    if (remaining >= CHUNK_SIZE) & (remainder == 0):
+        aligned = ()
+        for role in tl.static_range(len(pointers)):
+            aligned = aligned + (_aligned(pointers[role]),)
         for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
-            carry = BLOCK(carry, args, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
+            carry = BLOCK(carry, aligned, args, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
     else:
-        for i in range(0, remaining.to(tl.int32), BLOCK_SIZE):
+        for i in range(0, tl.minimum(remaining, CHUNK_SIZE).to(tl.int32), BLOCK_SIZE):
             offsets = i + tl.arange(0, BLOCK_SIZE)
-            carry = BLOCK(carry, args, offsets, offsets < remaining, CONSTANTS)
+            carry = BLOCK(carry, pointers, args, offsets, offsets < remaining, CONSTANTS)
     return carry
 
 
 @triton.jit
-def chunk_pointer(addresses_ptr, index, start, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """The address of element ``start`` of tensor ``index``, as a pointer the compiler may widen accesses on."""
-    base = tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE))
-    return tl.multiple_of(base, ALIGNMENT) + start
+def _aligned(pointer):
+    """The same address, of which the compiler sees that it is a multiple of 16; a hint would be for all of its uses."""
+    return tl.multiple_of((pointer.to(tl.int64) // 16 * 16).to(pointer.dtype), 16)
 
 
 @triton.jit
-def role_pointers(fixed_ptr, tensor, start, DTYPES: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Of a parameter, and a tuple of those of its states; ``DTYPES`` has the gradient's in second place."""
+def chunk_pointer(addresses_ptr, index, start, DTYPE: tl.constexpr):
+    """The address of element ``start`` of tensor ``index``."""
+    return tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE)) + start
+
+
+@triton.jit
+def chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES: tl.constexpr):
+    """Of parameter, gradient and states, whose dtypes are ``DTYPES``."""
     N_ROLES: tl.constexpr = len(DTYPES) - 1
-    p_ptr = chunk_pointer(fixed_ptr, tensor * N_ROLES, start, DTYPES[0], ALIGNMENT)
-    state_ptrs = ()
+    pointers = (
+        chunk_pointer(fixed_ptr, tensor * N_ROLES, start, DTYPES[0]),
+        chunk_pointer(grads_ptr, tensor, start, DTYPES[1]),
+    )
     for i in tl.static_range(1, N_ROLES):
-        state_ptrs = state_ptrs + (chunk_pointer(fixed_ptr, tensor * N_ROLES + i, start, DTYPES[1 + i], ALIGNMENT),)
-    return p_ptr, state_ptrs
+        pointers = pointers + (chunk_pointer(fixed_ptr, tensor * N_ROLES + i, start, DTYPES[1 + i]),)
+    return pointers
 
 
 @triton.jit
@@ -158,10 +225,10 @@ def load(pointers, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_all(pointers, offsets, mask, COMPUTE: tl.constexpr):
-    """A tuple of values, one of each pointer."""
+def load_states(pointers, offsets, mask, COMPUTE: tl.constexpr):
+    """A tuple of values, one of each pointer after those of parameter and gradient."""
     values = ()
-    for i in tl.static_range(len(pointers)):
+    for i in tl.static_range(2, len(pointers)):
         values = values + (load(pointers[i] + offsets, mask, COMPUTE),)
     return values
 
@@ -175,8 +242,8 @@ def store(pointers, values, mask):
 @triton.jit
 def save(out, i: tl.constexpr, value):
     """Store a block of state ``i``; ``out`` is what an update was given for it."""
-    state_ptrs, offsets, mask = out
-    store(state_ptrs[i] + offsets, value, mask)
+    pointers, offsets, mask = out
+    store(pointers[2 + i] + offsets, value, mask)
 
 
 @triton.jit

@@ -9,21 +9,22 @@ bitwise repeatable. Nothing waits for the host: the results stay in ``control``,
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
-from .tensor_table import TensorTable
+from .device import TRITON_DTYPE, Variant, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
+from .tensor_table import LaunchSize, TensorTable
 
 
 @triton.jit
-def _norm_block(carry, args, offsets, mask, NORM_TYPE: tl.constexpr):
+def _norm_block(carry, pointers, inv_scale, offsets, mask, NORM_TYPE: tl.constexpr):
     """Adds a block of gradients to a norm, and to the mark whether any is infinite or NaN."""
     total, any_bad = carry
-    g_ptr, inv_scale = args
-    g = load(g_ptr + offsets, mask, inv_scale.dtype)
+    g = load(pointers[0] + offsets, mask, inv_scale.dtype)
     bad = (g != g) | (tl.abs(g) == float("inf"))
     g *= inv_scale
     if NORM_TYPE == 2:
@@ -35,7 +36,7 @@ def _norm_block(carry, args, offsets, mask, NORM_TYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_partials"], do_not_specialize_on_alignment=["grad_scale_ptr", "partials_ptr"])
 def _norm_kernel(
-    grads_ptr,  # int64 [n_tensors]
+    grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
@@ -46,19 +47,18 @@ def _norm_kernel(
     COMPUTE: tl.constexpr,
     NORM_TYPE: tl.constexpr,  # 1, 2, or 0 for infinity
     HAS_SCALE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
+    tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE)
     inv_scale = tl.full((), 1.0, COMPUTE)
     if HAS_SCALE:
         inv_scale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
 
     nothing = tl.zeros((BLOCK_SIZE,), COMPUTE), tl.zeros((BLOCK_SIZE,), tl.int1)
     total, any_bad = for_each_block(
-        _norm_block, NORM_TYPE, nothing, (g_ptr, inv_scale), remaining, CHUNK_SIZE, BLOCK_SIZE
+        _norm_block, NORM_TYPE, nothing, (g_ptr,), inv_scale, remaining, CHUNK_SIZE, BLOCK_SIZE
     )
     pid = tl.program_id(0)
     tl.store(partials_ptr + pid, _reduce(total, NORM_TYPE).to(tl.float64))
@@ -95,6 +95,7 @@ def _finish_kernel(
     norm_ptr,  # float32 or float64 scalar, written
     control_ptr,  # float64 [3], written: norm, scale, skip
     max_norm: tl.float32,
+    NORM_DTYPE: tl.constexpr,
     NORM_TYPE: tl.constexpr,
     CLIP: tl.constexpr,
     CLAMP: tl.constexpr,
@@ -127,29 +128,27 @@ def _finish_kernel(
     if CHECK_FINITE:
         skip = tl.max(bad, axis=0).to(tl.float32)
         tl.store(found_inf_ptr, skip)
-    tl.store(norm_ptr, norm.to(norm_ptr.dtype.element_ty))
+    tl.store(norm_ptr, norm.to(NORM_DTYPE))
     tl.store(control_ptr, norm)
     tl.store(control_ptr + 1, scale)
     tl.store(control_ptr + 2, skip.to(tl.float64))
 
 
 @triton.jit
-def _scale_block(carry, args, offsets, mask, CONSTANTS: tl.constexpr):
-    g_ptr, scale = args
-    store(g_ptr + offsets, load(g_ptr + offsets, mask, scale.dtype) * scale, mask)
+def _scale_block(carry, pointers, scale, offsets, mask, CONSTANTS: tl.constexpr):
+    store(pointers[0] + offsets, load(pointers[0] + offsets, mask, scale.dtype) * scale, mask)
     return carry
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr"])
 def _scale_kernel(
-    grads_ptr,  # int64 [n_tensors]
+    grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
     scale_ptr,  # float64 scalar
     G_DTYPE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -157,9 +156,9 @@ def _scale_kernel(
     # most steps clip nothing: 8 of 12 bytes saved
     if scale == 1.0:
         return
-    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE, ALIGNMENT)
-    for_each_block(_scale_block, None, (), (g_ptr, scale), remaining, CHUNK_SIZE, BLOCK_SIZE)
+    tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    g_ptr = chunk_pointer(grads_ptr, tensor, start, G_DTYPE)
+    for_each_block(_scale_block, None, (), (g_ptr,), scale, remaining, CHUNK_SIZE, BLOCK_SIZE)
 
 
 #: Norm types with a kernel, and the number each goes by there.
@@ -175,31 +174,34 @@ def norm_(
     *,
     dtype: torch.dtype,
     norm_type: float,
-    aligned: bool,
     warmup: bool = False,
 ) -> None:
     """Write one partial result a chunk to ``partials[:, offset : offset + table.n_chunks]``.
 
     Args:
         table: Whose sizes and chunks to use; its addresses are not read.
-        grads: int64 ``[n_tensors]``, addresses.
+        grads: int64 ``[n_tensors]``, addresses; 0 where there is no gradient.
         grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
         partials: float64 ``[2, n_partials]``: sums of powers (maxima, for the infinity norm) and non-finite marks.
         offset: Column to begin at.
         dtype: Of the gradients.
         norm_type: A key of :data:`NORM_TYPES`.
-        aligned: All addresses are multiples of 16 bytes.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    size = table.size
-    launch(_norm_kernel, table.n_chunks, warmup)(
+    launch(
+        _norm_variant(dtype, norm_type, table.size, grad_scale is not None), table.n_chunks,
         grads, table.numels, table.chunk_tensor, table.chunk_start, partials if grad_scale is None else grad_scale,
-        partials[0, offset:], partials.shape[1],
-        G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), NORM_TYPE=NORM_TYPES[norm_type],
-        HAS_SCALE=grad_scale is not None, ALIGNMENT=16 if aligned else 1,
-        CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
+        partials[0, offset:], partials.shape[1], warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _norm_variant(dtype: torch.dtype, norm_type: float, size: LaunchSize, has_scale: bool) -> Variant:
+    return Variant(
+        _norm_kernel, G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), NORM_TYPE=NORM_TYPES[norm_type],
+        HAS_SCALE=has_scale, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
     )  # fmt: skip
 
 
@@ -230,13 +232,29 @@ def finish_(
         check_finite: Write ``found_inf`` from what :func:`norm_` saw, instead of reading it.
         warmup: Compile, launch nothing.
     """
-    launch(_finish_kernel, 1, warmup)(
-        partials, partials.shape[1], control if grad_scale is None else grad_scale,
-        control if found_inf is None else found_inf, norm, control,
-        0.0 if max_norm is None else float(max_norm),
-        NORM_TYPE=NORM_TYPES[norm_type], CLIP=max_norm is not None, CLAMP=clamp, HAS_SCALE=grad_scale is not None,
-        HAS_FOUND_INF=found_inf is not None and not check_finite, CHECK_FINITE=check_finite,
-        BLOCK_SIZE=1024, num_warps=8,
+    variant = _finish_variant(
+        norm.dtype, norm_type, max_norm is not None, clamp, grad_scale is not None, found_inf is not None, check_finite
+    )
+    launch(
+        variant, 1, partials, partials.shape[1], control if grad_scale is None else grad_scale,
+        control if found_inf is None else found_inf, norm, control, 0.0 if max_norm is None else float(max_norm),
+        warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _finish_variant(
+    dtype: torch.dtype,
+    norm_type: float,
+    clip: bool,
+    clamp: bool,
+    has_scale: bool,
+    has_found_inf: bool,
+    check_finite: bool,
+) -> Variant:
+    return Variant(
+        _finish_kernel, NORM_DTYPE=TRITON_DTYPE[dtype], NORM_TYPE=NORM_TYPES[norm_type], CLIP=clip, CLAMP=clamp, HAS_SCALE=has_scale,
+        HAS_FOUND_INF=has_found_inf and not check_finite, CHECK_FINITE=check_finite, BLOCK_SIZE=1024, num_warps=8,
     )  # fmt: skip
 
 
@@ -246,24 +264,28 @@ def scale_(
     scale: Tensor,
     *,
     dtype: torch.dtype,
-    aligned: bool,
     warmup: bool = False,
 ) -> None:
     """Multiply gradients by a float64 scalar in place; where it is 1, nothing is read or written.
 
     Args:
         table: Whose sizes and chunks to use; its addresses are not read.
-        grads: int64 ``[n_tensors]``, addresses.
+        grads: int64 ``[n_tensors]``, addresses; 0 where there is no gradient.
         scale: float64 scalar.
         dtype: Of the gradients.
-        aligned: All addresses are multiples of 16 bytes.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    size = table.size
-    launch(_scale_kernel, table.n_chunks, warmup)(
-        grads, table.numels, table.chunk_tensor, table.chunk_start, scale,
-        G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), ALIGNMENT=16 if aligned else 1,
-        CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
+    launch(
+        _scale_variant(dtype, table.size), table.n_chunks, grads, table.numels, table.chunk_tensor, table.chunk_start,
+        scale, warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _scale_variant(dtype: torch.dtype, size: LaunchSize) -> Variant:
+    return Variant(
+        _scale_kernel, G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), CHUNK_SIZE=size.chunk_size,
+        BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
     )  # fmt: skip

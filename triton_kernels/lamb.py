@@ -10,7 +10,7 @@ from averages rounded to 16 bits is another one (exp_avg_sq may have become 0), 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from torch import Tensor
 
 from .device import (
     TRITON_DTYPE,
+    Variant,
     bias_correction,
     chunk,
-    chunk_pointer,
+    chunk_pointers,
     compute_dtype,
     divide,
     divide_by,
@@ -31,13 +32,12 @@ from .device import (
     launch,
     lerp,
     load,
-    load_all,
     load_row,
-    role_pointers,
+    load_states,
     save,
     sqrt,
 )
-from .tensor_table import TensorTable
+from .tensor_table import LaunchSize, TensorTable
 from .update import update_
 
 RAW = (
@@ -96,12 +96,12 @@ def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
 
 
 @triton.jit
-def _norms_block(sums, args, offsets, mask, CONSTANTS: tl.constexpr):
+def _norms_block(sums, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
     of_params, of_steps = sums
-    p_ptr, g_ptr, state_ptrs, scale, hyper = args
-    p = load(p_ptr + offsets, mask, scale.dtype)
-    g = load(g_ptr + offsets, mask, scale.dtype) * scale
-    m, v = _averages(g, load_all(state_ptrs, offsets, mask, scale.dtype), hyper)
+    scale, hyper = args
+    p = load(pointers[0] + offsets, mask, scale.dtype)
+    g = load(pointers[1] + offsets, mask, scale.dtype) * scale
+    m, v = _averages(g, load_states(pointers, offsets, mask, scale.dtype), hyper)
     step = _adam_step(p, m, v, hyper)
     if mask is not None:
         # without eps, 0 / 0 past the end
@@ -112,7 +112,7 @@ def _norms_block(sums, args, offsets, mask, CONSTANTS: tl.constexpr):
 @triton.jit
 def _lamb_norms_kernel(
     fixed_ptr,  # int64 [n_tensors, 3]: params, exp_avgs, exp_avg_sqs
-    grads_ptr,  # int64 [n_tensors]
+    grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 10]
@@ -123,23 +123,20 @@ def _lamb_norms_kernel(
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
         if tl.load(control_ptr + 2) != 0:
             return
-    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    p_ptr, state_ptrs = role_pointers(fixed_ptr, tensor, start, DTYPES, ALIGNMENT)
-    g_ptr = chunk_pointer(grads_ptr, tensor, start, DTYPES[1], ALIGNMENT)
+    tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), _N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + 1).to(COMPUTE)
     nothing = tl.zeros((BLOCK_SIZE,), COMPUTE)
-    args = p_ptr, g_ptr, state_ptrs, scale, hyper
     of_params, of_steps = for_each_block(
-        _norms_block, None, (nothing, nothing), args, remaining, CHUNK_SIZE, BLOCK_SIZE
+        _norms_block, None, (nothing, nothing), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE
     )
     partial_ptr = partials_ptr + 2 * tl.program_id(0)
     tl.store(partial_ptr, tl.sum(of_params, axis=0).to(tl.float64))
@@ -185,8 +182,7 @@ def lamb_(
     hyper: Tensor,
     control: Tensor | None,
     *,
-    dtypes: Sequence[torch.dtype],
-    aligned: bool,
+    dtypes: tuple[torch.dtype, ...],
     warmup: bool = False,
 ) -> None:
     """Update every tensor of ``table`` in place.
@@ -198,22 +194,25 @@ def lamb_(
         hyper: float64 ``[n_tensors, len(HYPER)]``, as :func:`~.update.prepare_` left it; ``size`` is changed.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
         dtypes: Of params, grads, exp_avgs and exp_avg_sqs.
-        aligned: All addresses are multiples of 16 bytes.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    size = table.size
     partials = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device)
-    has_control = control is not None
+    norms, ratio = _variants(dtypes, table.size, control is not None)
     some_control = hyper if control is None else control
-    launch(_lamb_norms_kernel, table.n_chunks, warmup)(
-        table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor, table.chunk_start, some_control,
-        partials, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
-        HAS_CONTROL=has_control, ALIGNMENT=16 if aligned else 1, CHUNK_SIZE=size.chunk_size,
-        BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
+    launch(
+        norms, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
+        table.chunk_start, some_control, partials, warmup=warmup,
     )  # fmt: skip
-    launch(_lamb_ratio_kernel, table.n_tensors, warmup)(
-        partials, table.first_chunk, hyper, some_control, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2
-    )
-    update_(algorithm, table, grads, hyper, control, structure=(), dtypes=dtypes, aligned=aligned, warmup=warmup)
+    launch(ratio, table.n_tensors, partials, table.first_chunk, hyper, some_control, warmup=warmup)
+    update_(algorithm, table, grads, hyper, control, structure=(), dtypes=dtypes, warmup=warmup)
+
+
+@cache
+def _variants(dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool) -> tuple[Variant, Variant]:
+    norms = Variant(
+        _lamb_norms_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
+        HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
+    )  # fmt: skip
+    return norms, Variant(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2)

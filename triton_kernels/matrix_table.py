@@ -7,7 +7,7 @@ defined here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -16,8 +16,7 @@ from .tensor_table import LaunchSize, chunk_map, upload
 Shape = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """What a program works on at a time, powers of two, and how far it walks.
 
     Attributes:
@@ -59,6 +58,7 @@ class MatrixTable:
         indices: Rows of the tensor table, and of the hyperparameters' ``rows``.
         shapes: Of these tensors.
         tile: Of all of them.
+        aligned: Tensors and their rows begin at multiples of 16 bytes.
         device: Where the kernels run.
 
     Attributes:
@@ -73,8 +73,11 @@ class MatrixTable:
         means: ``(tensor, first matrix)`` of programs that average matrices.
     """
 
-    def __init__(self, indices: Sequence[int], shapes: Sequence[Shape], tile: Tile, device: torch.device) -> None:
+    def __init__(
+        self, indices: Sequence[int], shapes: Sequence[Shape], tile: Tile, aligned: bool, device: torch.device
+    ) -> None:
         self.tile = tile
+        self.aligned = aligned
         self.device = device
         self.n_tensors = len(indices)
         rows_at = columns_at = matrices_at = programs_at = 0
@@ -120,12 +123,31 @@ ENTRIES = 256
 
 
 def tables(
-    shapes: Sequence[Shape], factored: bool, device: torch.device, size: LaunchSize, block_size: int
+    shapes: Sequence[Shape],
+    aligned: Sequence[bool],
+    factored: bool,
+    divisor: int,
+    device: torch.device,
+    size: LaunchSize,
+    block_size: int,
 ) -> list[MatrixTable]:
-    """One table for all tensors that are cut into the same tiles; tensors without elements are in none."""
-    members: dict[Tile, list[int]] = {}
-    for i, shape in enumerate(shapes):
+    """One table for all tensors that are cut into the same tiles and alike aligned.
+
+    Args:
+        shapes: Tensors without elements are in no table.
+        aligned: Of each, whether it begins at a multiple of 16 bytes.
+        factored: False for vectors.
+        divisor: Rows whose length it divides begin at multiples of 16 bytes.
+        device: Where the kernels run.
+        size: The strip of a tile follows from it.
+        block_size: Elements of a block.
+    """
+    members: dict[tuple[Tile, bool], list[int]] = {}
+    for i, (shape, begins_aligned) in enumerate(zip(shapes, aligned, strict=True)):
         if shape[0] * shape[1] * shape[2]:
             tile = tile_of(shape, factored, block_size, size.chunk_size // 8)
-            members.setdefault(tile, []).append(i)
-    return [MatrixTable(indices, [shapes[i] for i in indices], tile, device) for tile, indices in members.items()]
+            members.setdefault((tile, begins_aligned and shape[2] % divisor == 0), []).append(i)
+    return [
+        MatrixTable(indices, [shapes[i] for i in indices], tile, wide, device)
+        for (tile, wide), indices in members.items()
+    ]

@@ -6,11 +6,14 @@ groups (a by-value argument struct ends at 4 or 32 KB). No kernel is defined her
 
 from __future__ import annotations
 
+import ctypes
 import json
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +53,27 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
     return staging.copy_(source).to(device, non_blocking=True)
 
 
-@dataclass(frozen=True)
-class LaunchSize:
+def send(device: torch.device, *parts: Sequence[int] | Sequence[float]) -> list[Tensor]:
+    """Send integers as int64 and numbers as float64, all parts in one copy; see :func:`upload`.
+
+    Each part begins at a multiple of 16 bytes, so that no launch is specialized anew. Parts keep one word to it where
+    their length is odd. What a part is, its first entry tells; an empty one is of integers.
+    """
+    kinds = ["d" if part and isinstance(part[0], float) else "q" for part in parts]
+    lengths = [len(part) + len(part) % 2 for part in parts]
+    layout = "".join(f"{len(part)}{kind}{8 * (len(part) % 2)}x" for part, kind in zip(parts, kinds, strict=True))
+    n_words = sum(lengths)
+    pinned = device.type != "cpu"
+    staging = torch.empty(n_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
+    if n_words:
+        memory = (ctypes.c_char * (8 * n_words)).from_address(staging.data_ptr())
+        struct.pack_into(layout, memory, 0, *chain.from_iterable(parts))
+    sent = staging.to(device, non_blocking=True) if pinned else staging
+    tensors = sent.split(lengths) if len(parts) > 1 else (sent,)
+    return [tensor.view(torch.float64) if kind == "d" else tensor for tensor, kind in zip(tensors, kinds, strict=True)]
+
+
+class LaunchSize(NamedTuple):
     """Tile sizes of a launch; tests shrink them so that small tensors have many chunks."""
 
     chunk_size: int = CHUNK_SIZE
@@ -126,13 +148,8 @@ class TensorTable:
         self.chunk_start = upload(chunk_start, device)
         tensors = torch.arange(self.n_tensors + 1, dtype=torch.int32, device="cpu")
         self.first_chunk = upload(torch.searchsorted(chunk_tensor, tensors, out_int32=True), device)
-        self.set_rows(rows)
+        self.set_rows(torch.tensor([*rows], dtype=torch.int32, device="cpu"))
 
-    def set_rows(self, rows: Sequence[int]) -> None:
-        """Let each tensor read another hyperparameter row."""
-        self.rows = upload(torch.tensor(list(rows), dtype=torch.int32, device="cpu"), self.device)
-
-
-def is_aligned(addresses: Tensor) -> bool:
-    """Whether all of these addresses (int64, on the CPU) allow 128-bit accesses."""
-    return not bool((addresses & 15).any())
+    def set_rows(self, rows: Tensor) -> None:
+        """Let each tensor read another hyperparameter row, ``rows`` of integers on the CPU."""
+        self.rows = upload(rows.to(torch.int32), self.device)

@@ -18,7 +18,7 @@ the gradient, 1 or -1) and ``RAW``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,18 +28,18 @@ from torch import Tensor
 
 from .device import (
     TRITON_DTYPE,
+    Variant,
     chunk,
-    chunk_pointer,
+    chunk_pointers,
     compute_dtype,
     for_each_block,
     launch,
     load,
-    load_all,
     load_row,
-    role_pointers,
+    load_states,
     store,
 )
-from .tensor_table import TensorTable
+from .tensor_table import LaunchSize, TensorTable
 
 
 def _named_after(function: str) -> Any:
@@ -53,22 +53,22 @@ def _named_after(function: str) -> Any:
 
 
 @triton.jit
-def _update_block(carry, args, offsets, mask, CONSTANTS: tl.constexpr):
-    p_ptr, g_ptr, state_ptrs, scale, hyper = args
+def _update_block(carry, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
+    scale, hyper = args
     UPDATE: tl.constexpr = CONSTANTS[0]
-    p = load(p_ptr + offsets, mask, scale.dtype)
-    g = load(g_ptr + offsets, mask, scale.dtype) * scale
+    p = load(pointers[0] + offsets, mask, scale.dtype)
+    g = load(pointers[1] + offsets, mask, scale.dtype) * scale
     # all loads come first, because nothing tells the compiler that the stores write elsewhere
-    states = load_all(state_ptrs, offsets, mask, scale.dtype)
-    p = UPDATE(p, g, states, hyper, CONSTANTS[1], (state_ptrs, offsets, mask))
-    store(p_ptr + offsets, p, mask)
+    states = load_states(pointers, offsets, mask, scale.dtype)
+    p = UPDATE(p, g, states, hyper, CONSTANTS[1], (pointers, offsets, mask))
+    store(pointers[0] + offsets, p, mask)
     return carry
 
 
 @triton.jit(repr=_named_after("UPDATE"))
 def _update_kernel(
     fixed_ptr,  # int64 [n_tensors, 1 + n_states]: params, then each state
-    grads_ptr,  # int64 [n_tensors]
+    grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, N_COLUMNS]
@@ -81,7 +81,6 @@ def _update_kernel(
     COMPUTE: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -89,14 +88,12 @@ def _update_kernel(
         # a bad gradient under GradScaler: nothing may change
         if tl.load(control_ptr + 2) != 0:
             return
-    tensor, start, remaining = chunk(chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    p_ptr, state_ptrs = role_pointers(fixed_ptr, tensor, start, DTYPES, ALIGNMENT)
-    g_ptr = chunk_pointer(grads_ptr, tensor, start, DTYPES[1], ALIGNMENT)
+    tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + 1).to(COMPUTE)
-    args = p_ptr, g_ptr, state_ptrs, scale, hyper
-    for_each_block(_update_block, (UPDATE, STRUCTURE), (), args, remaining, CHUNK_SIZE, BLOCK_SIZE)
+    for_each_block(_update_block, (UPDATE, STRUCTURE), (), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE)
 
 
 @triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
@@ -104,6 +101,7 @@ def _prepare_kernel(
     raw_ptr,  # float64 [n_tensors, N_RAW]
     scalars_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0
     counts_ptr,  # int64 [n_tensors, N_COUNTS]: addresses of the float32 scalar states, which are written
+    grads_ptr,  # int64 [n_tensors]: what has no gradient, at address 0, counts no step
     hyper_ptr,  # float64 [n_tensors, N_COLUMNS], written
     control_ptr,  # float64 [3]: norm, scale, skip
     n_tensors,
@@ -136,8 +134,9 @@ def _prepare_kernel(
     row, counts = PREPARE(raw, counts)
     for i in tl.static_range(N_COLUMNS):
         tl.store(hyper_ptr + tensors * N_COLUMNS + i, row[i], mask=mask)
+    counted = tl.load(grads_ptr + tensors, mask=mask, other=0) != 0
     for i in tl.static_range(N_COUNTS):
-        tl.store(count_ptrs[i], counts[i].to(tl.float32), mask=mask)
+        tl.store(count_ptrs[i], counts[i].to(tl.float32), mask=counted)
 
 
 def prepare_(
@@ -145,6 +144,7 @@ def prepare_(
     raw: Tensor,
     scalars: Tensor,
     counts: Tensor,
+    grads: Tensor,
     hyper: Tensor,
     control: Tensor | None,
     *,
@@ -157,15 +157,26 @@ def prepare_(
         raw: float64 ``[n_tensors, len(RAW)]``.
         scalars: int64 like ``raw``, addresses of float32 scalars that replace raw values, or 0.
         counts: int64 ``[n_tensors, n_counts]``, addresses of the scalar states.
+        grads: int64 ``[n_tensors]``, addresses; of a tensor whose gradient is missing, 0, nothing is counted.
         hyper: float64 ``[n_tensors, len(HYPER)]``, written.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
         warmup: Compile, launch nothing.
     """
-    n_tensors, block_size = len(hyper), 64
-    launch(_prepare_kernel, triton.cdiv(n_tensors, block_size), warmup)(
-        raw, scalars, counts, hyper, hyper if control is None else control, n_tensors,
-        PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_COUNTS=counts.shape[1], N_COLUMNS=len(algorithm.HYPER),
-        HAS_CONTROL=control is not None, BLOCK_SIZE=block_size, num_warps=2,
+    variant = _prepare_variant(algorithm, counts.shape[1], control is not None)
+    some_control = hyper if control is None else control
+    n_programs = triton.cdiv(len(hyper), _PREPARED)
+    launch(variant, n_programs, raw, scalars, counts, grads, hyper, some_control, len(hyper), warmup=warmup)
+
+
+#: Tensors whose rows a program prepares.
+_PREPARED = 64
+
+
+@cache
+def _prepare_variant(algorithm: Any, n_counts: int, has_control: bool) -> Variant:
+    return Variant(
+        _prepare_kernel, PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_COUNTS=n_counts,
+        N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, BLOCK_SIZE=_PREPARED, num_warps=2,
     )  # fmt: skip
 
 
@@ -177,8 +188,7 @@ def update_(
     control: Tensor | None,
     *,
     structure: tuple[bool, ...],
-    dtypes: Sequence[torch.dtype],
-    aligned: bool,
+    dtypes: tuple[torch.dtype, ...],
     warmup: bool = False,
 ) -> None:
     """Update every tensor of ``table`` in place.
@@ -186,22 +196,29 @@ def update_(
     Args:
         algorithm: A module as described above.
         table: Roles: params, then each state of the variant.
-        grads: int64 ``[n_tensors]``, addresses.
+        grads: int64 ``[n_tensors]``, addresses; 0 leaves a tensor as it is.
         hyper: float64 ``[n_rows, len(HYPER)]``; ``table.rows`` says which is whose.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
         structure: The variant of the algorithm, the last arguments of its ``update``.
         dtypes: Of params, grads and each state.
-        aligned: All addresses are multiples of 16 bytes.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    size = table.size
-    launch(_update_kernel, table.n_chunks, warmup)(
-        table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor, table.chunk_start,
-        hyper if control is None else control,
-        UPDATE=algorithm.update, STRUCTURE=structure, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes),
-        COMPUTE=compute_dtype(dtypes[0]), N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=control is not None,
-        ALIGNMENT=16 if aligned else 1, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes),
-        num_warps=size.num_warps,
+    variant = _update_variant(algorithm, structure, dtypes, table.size, control is not None)
+    launch(
+        variant, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
+        table.chunk_start, hyper if control is None else control, warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _update_variant(
+    algorithm: Any, structure: tuple[bool, ...], dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool
+) -> Variant:
+    return Variant(
+        _update_kernel, UPDATE=algorithm.update, STRUCTURE=structure,
+        DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
+        N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size,
+        BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
     )  # fmt: skip
