@@ -8,7 +8,7 @@ at once, and whatever lies there instead is what the next step uses. :meth:`Buck
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import chain, compress, repeat
+from itertools import chain, compress
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,10 +96,10 @@ class Bucket:
         self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
         self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.counts]
 
-    def mark(self, has_grad: Sequence[bool]) -> None:
-        """Say which of all parameters have a gradient in the coming steps."""
-        present = self._pick(has_grad)
-        self.present = None if all(present) else torch.tensor(present, device="cpu")
+    def mark(self, has_grad: Sequence[int]) -> None:
+        """Say which of all parameters have a gradient in the coming steps: 1, else 0."""
+        present = bytearray(self._pick(has_grad))
+        self.present = torch.frombuffer(present, dtype=torch.bool) if 0 in present else None
 
     def updated_params(self) -> Sequence[Tensor]:
         """Of the members that have a gradient."""
@@ -132,6 +132,7 @@ class Bucket:
         if self.rule.counts and not self.key.on_device:
             self.scalars = Scalars(self.members.scalars, known_scalars)
         self._scalar_addresses = self._addresses_of_scalars()
+        self._group_of_member = torch.tensor(self.groups, dtype=torch.int64, device="cpu")
         #: A member of each distinct row, and each member's row.
         self._row_owners: list[int] = []
         self._row_of_member = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -143,7 +144,7 @@ class Bucket:
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""
-        values = [*map(self.rule.values_for, values, repeat(self.key.dtypes[0]))]
+        values = [self.rule.values_for(of_group, self.key.dtypes[0]) for of_group in values]
         return [*map(self.rule.first_values, values)] if self.key.first else values
 
     def host_rows(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[Row], Tensor | None]:
@@ -154,8 +155,7 @@ class Bucket:
         """
         values = self.values_of(values)
         row_of_member = None
-        # of one member the row is the first, whatever its counts
-        unchanged = self.scalars is None or self.scalars.read(self.members.scalars) or len(self.positions) == 1
+        unchanged = self.scalars is None or self.scalars.read(self.members.scalars)
         if not (unchanged and self._row_owners):
             row_of_member, self._row_owners = self._distinct_rows()
             self._row_of_member = row_of_member
@@ -167,7 +167,7 @@ class Bucket:
 
     def _distinct_rows(self) -> tuple[Tensor, list[int]]:
         if self.scalars is not None:
-            return self.scalars.kinds(self.groups)
+            return self.scalars.kinds(self._group_of_member)
         distinct = {group: row for row, group in enumerate(dict.fromkeys(self.groups))}
         rows = torch.tensor([distinct[group] for group in self.groups], dtype=torch.int64, device="cpu")
         return rows, [self.groups.index(group) for group in distinct]

@@ -59,6 +59,7 @@ foreach_norm = torch._foreach_norm
 foreach_add_: Any = torch._foreach_add_
 foreach_mul_ = torch._foreach_mul_
 foreach_copy_: Any = torch._foreach_copy_
+set_grad_enabled = torch._C._set_grad_enabled
 flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
@@ -215,7 +216,7 @@ def identities(objects: tuple[Any, ...]) -> Any:
     CPython's tuple is an array of them, which is copied at once; a list of the ids takes 30 times as long, and each
     step compares those of all states.
     """
-    if sys.implementation.name != "cpython":
+    if len(objects) < 32 or sys.implementation.name != "cpython":
         return [*map(id, objects)]
     return ctypes.string_at(id(objects) + tuple.__basicsize__, tuple.__itemsize__ * len(objects))
 

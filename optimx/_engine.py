@@ -63,9 +63,16 @@ class Engine:
         self._settings: list[Any] = []
         self._n_group_keys = 0
 
-    @torch.no_grad()
     def step(self, optimizer: MultiTensorStep) -> None:
         """Update all parameters that have a gradient."""
+        records = torch.is_grad_enabled()
+        _compat.set_grad_enabled(False)
+        try:
+            self._step(optimizer)
+        finally:
+            _compat.set_grad_enabled(records)
+
+    def _step(self, optimizer: MultiTensorStep) -> None:
         self.read_groups(optimizer)
         inputs = StepInputs(optimizer)
         amp = self._amp(optimizer)

@@ -14,8 +14,8 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, repeat
+from itertools import chain, compress, count, repeat
+from operator import is_not, not_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,7 +229,10 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
-        like_grads = [*map(_in_place_of_missing, params, grads, map(partial(_may_return, optimizer), params))]
+        like_grads = [
+            _in_place_of_missing(param) if grad is None and _may_return(optimizer, param) else grad
+            for param, grad in zip(params, grads, strict=True)
+        ]
         shared = sharing_memory(optimizer, params, like_grads)
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
@@ -267,7 +270,7 @@ class StepPlan:
         inputs.read_states(optimizer)
         self._optional = {i for bucket in self.buckets if bucket.takes_missing for i in bucket.positions}
         self._grad_types: list[type] = []
-        self._some_missing = False
+        self._missing: list[int] = []
         self._locate(optimizer, inputs)
 
         # what is compared every step; read after the states were made
@@ -314,18 +317,21 @@ class StepPlan:
         """Tensors whose dtypes, devices, shapes and strides are compared."""
         states = chain.from_iterable(bucket.compared_states() for bucket in self.buckets)
         params, grads = self._guarded(inputs.params), self._guarded(inputs.grads)
-        if self._some_missing:
-            grads = [*map(_in_place_of_missing, params, grads, repeat(True))]
+        if self._missing:
+            grads = [*grads]
+            for i in self._missing:
+                grads[i] = _in_place_of_missing(params[i])
         return [*params, *grads, *states]
 
     def _mark(self, grad_types: list[type]) -> None:
         """From now on these parameters have gradients."""
         self._grad_types = grad_types
-        has_grad = [cls is not _NONE for cls in grad_types]
+        has_grad = [*map(is_not, grad_types, repeat(_NONE))]
         for bucket in self.buckets:
             if bucket.takes_missing:
                 bucket.mark(has_grad)
-        self._some_missing = any(bucket.present is not None for bucket in self.buckets)
+        #: Members without a gradient, by their place among all that are compared.
+        self._missing = [*compress(count(), map(not_, self._guarded(has_grad)))]
 
     def bind(self, inputs: StepInputs) -> None:
         """Give the buckets the tensors of a step that :meth:`is_for` has found to have the right gradients."""
@@ -356,8 +362,7 @@ class StepPlan:
             return True
         if not self._optional or len(inputs.grad_types) != len(self._grad_types):
             return False
-        changed = [i for i, (a, b) in enumerate(zip(inputs.grad_types, self._grad_types, strict=True)) if a is not b]
-        return self._optional.issuperset(changed)
+        return self._optional.issuperset(compress(count(), map(is_not, inputs.grad_types, self._grad_types)))
 
     def holds(self, optimizer: MultiTensorStep, inputs: StepInputs) -> bool:
         """Whether parameters, groups and states are the objects they were."""
@@ -418,9 +423,9 @@ def _may_return(optimizer: MultiTensorStep, param: Tensor) -> bool:
     return stateless or bool(optimizer.state.get(param))
 
 
-def _in_place_of_missing(param: Tensor, grad: Any, wanted: bool) -> Any:
-    """The gradient; in place of one that is missing, what looks as one usually does."""
-    return param.detach() if grad is None and wanted else grad
+def _in_place_of_missing(param: Tensor) -> Tensor:
+    """What looks as a gradient usually does."""
+    return param.detach()
 
 
 def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:

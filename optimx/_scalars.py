@@ -24,15 +24,15 @@ class Span(NamedTuple):
     Attributes:
         first: The member that comes first in memory.
         length: Scalars from there to the last one.
-        members: Their indices; a slice where they follow each other.
-        offsets: Where they are in the span; a slice where there are no gaps.
+        members: Their indices, int64; a slice where they follow each other.
+        offsets: Where they are in the span, int64; a slice where there are no gaps.
         increments: 1 for members and 0 in the gaps; None without gaps.
     """
 
     first: int
     length: int
-    members: list[int] | slice
-    offsets: list[int] | slice
+    members: Tensor | slice
+    offsets: Tensor | slice
     increments: Tensor | None
 
     def of(self, role: Sequence[Tensor]) -> Tensor:
@@ -67,23 +67,31 @@ class Scalars:
         self._left: list[Tensor] = []
 
     def read(self, roles: Sequence[Sequence[Tensor]]) -> bool:
-        """Look at the values; whether they are what :meth:`count` left."""
+        """Look at the values; whether those that were equal when :meth:`count` left them still are."""
+        if len(roles[0]) == 1:
+            self._found = [role[0] for role in roles]
+            return True
         self._found = [self._values(role) for role in roles]
         return len(self._left) == len(roles) and all(map(torch.equal, self._found, self._left))
 
     def of_members(self, indices: Sequence[int]) -> list[tuple[float, ...]]:
         """The values of some members that :meth:`read` found."""
+        if indices == [0]:
+            return [tuple(found.item() if found.numel() == 1 else found[0].item() for found in self._found)]
         if len(indices) <= MANY:
             return [tuple(found[i].item() for found in self._found) for i in indices]
         return [*zip(*(found[indices].tolist() for found in self._found), strict=True)]
 
-    def kinds(self, groups: Sequence[int]) -> tuple[Tensor, list[int]]:
+    def kinds(self, groups: Tensor) -> tuple[Tensor, list[int]]:
         """Members of one group whose values are the same are of one kind.
+
+        Args:
+            groups: int64, of each member.
 
         Returns:
             The kind of each member, int64, and a member of each kind. They are in the order of groups, then of values.
         """
-        kinds = torch.tensor(groups, dtype=torch.int64, device="cpu")
+        kinds = groups
         for found in self._found:
             # NaN, which equals nothing, is a kind for each
             values, which = found.unique(return_inverse=True)
@@ -115,22 +123,23 @@ class Scalars:
             others = others.to(steps[0].dtype)
             if present is not None:
                 others = torch.where(present, others, torch.stack([self._values(role) for role in rest]))
-        increments = 1 if present is None else present.to(steps[0].dtype)
+        increments = None if present is None else present.to(steps[0].dtype)
+        rows = () if others is None else others
         if len(steps) == 1:
-            steps[0].add_(increments if present is None else increments.view(steps[0].shape))
-            for row, role in zip(() if others is None else others, rest, strict=True):
+            steps[0].add_(1 if increments is None else increments.item())
+            for row, role in zip(rows, rest, strict=True):
                 role[0].copy_(row.view(role[0].shape))
-        elif self._spans:
-            for span in self._spans:
-                added = span.increments if present is None else span.spread(increments)
-                span.of(steps).add_(1 if added is None else added)
-                for row, role in zip(() if others is None else others, rest, strict=True):
-                    span.of(role)[span.offsets] = row[span.members]
-        else:
-            _compat.foreach_add_(steps, 1) if present is None else _compat.foreach_add_(steps, increments.unbind())
-            for row, role in zip(() if others is None else others, rest, strict=True):
+            return
+        for span in self._spans:
+            added = span.increments if increments is None else span.spread(increments)
+            span.of(steps).add_(1 if added is None else added)
+            for row, role in zip(rows, rest, strict=True):
+                span.of(role)[span.offsets] = row[span.members]
+        if not self._spans:
+            _compat.foreach_add_(steps, 1 if increments is None else increments.unbind())
+            for row, role in zip(rows, rest, strict=True):
                 _compat.foreach_copy_(role, row.unbind())
-        self._left = [] if len(steps) == 1 else [self._values(role).clone() for role in roles]
+        self._left = [self._values(role).clone() for role in roles]
 
     def common_step(self, steps: Sequence[Tensor]) -> float | None:
         """The step count of all members; None if they differ."""
@@ -174,8 +183,8 @@ def _spans(roles: Sequence[Sequence[Tensor]], known: Container[int]) -> list[Spa
             Span(
                 first,
                 length,
-                slice(members[0], members[-1] + 1) if in_order else members,
-                slice(None) if dense else offsets,
+                slice(members[0], members[-1] + 1) if in_order else torch.tensor(members, device="cpu"),
+                slice(None) if dense else torch.tensor(offsets, device="cpu"),
                 increments,
             )
         )

@@ -73,11 +73,10 @@ class TritonBucket(Bucket):
         values = self.values_of(values)
         capturing = _compat.is_capturing()
         if capturing or not _identical(values, self._raw_values):
-            self.grads, *self._raw_tables = send(device, self.addresses, *self._raw(values))
+            self._raw_tables = send(device, *self._raw(values))
             # what is sent under capture arrives at replay, and belongs to the graph
             self._raw_values = [] if capturing else values
-        else:
-            (self.grads,) = send(device, self.addresses)
+        self.grads, _ = send(device, self.addresses, ())
 
     @property
     def n_partials(self) -> int:
@@ -122,7 +121,7 @@ class TritonBucket(Bucket):
         if self.key.on_device:
             from .triton_kernels.update import prepare_
 
-            raw, scalars = self._raw_tables
+            scalars, raw = self._raw_tables
             prepare_(self.rule.kernels, raw, scalars, self._count_table, self.grads, self._rows, control, warmup=warmup)
         self._launch_update(control, warmup)
 
@@ -133,15 +132,15 @@ class TritonBucket(Bucket):
             structure=self.key.structure, dtypes=self.key.dtypes, warmup=warmup,
         )  # fmt: skip
 
-    def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[float], list[int]]:
-        """Hyperparameters of each tensor for ``prepare_``: numbers, and addresses of those that are device scalars."""
-        numbers: list[float] = []
+    def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[int], list[float]]:
+        """Hyperparameters of each tensor for ``prepare_``: addresses of those that are device scalars, and numbers."""
         addresses: list[int] = []
+        numbers: list[float] = []
         for value in chain.from_iterable(values[group] for group in self.groups):
             on_device = isinstance(value, Tensor)
-            numbers.append(0.0 if on_device else float(value))
             addresses.append(value.data_ptr() if on_device else 0)
-        return numbers, addresses
+            numbers.append(0.0 if on_device else value)
+        return addresses, numbers
 
 
 def _identical(a: Sequence[tuple[Any, ...]], b: Sequence[tuple[Any, ...]]) -> bool:

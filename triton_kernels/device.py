@@ -51,7 +51,7 @@ class Variant:
         return self.kernel.warmup(*args, grid=(1,), **self.options)
 
     def handle(self, device: torch.device, args: Sequence[Any]) -> tuple[Any, ...]:
-        """What a launch on ``device`` needs of the compiled and loaded kernel; its dispatch costs five times a launch."""
+        """What a launch on ``device`` needs of the loaded kernel; the JIT's own dispatch costs five times a launch."""
         if device not in self._handles or verify:
             with _on(device):
                 compiled = self.compile(args)
@@ -71,12 +71,13 @@ class Variant:
                 self(n_programs, args)
             return
         stream = gpu.get_current_stream(device.index or 0)
-        hooks = knobs.runtime
-        about = compiled.launch_metadata((n_programs, 1, 1), stream, *args)
-        run(
-            n_programs, 1, 1, stream, function, metadata, about, hooks.launch_enter_hook, hooks.launch_exit_hook,
-            *args, *constants,
-        )  # fmt: skip
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # a profiler's; since Triton 3.5 they are chains, mostly empty
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+            about = compiled.launch_metadata((n_programs, 1, 1), stream, *args, *constants)
+        else:
+            about = enter = leave = None
+        run(n_programs, 1, 1, stream, function, metadata, about, enter, leave, *args, *constants)
 
 
 #: Look whether launches would be compiled anew (a test's).
@@ -90,14 +91,15 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def launch(variant: Variant, n_programs: int, *args: Any, warmup: bool = False) -> None:
     """Launch on a one-dimensional grid; with ``warmup`` it is only compiled and loaded."""
-    interpreted = not isinstance(variant.kernel, JITFunction)
-    if interpreted and not warmup:
+    if isinstance(variant.kernel, JITFunction):
+        if warmup or verify:
+            variant.handle(args[0].device, args)
+        if not warmup:
+            variant(n_programs, args)
+    elif not warmup:
+        # the interpreter compiles nothing
         with _on(args[0].device):
             variant.kernel[(n_programs,)](*args, **variant.options)
-    elif warmup and not interpreted:
-        variant.handle(args[0].device, args)
-    elif not interpreted:
-        variant(n_programs, args)
 
 
 @triton.jit

@@ -10,10 +10,9 @@ import ctypes
 import json
 import struct
 from collections.abc import Sequence
-from functools import cache
-from itertools import chain
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,24 +52,27 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
     return staging.copy_(source).to(device, non_blocking=True)
 
 
-def send(device: torch.device, *parts: Sequence[int] | Sequence[float]) -> list[Tensor]:
-    """Send integers as int64 and numbers as float64, all parts in one copy; see :func:`upload`.
+def send(device: torch.device, integers: Sequence[int], numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Send int64 integers and float64 numbers in one copy; see :func:`upload`.
 
-    Each part begins at a multiple of 16 bytes, so that no launch is specialized anew. Parts keep one word to it where
-    their length is odd. What a part is, its first entry tells; an empty one is of integers.
+    Both begin at multiples of 16 bytes, so that no launch is specialized anew: a word follows integers of odd length.
     """
-    kinds = ["d" if part and isinstance(part[0], float) else "q" for part in parts]
-    lengths = [len(part) + len(part) % 2 for part in parts]
-    layout = "".join(f"{len(part)}{kind}{8 * (len(part) % 2)}x" for part, kind in zip(parts, kinds, strict=True))
-    n_words = sum(lengths)
+    lengths, layout, memory_type = _parcel(len(integers), len(numbers))
     pinned = device.type != "cpu"
-    staging = torch.empty(n_words, dtype=torch.int64, device="cpu", pin_memory=pinned)
-    if n_words:
-        memory = (ctypes.c_char * (8 * n_words)).from_address(staging.data_ptr())
-        struct.pack_into(layout, memory, 0, *chain.from_iterable(parts))
+    staging = torch.empty(sum(lengths), dtype=torch.int64, device="cpu", pin_memory=pinned)
+    if staging.nbytes:
+        layout.pack_into(memory_type.from_address(staging.data_ptr()), 0, *integers, *numbers)
     sent = staging.to(device, non_blocking=True) if pinned else staging
-    tensors = sent.split(lengths) if len(parts) > 1 else (sent,)
-    return [tensor.view(torch.float64) if kind == "d" else tensor for tensor, kind in zip(tensors, kinds, strict=True)]
+    of_integers, of_numbers = sent.split_with_sizes(lengths)
+    return of_integers, of_numbers.view(torch.float64)
+
+
+@lru_cache(maxsize=256)
+def _parcel(n_integers: int, n_numbers: int) -> tuple[tuple[int, int], struct.Struct, Any]:
+    """Words of both parts, how they are packed, and the type of such memory."""
+    padding = n_integers % 2
+    lengths = n_integers + padding, n_numbers
+    return lengths, struct.Struct(f"{n_integers}q{8 * padding}x{n_numbers}d"), ctypes.c_char * (8 * sum(lengths))
 
 
 class LaunchSize(NamedTuple):
