@@ -83,6 +83,8 @@ class Bucket:
         self.groups: list[int] = []
         self.members = NOBODY
         self.present: Tensor | None = None
+        #: None where the host does not count.
+        self.scalars: Scalars | None = None
         self.state_names = rule.state_names(key.structure)
 
     def add(self, position: int, group: int) -> None:
@@ -118,6 +120,8 @@ class Bucket:
     def release(self) -> None:
         """Forget the tensors of the step."""
         self.members = NOBODY
+        if self.scalars is not None:
+            self.scalars.forget()
 
     def finish(self, known_scalars: Container[int]) -> None:
         """Plan what depends on the members, which are bound.
@@ -127,8 +131,6 @@ class Bucket:
         """
         numels = [param.numel() for param in self.members.params]
         self._few = sorted({0, numels.index(max(numels)), len(numels) - 1})
-        #: None where the host does not count.
-        self.scalars: Scalars | None = None
         if self.rule.counts and not self.key.on_device:
             self.scalars = Scalars(self.members.scalars, known_scalars)
         self._scalar_addresses = self._addresses_of_scalars()

@@ -74,6 +74,10 @@ class Scalars:
         self._found = [self._values(role) for role in roles]
         return len(self._left) == len(roles) and all(map(torch.equal, self._found, self._left))
 
+    def forget(self) -> None:
+        """Keep no memory of what :meth:`read` found."""
+        self._found = []
+
     def of_members(self, indices: Sequence[int]) -> list[tuple[float, ...]]:
         """The values of some members that :meth:`read` found."""
         if indices == [0]:
