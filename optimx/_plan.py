@@ -230,7 +230,7 @@ class StepPlan:
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
         like_grads = [
-            _in_place_of_missing(param) if grad is None and _may_return(optimizer, param) else grad
+            _in_place_of_missing(param) if grad is None and param.requires_grad else grad
             for param, grad in zip(params, grads, strict=True)
         ]
         shared = sharing_memory(optimizer, params, like_grads)
@@ -240,9 +240,12 @@ class StepPlan:
             if grad is None:
                 continue
             key, reason = classify(optimizer, param, grad, groups[g])
-            missing = grads[position] is None
-            if missing and (position in shared or key is None or key.backend != _backend.TRITON):
-                continue
+            if grads[position] is None:
+                if position in shared or key is None or key.backend != _backend.TRITON:
+                    continue
+                if not optimizer.state.get(param) and (rule.counts or rule.state_names(key.structure)):
+                    # torch makes a state when it takes the first step
+                    continue
             if position in shared:
                 self.leftovers.append(Leftover(position, shared[position], in_turn=True))
             elif key is None:
@@ -415,12 +418,6 @@ class StepPlan:
 
 
 _NONE = type(None)
-
-
-def _may_return(optimizer: MultiTensorStep, param: Tensor) -> bool:
-    """Whether a parameter without a gradient is likely to have one in another step."""
-    stateless = not optimizer.rule.counts and param.requires_grad
-    return stateless or bool(optimizer.state.get(param))
 
 
 def _in_place_of_missing(param: Tensor) -> Tensor:

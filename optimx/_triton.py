@@ -14,6 +14,9 @@ from ._buckets import Bucket
 from ._plan import variant
 from .triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
 
+#: Where an empty gradient lies: its tensor takes the step, and nobody reads.
+_NOWHERE = 16
+
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
 
@@ -36,6 +39,7 @@ class TritonBucket(Bucket):
         kernels = self.rule.kernels
         params, _, states, scalars = self.members
         self.table = TensorTable([param.numel() for param in params], [params, *states], range(n), device, launch_size)
+        self._empty = [i for i, param in enumerate(params) if not param.numel()]
         self._compiled: set[tuple[bool, ...]] = set()
         if self.key.on_device:
             addresses = torch.tensor(
@@ -64,6 +68,8 @@ class TritonBucket(Bucket):
             if self.present is None
             else [0 if grad is None else grad.data_ptr() for grad in grads]
         )
+        for i in self._empty:
+            self.addresses[i] = 0 if grads[i] is None else _NOWHERE
         if not self.key.on_device:
             rows, row_of_member = self.host_rows(values)
             if row_of_member is not None:
