@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 from optimx.triton_kernels.tensor_table import NUM_THREADS, NUM_WARPS, TUNED, LaunchSize
 
-import optimx._triton
+import optimx._engine.triton.elementwise
 from bench.case import COPY, FUSED, Case
 from bench.contestants import Run, device_copy, optimx_step, torch_step
 from bench.provenance import circumstances, machine
@@ -49,7 +49,7 @@ def name_of(size: LaunchSize) -> str:
 
 def sized_step(case: Case, *, size: LaunchSize) -> Run:
     run = optimx_step(case)
-    with patch.object(optimx._triton, "launch_size", size):
+    with patch.object(optimx._engine.triton.elementwise, "launch_size", size):
         run.prepare()
         # the plan that this step makes has the size, and stays
         run.step()

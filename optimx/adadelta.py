@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Adadelta as TorchAdadelta
 from torch.optim.optimizer import ParamsT
 
-from ._rule import UpdateRule, l2_gradient
-from ._step import MultiTensorStep
+from ._engine.rule import UpdateRule, l2_gradient
+from ._engine.step import MultiTensorStep
 
 __all__ = ["Adadelta"]
 

@@ -14,15 +14,14 @@ from torch.optim import Adafactor as TorchAdafactor
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._factored import FactoredBucket
-from ._layout import memory_order, same_layout
+from ._engine.layout import memory_order, same_layout
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
 from ._loop import each_parameter
-from ._rule import UpdateRule
-from ._step import MultiTensorStep
 from ._transformers_checkpoint import RELATIVE_LR, from_transformers, is_of_transformers
 
 if TYPE_CHECKING:
-    from ._factored_triton import FactoredTritonBucket
+    pass
 
 __all__ = ["Adafactor"]
 
@@ -45,16 +44,11 @@ class AdafactorRule(UpdateRule):
     """
 
     module = "adafactor"
-    native_bucket = FactoredBucket
+    walk = "factored"
     optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "beta2_decay", "eps", "d", "weight_decay", "maximize")
 
-    def triton_bucket(self) -> type[FactoredTritonBucket]:
-        from ._factored_triton import FactoredTritonBucket
-
-        return FactoredTritonBucket
-
-    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         return False, False, group.get("beta1") is not None
 
     def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -164,7 +158,7 @@ class AdafactorLoop(TorchAdafactor):
         for group, param, grad, state in each_parameter(self):
             if param.is_complex():
                 raise RuntimeError("Adafactor does not support complex parameters")
-            names = RULE.state_names(RULE.variant_of(RULE.structure_of(group), param))
+            names = RULE.state_names(RULE.variant_of(RULE.group_variant(group), param))
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=_compat.count_dtype(False), device="cpu")
             for name in names:

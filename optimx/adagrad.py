@@ -11,8 +11,8 @@ from torch.optim import Adagrad as TorchAdagrad
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import Operator, UpdateRule
-from ._step import MultiTensorStep
+from ._engine.rule import Operator, UpdateRule
+from ._engine.step import MultiTensorStep
 
 __all__ = ["Adagrad"]
 

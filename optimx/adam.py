@@ -12,8 +12,8 @@ from torch.optim import Adam as TorchAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import Operator, UpdateRule
-from ._step import MultiTensorStep
+from ._engine.rule import Operator, UpdateRule
+from ._engine.step import MultiTensorStep
 
 __all__ = ["Adam"]
 
@@ -26,7 +26,7 @@ class AdamRule(UpdateRule):
     by_element = (0, 4)
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
-    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         return (bool(group["amsgrad"]),)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:

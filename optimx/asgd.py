@@ -10,8 +10,8 @@ from torch.optim import ASGD as TorchASGD
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import UpdateRule
-from ._step import MultiTensorStep
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
 
 __all__ = ["ASGD"]
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from . import _backend
+from ._engine import backends
 from ._table import aligned
 from .build import build, is_function_of_step
 from .config import ConfigError
@@ -166,23 +166,23 @@ def _steps(text: str) -> int:
 def _doctor(arguments: argparse.Namespace) -> None:
     from . import __version__
 
-    problem = _backend.triton_problem()
+    problem = backends.triton_problem()
     versions = [
         ("optimx", __version__),
         ("python", platform.python_version()),
         ("platform", platform.platform()),
         ("torch", torch.__version__),
-        ("torch is built for", _backend.toolkit()),
-        ("triton", _backend.triton_version() or "not installed"),
+        ("torch is built for", backends.toolkit()),
+        ("triton", backends.triton_version() or "not installed"),
         ("triton compiles", "yes" if problem is None else f"no: {problem}"),
     ]
     _show([("what", "is"), *versions])
     print()
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     rows = [("device", "name", "backend", "why")]
-    whys = {_backend.TRITON: "whole steps in a few launches", _backend.NATIVE: "torch's own fused CPU operators"}
+    whys = {backends.TRITON: "whole steps in a few launches", backends.NATIVE: "torch's own fused CPU operators"}
     for device in devices:
-        backend, reason = _backend.choose(device)
+        backend, reason = backends.choose(device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         rows.append((str(device), name, backend, reason or whys[backend]))
     _show(rows)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import utils as _torch
 
-from . import _backend, _compat
-from ._grad_norm import meet, result_dtype, tensor_norms, widest
-from ._layout import is_dense
-from ._plan import FLOATS
+from . import _compat
+from ._engine import backends
+from ._engine.grad_norm import meet, result_dtype, tensor_norms, widest
+from ._engine.layout import is_dense
+from ._engine.placement import FLOATS
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -83,7 +84,7 @@ def clip_grads_with_norm_(
     with torch.no_grad():
         scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):
-            if backend == _backend.TRITON and _on_triton(_scale_triton_, same, scale.to(device, non_blocking=True)):
+            if backend == backends.TRITON and _on_triton(_scale_triton_, same, scale.to(device, non_blocking=True)):
                 continue
             if device.type != "cpu":
                 # not in the gradients' dtype: 16 bits would round the factor first
@@ -150,16 +151,16 @@ def _by_backend(tensors: Sequence[Tensor]) -> list[tuple[str, torch.device, list
     grouped: dict[tuple[str, torch.device, torch.dtype], list[Tensor]] = {}
     capturable = _compat.graphs_keep_pinned_memory() or not _compat.is_capturing()
     for tensor in tensors:
-        backend, _ = _backend.choose(tensor.device)
-        if backend == _backend.TRITON and not (
+        backend, _ = backends.choose(tensor.device)
+        if backend == backends.TRITON and not (
             capturable
             and tensor.dtype in FLOATS
             and _compat.is_plain(tensor)
             and tensor.layout is torch.strided
             and is_dense(tensor)
-            and not _backend.given_up(_variant(tensor))
+            and not backends.given_up(_variant(tensor))
         ):
-            backend = _backend.TORCH
+            backend = backends.TORCH
         grouped.setdefault((backend, tensor.device, tensor.dtype), []).append(tensor)
     return [(backend, device, same) for (backend, device, _), same in grouped.items()]
 
@@ -168,7 +169,7 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
     norms: list[Tensor] = []
     for backend, _, same in _by_backend(tensors):
         norm = None
-        if backend == _backend.TRITON and norm_type in (1.0, 2.0, float("inf")):
+        if backend == backends.TRITON and norm_type in (1.0, 2.0, float("inf")):
             norm = _on_triton(_norm_triton, same, norm_type)
         norms += tensor_norms(same, norm_type) if norm is None else [norm]
     return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
@@ -182,10 +183,10 @@ def _variant(grad: Tensor) -> tuple[Any, ...]:
 def _on_triton(launch: Callable[..., Any], grads: Sequence[Tensor], *args: Any) -> Any:
     """What ``launch(grads, *args)`` returns; None, with nothing done, where its kernel does not compile."""
     try:
-        with _backend.compiling(_variant(grads[0])):
+        with backends.compiling(_variant(grads[0])):
             return launch(grads, *args)
-    except _backend.CompileError as failed:
-        _backend.give_up(failed, f"the norm of {len(grads)} gradients on {grads[0].device}")
+    except backends.CompileError as failed:
+        backends.give_up(failed, f"the norm of {len(grads)} gradients on {grads[0].device}")
         return None
 
 
@@ -213,7 +214,7 @@ def _scale_triton_(grads: Sequence[Tensor], scale: Tensor) -> bool:
 
 
 def _table(grads: Sequence[Tensor]) -> tuple[Any, Tensor]:
-    from ._triton import launch_size
+    from ._engine.triton.elementwise import launch_size
     from .triton_kernels.tensor_table import upload
 
     addresses = torch.tensor([*map(Tensor.data_ptr, grads)], dtype=torch.int64, device="cpu")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 
 from torch.optim import Optimizer
 
-from . import _backend
-from ._plan import classify, sharing_memory
-from ._step import MultiTensorStep
+from ._engine import backends
+from ._engine.placement import Placement, place_all
+from ._engine.step import MultiTensorStep
 from ._table import aligned
 
 __all__ = ["Explanation", "explain"]
@@ -76,18 +75,16 @@ def explain(optimizer: Optimizer) -> Explanation:
     """
     rows: dict[tuple[str, str, tuple[str, ...], str, object], list[tuple[int, int]]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    shared = sharing_memory(optimizer, params, params)
-    positions = count()
+    if isinstance(optimizer, MultiTensorStep):
+        grads = [param if param.grad is None else param.grad for param in params]
+        placements = [*filter(None, place_all(optimizer, grads, device_counts=optimizer._engine.device_counts))]
+    else:
+        placements = [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)
+    each = iter(placements)
     for g, group in enumerate(optimizer.param_groups):
-        for param, position in zip(group["params"], positions, strict=False):
-            if not isinstance(optimizer, MultiTensorStep):
-                key, reason = None, f"{type(optimizer).__name__} is not an optimx optimizer"
-            elif position in shared:
-                key, reason = None, shared[position]
-            else:
-                key, reason = classify(optimizer, param, param if param.grad is None else param.grad, group)
+        for param, (key, reason, _) in zip(group["params"], each, strict=False):
             dtypes = (param.dtype,) if key is None else key.dtypes
-            backend = _backend.TORCH if key is None else key.backend
+            backend = backends.TORCH if key is None else key.backend
             names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
             rows.setdefault((backend, str(param.device), names, reason, key), []).append((g, param.numel()))
     return Explanation(

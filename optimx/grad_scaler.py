@@ -8,8 +8,8 @@ import torch
 from torch.optim import Optimizer
 
 from . import _compat
-from ._plan import asks_for_torch
-from ._step import MultiTensorStep
+from ._engine.placement import asks_for_torch
+from ._engine.step import MultiTensorStep
 
 __all__ = ["GradScaler"]
 

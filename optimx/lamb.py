@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -13,98 +13,20 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
-from ._native import NativeBucket, Piece
-from ._rule import Row, UpdateRule
-from ._step import MultiTensorStep
 
 __all__ = ["LAMB"]
 
 
-class LAMBBucket(NativeBucket):
-    """A step in two walks: the length of a tensor's step is known only when all of it has been seen."""
-
-    def _update_tensors(self, setting: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
-        squares = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
-        # the second walk would take averages rounded to 16 bits for other ones: there it works them out anew
-        rounded = any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
-        whole = False
-        for piece in pieces():
-            p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
-            whole = len(p) == piece.numel
-            step, *copies = self.temporaries(p, 3)
-            if rounded and not whole:
-                m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
-            _advance(setting, p, g, m, v, out=step)
-            squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
-            if whole:
-                _apply(setting, p, step, _trust_ratio(setting, squares), piece.sizes)
-        if whole:
-            return
-        ratio = _trust_ratio(setting, squares)
-        for piece in pieces():
-            p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
-            (step,) = self.temporaries(p, 1)
-            if rounded:
-                _advance(setting, p, g, m, v, out=step)
-            else:
-                _step_of(setting, p, m, v, out=step)
-            _apply(setting, p, step, ratio, piece.sizes)
-
-
-def _advance(row: Row, p: Tensor, g: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """Update the averages, and work out the step before it gets its length: what Adam makes of zeros."""
-    _, beta1_c, beta2, _, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
-    _compat.uncorrected_adam_(
-        out.zero_(), g, m, v, lr=-bias2_sqrt / bias1, beta1=1.0 - beta1_c, beta2=beta2, weight_decay=0.0,
-        eps=eps * bias2_sqrt,
-    )  # fmt: skip
-    return out.add_(p, alpha=weight_decay) if weight_decay else out
-
-
-def _step_of(row: Row, p: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
-    """The same step, from averages that are updated already."""
-    _, _, _, _, bias1, bias2_sqrt, eps, weight_decay, _, _ = row
-    torch.sqrt(v, out=out).mul_(bias1 / bias2_sqrt).add_(eps * bias1)
-    torch.div(m, out, out=out)
-    return out.add_(p, alpha=weight_decay) if weight_decay else out
-
-
-def _squares(elements: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The squared norm of each tensor, in float64."""
-    if len(sizes) == 1:
-        return torch.linalg.vector_norm(elements).double().square().view(1)
-    sums = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
-    return sums.index_add_(0, _tensor_of_element(sizes), elements.double().square())
-
-
-def _tensor_of_element(sizes: Sequence[int]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(sizes, device="cpu"))
-
-
-def _trust_ratio(row: Row, squares: Tensor) -> Tensor:
-    """Of each tensor, from the squared norms of parameters and steps; 1 where one of them is 0."""
-    largest = row[-1]
-    p_norm, step_norm = squares.sqrt()
-    ratio = torch.where((p_norm == 0) | (step_norm == 0), 1.0, p_norm / step_norm)
-    return ratio.clamp(max=largest) if largest else torch.ones_like(ratio)
-
-
-def _apply(row: Row, p: Tensor, step: Tensor, ratio: Tensor, sizes: Sequence[int]) -> None:
-    lr = row[-2]
-    if len(sizes) == 1:
-        p.add_(step, alpha=-lr * ratio.item())
-    else:
-        p.addcmul_(step, ratio.to(p.dtype)[_tensor_of_element(sizes)], value=-lr)
-
-
 class LAMBRule(UpdateRule):
-    """One step of LAMB. Both norms of a tensor come from all of it, so it has launches and buckets of its own."""
+    """One step of LAMB. Both norms of a tensor come from all of it, so it walks twice."""
 
     module = "lamb"
+    walk = "trust_ratio"
     # the kernels need a row for each tensor, and rows are that where they are made on the device
     counts_on_device = True
-    native_bucket = LAMBBucket
     _read = itemgetter(
         "lr", "betas", "eps", "weight_decay", "bias_correction", "max_trust_ratio", "always_adapt", "maximize"
     )
@@ -133,9 +55,6 @@ class LAMBRule(UpdateRule):
             largest if weight_decay or always_adapt else 0.0,
         )
         return row, (step,)
-
-    def launch(self, table, grads, hyper, control, *, structure, dtypes, warmup):
-        self.kernels.lamb_(self.kernels, table, grads, hyper, control, dtypes=dtypes, warmup=warmup)
 
 
 class LAMBLoop(Optimizer):

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
-from ._rule import UpdateRule
-from ._step import MultiTensorStep
 
 __all__ = ["Lion"]
 

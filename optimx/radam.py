@@ -11,8 +11,8 @@ from torch.optim import RAdam as TorchRAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import UpdateRule, l2_gradient
-from ._step import MultiTensorStep
+from ._engine.rule import UpdateRule, l2_gradient
+from ._engine.step import MultiTensorStep
 
 __all__ = ["RAdam"]
 

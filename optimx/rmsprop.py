@@ -14,8 +14,8 @@ from torch.optim import RMSprop as TorchRMSprop
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import UpdateRule, l2_gradient
-from ._step import MultiTensorStep
+from ._engine.rule import UpdateRule, l2_gradient
+from ._engine.step import MultiTensorStep
 
 __all__ = ["RMSprop"]
 
@@ -26,7 +26,7 @@ class RMSpropRule(UpdateRule):
     module = "rmsprop"
     _read = itemgetter("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
 
-    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         return group["momentum"] > 0, bool(group["centered"])
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Rprop as TorchRprop
 from torch.optim.optimizer import ParamsT
 
-from ._rule import UpdateRule
-from ._step import MultiTensorStep
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
 
 __all__ = ["Rprop"]
 

@@ -12,8 +12,8 @@ from torch.optim import SGD as TorchSGD
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._rule import Operator, UpdateRule
-from ._step import MultiTensorStep
+from ._engine.rule import Operator, UpdateRule
+from ._engine.step import MultiTensorStep
 
 __all__ = ["SGD"]
 
@@ -25,7 +25,7 @@ class SGDRule(UpdateRule):
     counts = ()
     _read = itemgetter("lr", "momentum", "dampening", "weight_decay", "maximize")
 
-    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         momentum = group["momentum"] != 0
         return momentum, momentum and bool(group["nesterov"])
 

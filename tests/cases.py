@@ -93,7 +93,7 @@ class Case:
         param = torch.zeros(1) if param is None else param
         optimizer: Any = self.cls([Parameter(torch.zeros(1))], **kwargs)
         rule = optimizer.rule
-        return rule.state_names(rule.variant_of(rule.structure_of(optimizer.param_groups[0]), param))
+        return rule.state_names(rule.variant_of(rule.group_variant(optimizer.param_groups[0]), param))
 
 
 _DECAY: dict[str, dict[str, Any]] = {

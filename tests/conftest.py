@@ -8,14 +8,14 @@ import os
 import pytest
 import torch
 
-from optimx import _backend
+from optimx._engine import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = None if torch.cuda.is_available() else "needs a GPU"
-    if reason is None and INTERPRETED and "cuda" not in _backend.interpreter_reaches:
+    if reason is None and INTERPRETED and "cuda" not in backends.interpreter_reaches:
         reason = "the interpreter reads no memory of a GPU"
     for item in items if reason else ():
         if item.get_closest_marker("gpu"):
@@ -65,16 +65,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from optimx.triton_kernels.tensor_table import LaunchSize
 
-        import optimx._triton
+        from optimx._engine.triton import elementwise
 
-        monkeypatch.setattr(optimx._triton, "launch_size", LaunchSize(chunk_size=128, block_size=128))
+        monkeypatch.setattr(elementwise, "launch_size", LaunchSize(chunk_size=128, block_size=128))
 
 
 @pytest.fixture(autouse=True)
 def strict(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that does not compile is a failed test, not torch's step."""
-    monkeypatch.setattr(_backend, "strict", True)
-    monkeypatch.setattr(_backend, "_given_up", {})
+    monkeypatch.setattr(backends, "strict", True)
+    monkeypatch.setattr(backends, "_given_up", {})
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from optimx._step import MultiTensorStep
+from optimx._engine.step import MultiTensorStep
 from tests.cases import CASES, Case, make_params, train
 from tests.engine import params_of
 

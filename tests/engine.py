@@ -35,7 +35,7 @@ def _kernels() -> set[str]:
             if name != "fused" and not name.startswith("tensor_"):
                 rule = case.cls.rule
                 group = case.cls([Parameter(torch.zeros(1))], **kwargs).param_groups[0]
-                key = rule.module, rule.structure_of(group)
+                key = rule.module, rule.group_variant(group)
                 richest[key] = max(richest.get(key, (0, "")), (len(kwargs), f"{case.name}-{name}"))
     return {name for _, name in richest.values()}
 

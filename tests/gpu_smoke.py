@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
-from optimx import _backend
+from optimx._engine import backends
 from tests.cases import CASES, Case, loop
 from tests.engine import usual
 
@@ -118,7 +118,7 @@ def check(case: Case, dtype: torch.dtype, way: str) -> str | None:
             torch.nn.utils.clip_grad_norm_(exact, more["max_grad_norm"])
         stock.step()
     rows = optimx.explain(optimizer).rows
-    if any(row.backend != _backend.TRITON for row in rows):
+    if any(row.backend != backends.TRITON for row in rows):
         return "torch's own step: " + "; ".join(row.reason for row in rows if row.reason)
     for param, expected in zip(params, exact, strict=True):
         tolerance = TOLERANCE[dtype]
@@ -144,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("a GPU is needed that torch can use; torch.cuda.is_available() is False")
     # a kernel that fails is a failure here, not torch's step
-    _backend.strict = True
+    backends.strict = True
     warnings.filterwarnings("error", message="optimx", category=RuntimeWarning)
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, str | None] = {}

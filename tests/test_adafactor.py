@@ -154,7 +154,7 @@ def test_pieces(shape: tuple[int, ...], transposed: bool, monkeypatch: pytest.Mo
     lay = LAYOUTS["transposed"][0] if transposed and len(shape) > 1 else torch.clone
     optimizers = []
     for piece in (1 << 62, 1 << 16):
-        monkeypatch.setattr("optimx._factored.PIECE", piece)
+        monkeypatch.setattr("optimx._engine.cpu.factored.PIECE", piece)
         optimizer = optimx.Adafactor([Parameter(lay(value.clone()))], beta1=0.5)
         train([optimizer], 2)
         optimizers.append(optimizer)

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from torch.nn import utils as stock
 
 import optimx
-from optimx._backend import interpreted
+from optimx._engine.backends import interpreted
 from tests.cases import HALF, SHAPES, make_params, set_grads
 
 pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")]

@@ -15,8 +15,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from optimx import _backend
-from optimx._step import MultiTensorStep
+from optimx._engine import backends
+from optimx._engine.step import MultiTensorStep
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
@@ -491,7 +491,7 @@ def test_broken_triton(
     triton_backend: torch.device,
     stock_steps: list,
 ) -> None:
-    monkeypatch.setattr(_backend, "strict", False)
+    monkeypatch.setattr(backends, "strict", False)
     optimizer, stock, copies = twins(case, make_params(SHAPES, triton_backend), usual(case), **ours)
 
     def step_both(step: int) -> None:
@@ -536,7 +536,7 @@ def test_errors_that_are_not_tritons(
     case: Case, error: Exception, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device
 ) -> None:
     """They come through, nothing has changed, and the next step is a whole one."""
-    monkeypatch.setattr(_backend, "strict", False)
+    monkeypatch.setattr(backends, "strict", False)
     ours, stock, _ = twins(case, make_params(SHAPES, triton_backend), usual(case))
     train([ours, stock], 1)
     before = copy.deepcopy([params_of(ours), ours.state_dict()])
@@ -556,7 +556,7 @@ def test_one_broken_kernel_leaves_the_others(
     case: Case, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device, stock_steps: list
 ) -> None:
     """float32 parameters have kernels of their own, which do not compile; float64 ones stay on Triton."""
-    monkeypatch.setattr(_backend, "strict", False)
+    monkeypatch.setattr(backends, "strict", False)
     break_kernels(monkeypatch, case, ValueError("no such instruction"), torch.float32)
     params = [*make_params(SHAPES, triton_backend), *make_params(SHAPES, triton_backend, torch.float64)]
     ours, stock, _ = twins(case, params, usual(case))
@@ -578,7 +578,7 @@ def test_one_broken_kernel_leaves_the_others(
 def test_triton_is_missing(
     case: Case, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device, stock_steps: list
 ) -> None:
-    monkeypatch.setattr(_backend, "_triton_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
     ours, stock, _ = twins(case, make_params(SHAPES, triton_backend), usual(case))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -591,7 +591,7 @@ def test_triton_is_missing(
 @pytest.mark.skipif(INTERPRETED, reason="about the native kernels")
 @each_case
 def test_cpu_needs_no_triton(case: Case, monkeypatch: pytest.MonkeyPatch, stock_steps: list) -> None:
-    monkeypatch.setattr(_backend, "_triton_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
     ours, stock, _ = twins(case, make_params(SHAPES), usual(case), max_grad_norm=1e9)
     train([ours, stock], 2)
     assert_same(ours, stock)

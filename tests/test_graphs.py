@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
-from optimx import _compat, _engine
+from optimx import _compat
+from optimx._engine import engine
 from tests.cases import Case, assert_same, make_params, set_grads
 from tests.engine import params_of, usual
 from tests.test_gpu import each_case, each_row, rows
@@ -159,8 +160,8 @@ def test_several_buckets_and_several_captures(case: Case, kwargs: dict, monkeypa
     fill = filler(params, twin)
     warm_up((captured, eager), fill)
     made = []
-    plan = _engine.StepPlan
-    monkeypatch.setattr(_engine, "StepPlan", lambda *args: made.append(plan(*args)) or made[-1])
+    plan = engine.StepPlan
+    monkeypatch.setattr(engine, "StepPlan", lambda *args: made.append(plan(*args)) or made[-1])
     graphs = [captured_step(captured) for _ in range(3)]
     assert made == []
     assert len(captured._engine.plans) == 1
@@ -243,10 +244,10 @@ def test_torch_whose_graphs_keep_no_pinned_memory(case: Case, kwargs: dict, monk
 
 def test_errors_under_capture_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch's step in place of a kernel would be recorded, and the error forgotten."""
-    from optimx import _backend
-    from optimx._triton import TritonBucket
+    from optimx._engine import backends
+    from optimx._engine.triton.elementwise import TritonBucket
 
-    monkeypatch.setattr(_backend, "strict", False)
+    monkeypatch.setattr(backends, "strict", False)
     optimizer = optimx.AdamW(make_params(device="cuda"), capturable=True)
     set_grads(params_of(optimizer), 0)
 

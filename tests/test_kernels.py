@@ -45,7 +45,7 @@ each_kernel = pytest.mark.parametrize(
 
 def _group(case: Case, kwargs: dict) -> tuple[dict[str, Any], tuple[bool, ...]]:
     group = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups[0]
-    return group, case.cls.rule.structure_of(group)
+    return group, case.cls.rule.group_variant(group)
 
 
 def in_poison(

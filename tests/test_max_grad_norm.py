@@ -14,7 +14,8 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import optimx
-from optimx import _batch, _native
+from optimx._engine.cpu import batch as _batch
+from optimx._engine.cpu import elementwise as _native
 from tests.cases import (
     CASES,
     CLOSE,

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optimx import _batch, _native
-from optimx._call import MixedCall
+from optimx._engine.cpu import batch as _batch
+from optimx._engine.cpu import elementwise as _native
+from optimx._engine.cpu.call import MixedCall
 from tests.cases import (
     CASES,
     CLOSE,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from optimx import _engine
+from optimx._engine import engine
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
 from tests.edits import EDITS, SETTINGS, apply, complete, other_strides, tensors_of
 from tests.engine import DIFFERENT, interpreted, params_of, usual
@@ -395,12 +395,12 @@ def test_plans_of_recurring_patterns_are_kept(
     """A mixture of experts has other gradients every step; patterns that overlap must not plan anew each time."""
     made = []
 
-    class CountedPlan(_engine.StepPlan):
+    class CountedPlan(engine.StepPlan):
         def __init__(self, *args: Any) -> None:
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(_engine, "StepPlan", CountedPlan)
+    monkeypatch.setattr(engine, "StepPlan", CountedPlan)
     optimizer = case.cls(make_params([(1,)] * 3, device), **kwargs)
     for step in range(4 * len(skips)):
         if step == 2 * len(skips):

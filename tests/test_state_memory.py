@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 import optimx
-from optimx._step import MultiTensorStep
+from optimx._engine.step import MultiTensorStep
 from tests.cases import CASES, Case, assert_same, make_params, train, twins
 from tests.conftest import INTERPRETED
 from tests.engine import params_of, usual

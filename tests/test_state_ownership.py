@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 import optimx
-from optimx._plan import StepPlan
+from optimx._engine.plan import StepPlan
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.edits import EDITS, SETTINGS, apply, complete
@@ -728,7 +728,7 @@ def key_popped(optimizer, case, rng):
         (group,) = (group for group in optimizer.param_groups if any(p is param for p in group["params"]))
         if name in rule.counts:
             state[name] = torch.full_like(old, rule.new_count(name, group))
-        elif name in rule.state_names(rule.variant_of(rule.structure_of(group), param)):
+        elif name in rule.state_names(rule.variant_of(rule.group_variant(group), param)):
             state[name] = rule.new_state(name, param, group, optimizer.defaults)
 
 

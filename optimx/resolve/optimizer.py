@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .._step import MultiTensorStep
+from .._engine.step import MultiTensorStep
 from ..config import GroupsConfig, OptimizerConfig
 from ..config.errors import MISSING, Problems, join
 from ..config.values import check_arguments, parameters_of

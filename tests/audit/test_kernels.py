@@ -61,7 +61,7 @@ def test_every_structure_is_listed(algorithm) -> None:
         for kwargs in (*case.variants.values(), *more):
             (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
             params = torch.zeros(1), torch.zeros(2, 3), torch.zeros(3, 2).mT
-            asked_for |= {rule.variant_of(rule.structure_of(group), param) for param in params}
+            asked_for |= {rule.variant_of(rule.group_variant(group), param) for param in params}
     assert {structure for structure, _ in algorithm.structures.values()} == asked_for
 
 

@@ -26,10 +26,10 @@ from tests.fake_gpu.device import kernels
 
 kernels.install()
 
-import optimx._backend
+import optimx._engine.backends
 
 # the interpreter reads this device's memory
-optimx._backend.interpreter_reaches.add("cuda")
+optimx._engine.backends.interpreter_reaches.add("cuda")
 
 assert torch.cuda.is_available()
 

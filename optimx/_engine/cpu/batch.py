@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from . import _compat
-from ._buckets import Members, picker
+from ... import _compat
+from ..bucket import Members, picker
 
 #: Elements of small tensors that are updated together.
 BATCH = 1 << 16

@@ -13,18 +13,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend, _compat
-from ._batch import BATCH, cut, is_small
-from ._call import MANY
-
-if TYPE_CHECKING:
-    from ._buckets import Bucket
-    from ._step import MultiTensorStep
+from .. import _compat
+from . import backends
+from .bucket import Bucket
+from .cpu.batch import BATCH, cut, is_small
+from .cpu.call import MANY
+from .optimizer import EngineOptimizer
 
 State = dict[str, Any]
 
@@ -34,7 +33,7 @@ SCALARS = 1 << 10
 NEIGHBOURS = 1 << 8
 
 
-def create_states(optimizer: MultiTensorStep, bucket: Bucket, params: Sequence[Tensor]) -> None:
+def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[Tensor]) -> None:
     """Give the members of a bucket what torch would have given them; only missing states are made.
 
     Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
@@ -64,13 +63,13 @@ def create_states(optimizer: MultiTensorStep, bucket: Bucket, params: Sequence[T
             # what has equal settings and shapes is updated together
             without.sort(key=lambda i: (bucket.groups[i], params[i].shape))
             new = [rule.new_state(name, params[i], groups[i], optimizer.defaults) for i in without]
-            if key.backend == _backend.NATIVE:
+            if key.backend == backends.NATIVE:
                 new = side_by_side(new, _most_neighbours(optimizer, key.structure, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
                 states[i][name] = tensor
 
 
-def _most_neighbours(optimizer: MultiTensorStep, structure: tuple[bool, ...], dtype: torch.dtype) -> int:
+def _most_neighbours(optimizer: EngineOptimizer, structure: tuple[bool, ...], dtype: torch.dtype) -> int:
     """Up to how many elements lie together: a batch where a formula updates it at once, few for torch's operator."""
     rule = optimizer.rule
     compute = torch.float64 if dtype is torch.float64 else torch.float32
@@ -128,7 +127,7 @@ def _places(block: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
         offset += shape.numel()
 
 
-def own_states(optimizer: MultiTensorStep, snapshot: Any = None, *, keep_shared: bool = False) -> None:
+def own_states(optimizer: EngineOptimizer, snapshot: Any = None, *, keep_shared: bool = False) -> None:
     """Let states lie as :func:`create_states` would have laid them, in memory that is not the snapshot's.
 
     Args:
@@ -152,8 +151,8 @@ def own_states(optimizer: MultiTensorStep, snapshot: Any = None, *, keep_shared:
                 if rule.counts and all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in rule.counts):
                     scalars.setdefault(state[rule.counts[0]].device, []).append(state)
                     together.update(rule.counts)
-                if _backend.choose(param.device)[0] == _backend.NATIVE:
-                    structure = rule.variant_of(rule.structure_of(group), param)
+                if backends.choose(param.device)[0] == backends.NATIVE:
+                    structure = rule.variant_of(rule.group_variant(group), param)
                     most = _most_neighbours(optimizer, structure, param.dtype)
                     for name, value in state.items():
                         if (

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _compat
-from ._batch import Batch
-from ._buckets import Bucket, Members
-from ._call import MANY, Call, MixedCall, mix
-from ._layout import flat
+from ... import _compat
+from ..bucket import Bucket, Members
+from ..layout import flat
+from .batch import Batch
+from .call import MANY, Call, MixedCall, mix
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
@@ -117,7 +117,7 @@ class NativeBucket(Bucket):
                 for indices in members.values()
             ]
             if self._direct is not None and self.rule.by_element:
-                self._calls = mix(self, calls, settings, range(len(self.positions)))
+                self._calls = mix(self, calls, settings, self.compute_dtype)
             else:
                 self._calls = calls
         for call in self._calls:

@@ -5,17 +5,12 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ._layout import same_layout
-from ._native import NativeBucket
-
-if TYPE_CHECKING:
-    from ._triton import TritonBucket
-    from .triton_kernels.tensor_table import TensorTable
+from .layout import same_layout
 
 Row = tuple[float, ...]
 Operator = Callable[..., None]
@@ -31,7 +26,9 @@ class UpdateRule:
         module: Name of the module in ``triton_kernels``.
         counts: Scalar states, the step count first; may be empty.
         counts_on_device: They are where the parameter is, also without ``capturable``.
-        native_bucket: The class of buckets on a CPU.
+        walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"trust_ratio"``, a pass, a
+            reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns. Each
+            backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
         by_element: Which of the values :meth:`formula_by_element` takes by element; empty where there is no such thing.
     """
@@ -39,11 +36,11 @@ class UpdateRule:
     module: ClassVar[str]
     counts: ClassVar[tuple[str, ...]] = ("step",)
     counts_on_device: ClassVar[bool] = False
-    native_bucket: ClassVar[type[NativeBucket]] = NativeBucket
+    walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
     by_element: ClassVar[tuple[int, ...]] = ()
 
-    def structure_of(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         """The kernel variant of a group."""
         return ()
 
@@ -153,35 +150,10 @@ class UpdateRule:
         """
         raise NotImplementedError
 
-    def triton_bucket(self) -> type[TritonBucket]:
-        """The class of buckets on the Triton backend; imports triton."""
-        from ._triton import TritonBucket
-
-        return TritonBucket
-
     @functools.cached_property
     def kernels(self) -> Any:
         """The module of ``triton_kernels``; imports triton."""
-        return importlib.import_module(f"{__package__}.triton_kernels.{self.module}")
-
-    def launch(
-        self,
-        table: TensorTable,
-        grads: Tensor,
-        hyper: Tensor,
-        control: Tensor | None,
-        *,
-        structure: tuple[bool, ...],
-        dtypes: tuple[torch.dtype, ...],
-        warmup: bool,
-    ) -> None:
-        """Launch the update (arguments as ``triton_kernels.update.update_`` has them)."""
-        from .triton_kernels.update import update_
-
-        update_(
-            self.kernels, table, grads, hyper, control,
-            structure=structure, dtypes=dtypes, warmup=warmup,
-        )  # fmt: skip
+        return importlib.import_module(f"{__package__.partition('.')[0]}.triton_kernels.{self.module}")
 
 
 def l2_gradient(g: Tensor, p: Tensor, l2: float, out: Tensor) -> Tensor:

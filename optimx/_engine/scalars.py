@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _compat
+from .. import _compat
 
 #: Members a piece of memory must hold on average, to be counted at once. Else every scalar is counted for itself.
 MANY = 8

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _backend, _compat
-from ._buckets import Bucket
-from ._plan import variant
-from .triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
+from ... import _compat
+from ...triton_kernels.grad_norm import norm_
+from ...triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
+from ...triton_kernels.update import prepare_, update_
+from .. import backends
+from ..bucket import Bucket
 
 #: Where an empty gradient lies: its tensor takes the step, and nobody reads.
 _NOWHERE = 16
@@ -49,7 +51,7 @@ class TritonBucket(Bucket):
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
         self._addresses = self._fixed_addresses()
-        self.variant = variant(self.rule, self.key)
+        self.kernel_key = self.key.kernel_key(self.rule)
 
     def _fixed_addresses(self) -> list[int]:
         """Addresses that the tables have: all but those of gradients."""
@@ -91,12 +93,10 @@ class TritonBucket(Bucket):
 
     def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         """Write squared norms, of gradients divided by ``grad_scale``, and marks of bad ones; see ``norm_``."""
-        with _backend.compiling(self.variant):
+        with backends.compiling(self.kernel_key):
             self._measure(partials, offset, grad_scale)
 
     def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
-        from .triton_kernels.grad_norm import norm_
-
         norm_(
             self.table, self.grads, grad_scale, partials, offset,
             dtype=self.key.dtypes[1], norm_type=2.0,
@@ -110,7 +110,7 @@ class TritonBucket(Bucket):
         """
         needed = self._variant_of(control)
         if needed not in self._compiled:
-            with _backend.compiling(self.variant):
+            with backends.compiling(self.kernel_key):
                 self._launch(control, warmup=True)
             self._compiled.add(needed)
 
@@ -125,16 +125,14 @@ class TritonBucket(Bucket):
 
     def _launch(self, control: Tensor | None, warmup: bool) -> None:
         if self.key.on_device:
-            from .triton_kernels.update import prepare_
-
             scalars, raw = self._raw_tables
             prepare_(self.rule.kernels, raw, scalars, self._count_table, self.grads, self._rows, control, warmup=warmup)
         self._launch_update(control, warmup)
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
         """What follows when hyperparameter rows are there."""
-        self.rule.launch(
-            self.table, self.grads, self._rows, control,
+        update_(
+            self.rule.kernels, self.table, self.grads, self._rows, control,
             structure=self.key.structure, dtypes=self.key.dtypes, warmup=warmup,
         )  # fmt: skip
 

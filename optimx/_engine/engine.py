@@ -6,23 +6,21 @@ and hyperparameters; measure the norm; compile; update. Everything before the up
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from . import _backend, _compat
-from ._grad_norm import Amp, measure
-from ._plan import Leftover, StepInputs, StepPlan
-
-if TYPE_CHECKING:
-    from ._buckets import Bucket
-    from ._step import MultiTensorStep
+from .. import _compat
+from . import backends
+from .bucket import Bucket
+from .fallback import run_stock
+from .grad_norm import Amp, measure
+from .optimizer import EngineOptimizer
+from .plan import StepInputs, StepPlan
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
@@ -50,7 +48,7 @@ class Engine:
         plans: The last one used comes first.
         values: The hyperparameters of each group; a new list where one has changed.
         device_counts: Steps are counted on the device: whether one counts, only it knows (GradScaler).
-        control: Of the last step, see :mod:`optimx._grad_norm`; None without clipping and GradScaler.
+        control: Of the last step, see :mod:`optimx._engine.grad_norm`; None without clipping and GradScaler.
         deferred_found_inf: Left by GradScaler, to be written by the coming step.
     """
 
@@ -63,7 +61,7 @@ class Engine:
         self._settings: list[Any] = []
         self._n_group_keys = 0
 
-    def step(self, optimizer: MultiTensorStep) -> None:
+    def step(self, optimizer: EngineOptimizer) -> None:
         """Update all parameters that have a gradient."""
         records = torch.is_grad_enabled()
         _compat.set_grad_enabled(False)
@@ -72,29 +70,29 @@ class Engine:
         finally:
             _compat.set_grad_enabled(records)
 
-    def _step(self, optimizer: MultiTensorStep) -> None:
+    def _step(self, optimizer: EngineOptimizer) -> None:
         self.read_groups(optimizer)
-        inputs = StepInputs(optimizer)
+        inputs = StepInputs(optimizer, self.values, self.device_counts)
         amp = self._amp(optimizer)
         plan = self._plan(optimizer, inputs)
         if amp.found_inf is not None and optimizer.rule.counts and not self.device_counts and plan.on_triton:
             plan.release()
-            self.device_counts = True
+            self.device_counts = inputs.device_counts = True
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
         while True:
             try:
                 self._run(optimizer, plan, inputs, amp)
                 return
-            except _backend.CompileError as failed:
-                _backend.give_up(failed, _described(failed, optimizer, plan))
+            except backends.CompileError as failed:
+                backends.give_up(failed, _described(failed, optimizer, plan))
             finally:
                 plan.release()
             # without the variants that failed; others may
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
 
-    def read_groups(self, optimizer: MultiTensorStep) -> None:
+    def read_groups(self, optimizer: EngineOptimizer) -> None:
         """Bring ``values``, the hyperparameters of each group, up to date.
 
         Most steps change nothing, and hundreds of groups take longer to read than to update: settings that are the very
@@ -123,7 +121,7 @@ class Engine:
         self._settings = settings if _are_constants(settings) else []
         self.values = values
 
-    def note_found_inf(self, optimizer: MultiTensorStep, found_inf: Sequence[Tensor]) -> None:
+    def note_found_inf(self, optimizer: EngineOptimizer, found_inf: Sequence[Tensor]) -> None:
         """GradScaler has looked for infinite gradients, and may not call the step."""
         device = found_inf[0].device
         found = torch.stack([found.to(device, torch.float32) for found in found_inf]).sum()
@@ -132,14 +130,14 @@ class Engine:
         if optimizer.needs_norm:
             optimizer.grad_norm = unknown
 
-    def _amp(self, optimizer: MultiTensorStep) -> Amp:
+    def _amp(self, optimizer: EngineOptimizer) -> Amp:
         """What GradScaler left on the optimizer before it called the step."""
         found_inf, self.deferred_found_inf = self.deferred_found_inf, None
         if found_inf is not None:
             return Amp(getattr(optimizer, "grad_scale", None), found_inf, check=True)
         return Amp(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
 
-    def _plan(self, optimizer: MultiTensorStep, inputs: StepInputs) -> StepPlan:
+    def _plan(self, optimizer: EngineOptimizer, inputs: StepInputs) -> StepPlan:
         """The plan for a step, bound to its tensors."""
         for i, plan in enumerate(self.plans):
             if plan.is_for(inputs) and plan.holds(optimizer, inputs):
@@ -164,13 +162,13 @@ class Engine:
         for plan in self.plans:
             plan.is_retired = True
 
-    def _run(self, optimizer: MultiTensorStep, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
+    def _run(self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
         needs_norm = optimizer.needs_norm
         if needs_norm and plan.has_flat_shards:
             raise RuntimeError(flat_shards_message(optimizer.max_grad_norm))
         plan.lay_out_grads(inputs)
         buckets = plan.buckets
-        others: list[Any] = [inputs.grads[leftover.position] for leftover in plan.leftovers]
+        others: list[Any] = [inputs.grads[position] for position, _ in plan.leftovers]
         self.control = control = None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
@@ -193,7 +191,7 @@ class Engine:
             plan.keep_for_graph()
         # torch's step goes first: where it raises, nothing has been changed
         if plan.leftovers:
-            self._run_stock(optimizer, plan.leftovers, others, control, amp)
+            run_stock(optimizer, plan.leftovers, others, control, amp)
         for bucket, there in zip(buckets, on_device, strict=True):
             bucket.update(there)
             # autograd has to notice that what it saved for backward is gone
@@ -201,43 +199,23 @@ class Engine:
         if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
             plan.take_back_first(optimizer.state)
 
-    def _run_stock(
-        self,
-        optimizer: MultiTensorStep,
-        leftovers: Sequence[Leftover],
-        grads: Sequence[Any],
-        control: Tensor | None,
-        amp: Amp,
-    ) -> None:
-        """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
-        if control is not None and amp.found_inf is not None and bool(control[2] != 0):
-            return
-        positions = [leftover.position for leftover in leftovers]
-        scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[1])
-        with scaled:
-            for in_turn in (False, True):
-                chosen = [leftover.position for leftover in leftovers if leftover.in_turn is in_turn]
-                if chosen:
-                    with _only(optimizer, chosen), _in_turn(optimizer) if in_turn else nullcontext():
-                        optimizer._stock_step()
-
 
 def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:
     """Compile what the buckets will launch; the error, if any, is of all that do not compile."""
-    failed: list[_backend.CompileError] = []
+    failed: list[backends.CompileError] = []
     for bucket, control in zip(buckets, controls, strict=True):
         try:
             bucket.compile(control)
-        except _backend.CompileError as error:
+        except backends.CompileError as error:
             failed.append(error)
     if failed:
         variants = chain.from_iterable(error.variants for error in failed)
-        raise _backend.CompileError((*variants,), failed[0].cause)
+        raise backends.CompileError((*variants,), failed[0].cause)
 
 
-def _described(failed: _backend.CompileError, optimizer: MultiTensorStep, plan: StepPlan) -> str:
+def _described(failed: backends.CompileError, optimizer: EngineOptimizer, plan: StepPlan) -> str:
     """The tensors of a plan that kernels which do not compile were for."""
-    concerned = [bucket for bucket in plan.buckets if bucket.variant in failed.variants]
+    concerned = [bucket for bucket in plan.buckets if bucket.kernel_key in failed.variants]
     n_tensors = sum(len(bucket.positions) for bucket in concerned)
     where = sorted({f"{str(b.key.dtypes[0]).removeprefix('torch.')} on {b.key.device}" for b in concerned})
     return f"{n_tensors} tensor{'s' * (n_tensors != 1)} of {type(optimizer).__name__} ({', '.join(where)})"
@@ -266,59 +244,3 @@ def _readable(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item() if value.device.type == "cpu" else value.to(torch.float32)
     return value.item() if hasattr(value, "__array__") else value
-
-
-@contextmanager
-def _only(optimizer: Optimizer, positions: Sequence[int]) -> Iterator[None]:
-    """Let torch's step see the parameters at these positions alone, and nothing of GradScaler's."""
-    wanted = {*positions}
-    everything = [group["params"] for group in optimizer.param_groups]
-    attributes = vars(optimizer)
-    handed_over: dict[str, Any] = {
-        name: attributes.pop(name) for name in ("grad_scale", "found_inf") if name in attributes
-    }
-    try:
-        position = 0
-        for group in optimizer.param_groups:
-            chosen = [param for i, param in enumerate(group["params"], position) if i in wanted]
-            position += len(group["params"])
-            group["params"] = chosen
-        yield
-    finally:
-        for group, all_params in zip(optimizer.param_groups, everything, strict=True):
-            group["params"] = all_params
-        attributes.update(handed_over)
-
-
-@contextmanager
-def _in_turn(optimizer: Optimizer) -> Iterator[None]:
-    """Let torch's step be its loop over parameters."""
-    names = ("foreach", "fused")
-    chosen: list[dict[str, Any]] = [
-        {name: group[name] for name in names if name in group} for group in optimizer.param_groups
-    ]
-    try:
-        for group, settings in zip(optimizer.param_groups, chosen, strict=True):
-            group.update(dict.fromkeys(settings, False))
-        yield
-    finally:
-        for group, settings in zip(optimizer.param_groups, chosen, strict=True):
-            group.update(settings)
-
-
-@contextmanager
-def _scaled_grads(
-    optimizer: Optimizer, positions: Sequence[int], grads: Sequence[Tensor], scale: Tensor
-) -> Iterator[None]:
-    """Gradients times ``scale`` in place of the parameters' own, which stay as they are."""
-    all_params = [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
-    # of a parameter that is listed twice, the gradient is scaled once
-    params = [all_params[i] for i in positions]
-    try:
-        for param, grad in zip(params, grads, strict=True):
-            factor = scale.to(grad.device) if _compat.is_plain(grad) else float(scale)
-            param.grad = (grad * factor).to(grad.dtype)
-        yield
-    finally:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad

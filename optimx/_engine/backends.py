@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from . import _compat
+from .. import _compat
 
 TRITON, NATIVE, TORCH = "triton", "native", "torch"
 
@@ -128,8 +128,8 @@ def triton_problem() -> str | None:
         from triton.compiler import ASTSource
         from triton.runtime import driver
 
-        from .triton_kernels.device import OPTIONS
-        from .triton_kernels.grad_norm import _finish_kernel
+        from ..triton_kernels.device import OPTIONS
+        from ..triton_kernels.grad_norm import _finish_kernel
 
         pointers = {"partials_ptr": "*fp64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "norm_ptr": "*fp32",
                     "control_ptr": "*fp64"}  # fmt: skip

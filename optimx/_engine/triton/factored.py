@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._triton import TritonBucket
-from .triton_kernels import adafactor
-from .triton_kernels.matrix_table import tables
+from ...triton_kernels import adafactor
+from ...triton_kernels.matrix_table import tables
+from .elementwise import TritonBucket
 
 
 class FactoredTritonBucket(TritonBucket):

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _backend, _compat
-from ._batch import split_by_size
-from ._native import NativeBucket
-
-if TYPE_CHECKING:
-    from ._buckets import Bucket
-    from ._triton import TritonBucket
+from .. import _compat
+from . import backends
+from .bucket import Bucket
+from .cpu.batch import split_by_size
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,8 @@ def measure(
         The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
         the first gradient.
     """
-    triton: list[TritonBucket] = []
-    native: list[NativeBucket] = []
-    for bucket in buckets:
-        (native if isinstance(bucket, NativeBucket) else triton).append(bucket)  # type: ignore[arg-type]
+    triton: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.TRITON]
+    native: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.NATIVE]
     all_grads = [*others, *chain.from_iterable(bucket.members.grads for bucket in buckets)]
     dtype = result_dtype([bucket.key.dtypes[1] for bucket in buckets] + [grad.dtype for grad in others])
     scaled = amp.grad_scale is not None
@@ -150,7 +145,7 @@ def measure(
     return control[0].to(dtype), control
 
 
-def _torch_norms(native: Sequence[NativeBucket], others: Sequence[Tensor], wide: bool = False) -> list[Tensor]:
+def _torch_norms(native: Sequence[Any], others: Sequence[Tensor], wide: bool = False) -> list[Tensor]:
     return [norm for bucket in native for norm in bucket.norms(wide)] + tensor_norms(others, wide=wide)
 
 
@@ -160,14 +155,14 @@ def _maybe_infinite(norm: Tensor) -> bool:
 
 
 def _measure_triton(
-    buckets: Sequence[TritonBucket],
+    buckets: Sequence[Any],
     norms: Sequence[Tensor],
     max_norm: float | None,
     amp: Amp,
     dtype: torch.dtype,
     clamp: bool,
 ) -> tuple[Tensor, Tensor]:
-    from .triton_kernels.grad_norm import finish_
+    from ..triton_kernels.grad_norm import finish_
 
     home = buckets[0].key.device
     needed = max_norm is not None or amp.check
@@ -196,7 +191,7 @@ def _measure_triton(
     norm = torch.empty((), dtype=dtype, device=home)
     control = torch.empty(3, dtype=torch.float64, device=home)
     found_inf = _on(amp.found_inf, home)
-    with _backend.compiling(*(bucket.variant for bucket in buckets)):
+    with backends.compiling(*(bucket.kernel_key for bucket in buckets)):
         finish_(
             partials, norm, control, norm_type=2.0, max_norm=max_norm, clamp=clamp,
             grad_scale=_on(amp.grad_scale, home), found_inf=found_inf, check_finite=amp.check,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compat
-from ._batch import in_order, runs
-from ._buckets import Members, picker
-from ._call import Call
-from ._native import PIECE, NativeBucket
+from ... import _compat
+from ..bucket import Members, picker
+from .batch import in_order, runs
+from .call import Call
+from .elementwise import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
 _ALL = slice(None)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ._batch import batches_of
-from ._buckets import Members, picker
-
-if TYPE_CHECKING:
-    from ._native import NativeBucket
+from ..bucket import Bucket, Members, picker
+from .batch import batches_of
 
 #: Settings that are one member's or two's, if there are as many of them, and members up to this many elements: a call
 #: for each takes longer than a formula for all (measured from 4 to 1024 elements).
@@ -32,7 +29,7 @@ class Call:
         setting: For an operator the hyperparameters, for a formula the row.
     """
 
-    def __init__(self, bucket: NativeBucket, members: list[int] | None, index: int, together: bool) -> None:
+    def __init__(self, bucket: Bucket, members: list[int] | None, index: int, together: bool) -> None:
         self.index = index
         self.parts: Sequence[Call] = [self]
         self.setting: tuple[Any, ...] = ()
@@ -52,14 +49,14 @@ class Call:
 class MixedCall(Call):
     """Small members whose settings are different, a call each; or one formula for all, with settings by element."""
 
-    def __init__(self, bucket: NativeBucket, parts: Sequence[Call]) -> None:
+    def __init__(self, bucket: Bucket, parts: Sequence[Call], dtype: torch.dtype) -> None:
         indices = [i for part in parts for i in part.indices or ()]
         super().__init__(bucket, indices, parts[0].index, together=True)
         self.parts = parts
         self._indices = [part.index for part in parts for _ in part.indices or ()]
         self._by_element = bucket.rule.by_element
         self._elements = [torch.tensor(batch.sizes, device="cpu") for batch in self.batches]
-        self._dtype = bucket.compute_dtype
+        self._dtype = dtype
         #: For each batch the setting, in which tensors stand for what differs; empty if too much does.
         self.settings: list[tuple[Any, ...]] = []
 
@@ -78,15 +75,15 @@ class MixedCall(Call):
 
 
 def mix(
-    bucket: NativeBucket, calls: Sequence[Call], settings: Sequence[tuple[Any, ...]], everyone: Sequence[int]
+    bucket: Bucket, calls: Sequence[Call], settings: Sequence[tuple[Any, ...]], dtype: torch.dtype
 ) -> Sequence[Call]:
-    """The same calls, those mixed that a formula could make in one; ``everyone`` is all members, a call's ``None``."""
+    """The same calls, those mixed that a formula could make in one, computing in ``dtype``."""
     by_element = bucket.rule.by_element
     alike: dict[tuple[Any, ...], list[Call]] = {}
     others: list[Call] = []
     params = bucket.members.params
     for call in calls:
-        indices = everyone if call.indices is None else call.indices
+        indices = range(len(params)) if call.indices is None else call.indices
         if len(indices) <= FEW and not call.large and all(params[i].numel() <= TINY for i in indices):
             setting = settings[call.index]
             common = tuple(value for i, value in enumerate(setting) if i not in by_element)
@@ -98,5 +95,5 @@ def mix(
         if len(parts) < MANY:
             others += parts
         else:
-            mixed.append(MixedCall(bucket, parts))
+            mixed.append(MixedCall(bucket, parts, dtype))
     return mixed + others

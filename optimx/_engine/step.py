@@ -11,48 +11,28 @@ import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import chain
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import _compat
-from ._engine import Engine, check_group, flat_shards_message
-from ._rule import UpdateRule
-from ._states import own_states, settle_scalars
+from .. import _compat
+from .engine import Engine, check_group, flat_shards_message
+from .optimizer import EngineOptimizer
+from .states import own_states, settle_scalars
 
 
-class MultiTensorStep(_compat.GraphCaptureCheck):
+class MultiTensorStep(EngineOptimizer):
     """Mixin with the step. The torch class comes after it: ``class AdamW(MultiTensorStep, torch.optim.AdamW)``."""
-
-    rule: ClassVar[UpdateRule]
 
     _is_copy: bool
 
-    #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
-    #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm;
-    #: flat parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
-    #: stages of a pipeline look like any other parameters, and a process would clip by its own part's norm: leave this
-    #: None there, and clip before the step by a norm that is reduced over all processes.
-    max_grad_norm: float | None = None
-    #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
-    #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
-    #: gradients, and not finite where the step was skipped.
-    grad_norm: Tensor | None = None
-    #: Divide the gradients of all groups by their common 2-norm inside the step.
-    normalize_grads: bool = False
-    #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
-    capturable: bool = False
-
-    #: Torch's own step, or the loop that stands for one: the one that this mixin overrides, without the step hooks.
-    #: ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step``
-    #: carries the hook runner, and the user's hooks, which already run around our step, would run twice.
-    _stock_step: ClassVar[Callable[..., Any]]
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # ``super().step()`` would do until the first stock instance exists: from then on the stock class's ``step``
+        # carries the hook runner, and the user's hooks, which already run around our step, would run twice
         after = cls.__mro__[cls.__mro__.index(MultiTensorStep) + 1 :]
         cls._stock_step = _compat.without_hooks(next(vars(base)["step"] for base in after if "step" in vars(base)))
 
@@ -77,11 +57,6 @@ class MultiTensorStep(_compat.GraphCaptureCheck):
     def _engine(self) -> Engine:
         """Made when it is first asked for: a subclass may call :class:`torch.optim.Optimizer`'s ``__init__`` alone."""
         return Engine()
-
-    @property
-    def needs_norm(self) -> bool:
-        """Whether the step measures the norm of the gradients."""
-        return self.max_grad_norm is not None or self.normalize_grads
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: value for name, value in self._own_attributes() if _is_data(value)}}

@@ -7,24 +7,47 @@ at once, and whatever lies there instead is what the next step uses. :meth:`Buck
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain, compress
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._scalars import Scalars
-
-if TYPE_CHECKING:
-    from collections.abc import Container
-
-    from ._plan import BucketKey
-    from ._rule import Row, UpdateRule
+from .rule import Row, UpdateRule
+from .scalars import Scalars
 
 #: Members up to which also the dtypes of scalars are compared.
 FEW = 8
+
+
+@dataclass(frozen=True)
+class BucketKey:
+    """What the members of a bucket have in common.
+
+    Attributes:
+        dtypes: Of parameter, gradient and states.
+        structure: The kernel variant: values of the rule's ``structure`` hyperparameters.
+        on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
+            (``capturable``, AMP skips, a tensor lr).
+        count_dtype: Of the scalar states.
+        first: Members take their first step, where the rule has it differ from the others.
+    """
+
+    backend: str
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    structure: tuple[Any, ...]
+    on_device: bool
+    count_dtype: torch.dtype
+    first: bool
+
+    def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
+        """What tells the kernels that a rule's bucket launches from those of others."""
+        return rule.module, replace(self, first=False)
+
 
 Picker = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -70,11 +93,11 @@ class Bucket:
         members: The tensors, between :meth:`bind` and :meth:`release`.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
         takes_missing: A member may lack its gradient, None in ``members.grads``: then it is left as it is.
-        variant: What tells its kernels from those of others; None where nothing is compiled.
+        kernel_key: What tells its kernels from those of others; None where nothing is compiled.
     """
 
     takes_missing = False
-    variant: Any = None
+    kernel_key: Any = None
 
     def __init__(self, key: BucketKey, rule: UpdateRule) -> None:
         self.key = key

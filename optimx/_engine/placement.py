@@ -1,0 +1,225 @@
+"""Placement: who updates a parameter, and with what. One question a function; :func:`optimx.explain` shows the answers.
+
+A parameter is a member of a bucket, whose key it gets, or for a reason left to torch's own step.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _compat
+from . import backends
+from .bucket import BucketKey
+from .layout import extent, is_dense
+from .optimizer import EngineOptimizer
+from .rule import UpdateRule
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NUMBERS = {bool, int, float, type(None)}
+
+
+class Placement(NamedTuple):
+    """Where a parameter goes.
+
+    Attributes:
+        key: Of its bucket; None: torch's own step updates it.
+        reason: Why that.
+        in_turn: It shares memory with another one, or its memory has gaps: torch's loop, one after the other, is right.
+    """
+
+    key: BucketKey | None
+    reason: str = ""
+    in_turn: bool = False
+
+
+def place_all(optimizer: EngineOptimizer, grads: Sequence[Any], *, device_counts: bool) -> list[Placement | None]:
+    """Where each parameter goes, group after group; None without a gradient. Arguments are those of :func:`place`."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = chain.from_iterable(repeat(group, len(group["params"])) for group in optimizer.param_groups)
+    shared = sharing_memory(optimizer, params, grads)
+    placements: list[Placement | None] = []
+    for position, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+        if grad is None:
+            placements.append(None)
+        elif position in shared:
+            placements.append(Placement(None, shared[position], in_turn=True))
+        else:
+            placements.append(place(optimizer, param, grad, group, device_counts=device_counts))
+    return placements
+
+
+def place(
+    optimizer: EngineOptimizer, param: Tensor, grad: Tensor, group: dict[str, Any], *, device_counts: bool
+) -> Placement:
+    """Where a parameter goes that shares no memory; nothing is changed.
+
+    Args:
+        optimizer: Whose it is.
+        param: The parameter.
+        grad: Its gradient, or what looks like the one that it will have.
+        group: Its group.
+        device_counts: Steps are counted on the device, because only it knows whether one counts (GradScaler).
+    """
+    rule = optimizer.rule
+    backend, no_backend = backends.choose(param.device)
+    reason = unsuitable(param, grad, group)
+    if reason or backend == backends.TORCH:
+        # torch's fused step on a CPU takes any memory to be dense; its loop does not
+        gaps = param.layout is torch.strided and not is_dense(param)
+        return Placement(None, reason or no_backend, in_turn=gaps)
+    if reason := rule.unsuitable(param):
+        return Placement(None, reason)
+    state = optimizer.state.get(param, {})
+    if not isinstance(state, dict):
+        return Placement(None, f"its state is a {type(state).__name__}")
+    variant = rule.variant_of(rule.group_variant(group), param)
+    names = rule.state_names(variant)
+    states = {name: state[name] for name in names if state.get(name) is not None}
+    fresh = rule.state_dtype(param, group)
+    dtypes = (param.dtype, grad.dtype, *(getattr(states.get(name), "dtype", fresh) for name in names))
+    values = rule.values(group)
+    on_triton = backend == backends.TRITON
+    capturable = bool(group.get("capturable", optimizer.capturable))
+    on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
+    scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
+    reason = (
+        _states_problem(rule, states, param)
+        or _dtypes_problem(dtypes)
+        or (on_triton and _capture_problem(capturable))
+        or reason
+        or _values_problem(values, param.device)
+    )
+    if reason:
+        return Placement(None, reason)
+    key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, rule.is_first(state, values))
+    if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
+        return Placement(None, reason)
+    return Placement(key)
+
+
+def asks_for_torch(group: dict[str, Any]) -> bool:
+    """Whether the user chose an implementation that is torch's alone."""
+    fused, foreach = group.get("fused"), group.get("foreach")
+    return bool(group.get("differentiable")) or fused is False or (foreach is not None and not fused)
+
+
+def unsuitable(param: Tensor, grad: Tensor, group: dict[str, Any]) -> str | None:
+    """Why torch's own step must update a parameter, as far as its group, type and layout tell."""
+    if asks_for_torch(group):
+        flags = ((name, group.get(name)) for name in ("foreach", "fused", "differentiable"))
+        return "asked for: " + ", ".join(f"{name}={value}" for name, value in flags if value not in (None, ""))
+    for name, tensor in (("parameter", param), ("gradient", grad)):
+        if not _compat.is_plain(tensor):
+            return f"{name} is a {type(tensor).__name__}"
+        if tensor.layout is not torch.strided:
+            return f"{name} is sparse"
+        if tensor.dtype not in FLOATS:
+            return f"{name} is {str(tensor.dtype).removeprefix('torch.')}"
+    if grad.device != param.device or grad.shape != param.shape:
+        return "gradient and parameter differ in device or shape"
+    if not is_dense(param):
+        return "parameter's memory has gaps or overlaps"
+    if group.get("capturable") and not group.get("fused") and param.device.type == "cpu":
+        return "capturable=True on a CPU"
+    return None
+
+
+def has_device_values(values: Iterable[Any]) -> bool:
+    """Whether a hyperparameter is a tensor that the host could not read without waiting."""
+    values = [*values]
+    # numbers are the rule, and hundreds of groups may change every step
+    if _NUMBERS.issuperset(map(type, values)):
+        return False
+    return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
+
+
+def _rows_on_device(rule: UpdateRule, values: tuple[Any, ...], group: dict[str, Any], asked: bool) -> bool:
+    """Whether scalars live on the device, and hyperparameter rows are made there.
+
+    A tensor lr on the device is read there, never here.
+    """
+    if asked or has_device_values(values):
+        return True
+    return bool(rule.counts) and (rule.counts_on_device or bool(group.get("fused")))
+
+
+def _scalar_dtype(
+    rule: UpdateRule, state: dict[str, Any], group: dict[str, Any], on_device: bool, capturable: bool
+) -> tuple[torch.dtype, str]:
+    """The dtype of a parameter's scalar states, and why they can't be counted."""
+    fresh = torch.float32
+    if rule.counts_on_device or not on_device:
+        fresh = _compat.count_dtype(bool(group.get("fused")) or capturable)
+    known = [state[name].dtype for name in rule.counts if isinstance(state.get(name), Tensor)]
+    dtype = known[0] if known else fresh
+    if any(other is not dtype for other in known) or (on_device and dtype is not torch.float32):
+        return dtype, f"{' and '.join(rule.counts)} of dtype {', '.join(map(str, known))}"
+    return dtype, ""
+
+
+def _states_problem(rule: UpdateRule, states: dict[str, Any], param: Tensor) -> str:
+    for name, tensor in states.items():
+        if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
+            return "a state is not a plain floating-point tensor"
+        if tensor.device != param.device or not rule.suits(name, tensor, param):
+            return "a state differs from the parameter in device, shape or layout"
+    return ""
+
+
+def _dtypes_problem(dtypes: tuple[torch.dtype, ...]) -> str:
+    if dtypes[0] is not torch.float64 and torch.float64 in dtypes:
+        return "float64 gradient or state of a smaller parameter"
+    return ""
+
+
+def _capture_problem(capturable: bool) -> str:
+    """Why a CUDA graph that is being recorded can't have our launches."""
+    if not _compat.is_capturing():
+        return ""
+    if not capturable:
+        return "capture without capturable=True"
+    return "" if _compat.graphs_keep_pinned_memory() else f"CUDA graphs need torch 2.11, this is {torch.__version__}"
+
+
+def _values_problem(values: tuple[Any, ...], device: torch.device) -> str:
+    for value in values:
+        if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != device:
+            return "a tensor hyperparameter is on another device"
+    return ""
+
+
+def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:
+    """Positions of parameters that have memory in common with another one, or whose states have; and how.
+
+    In one launch their updates would race, and copies would be written back over each other.
+    """
+    times = Counter(map(id, params))
+    found = {i: "listed twice" for i, param in enumerate(params) if times[id(param)] > 1 and grads[i] is not None}
+    ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
+    for position, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        state = optimizer.state.get(param)
+        if grad is None:
+            continue
+        for tensor in (param, *(state.values() if isinstance(state, dict) else ())):
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _compat.is_plain(tensor):
+                start, end = extent(tensor)
+                if 0 < start < end:
+                    ranges.setdefault(tensor.device, []).append((start, end, position))
+    for on_device in ranges.values():
+        # the one that reaches farthest, of those that begin before
+        on_device.sort()
+        farthest, owner = 0, -1
+        for start, end, position in on_device:
+            if start < farthest and position != owner:
+                for one in (position, owner):
+                    found.setdefault(one, "shares memory with another parameter")
+            if end > farthest:
+                farthest, owner = end, position
+    return found

@@ -1,0 +1,18 @@
+"""Buckets whose tensors take a step as long as the tensor (LAMB), on the Triton backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...triton_kernels.lamb import lamb_
+from .elementwise import TritonBucket
+
+
+class TrustRatioTritonBucket(TritonBucket):
+    """Members that three launches update: norms, ratios, the step."""
+
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+        kernels: Any = self.rule.kernels
+        lamb_(kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, warmup=warmup)
