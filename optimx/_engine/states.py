@@ -135,7 +135,6 @@ def own_states(optimizer: EngineOptimizer, snapshot: Any = None, *, keep_shared:
         snapshot: The ``state`` of what was loaded: neither its tensors nor its containers may change later.
         keep_shared: Leave alone what other processes share.
     """
-    rule = optimizer.rule
     taken = {*map(_memory, _tensors(snapshot))}
     scalars: dict[torch.device, list[State]] = {}
     small: dict[tuple[str, int], list[State]] = {}
@@ -143,37 +142,53 @@ def own_states(optimizer: EngineOptimizer, snapshot: Any = None, *, keep_shared:
         for group in optimizer.param_groups:
             for param in sorted(group["params"], key=lambda param: param.shape):
                 state = optimizer.state.get(param)
-                if not isinstance(state, dict):
+                if not isinstance(state, dict) or (keep_shared and _is_shared(state)):
                     continue
-                if keep_shared and any(_is_plain(value) and value.is_shared() for value in state.values()):
-                    continue
-                together: set[str] = set()
-                if rule.counts and all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in rule.counts):
-                    scalars.setdefault(state[rule.counts[0]].device, []).append(state)
-                    together.update(rule.counts)
-                if backends.choose(param.device)[0] == backends.NATIVE:
-                    structure = rule.variant_of(rule.group_variant(group), param)
-                    most = _most_neighbours(optimizer, structure, param.dtype)
-                    for name, value in state.items():
-                        if (
-                            name not in together
-                            and _is_plain(value)
-                            and value.device == param.device
-                            and is_small(value)
-                        ):
-                            small.setdefault((name, most), []).append(state)
-                            together.add(name)
-                for name in state.keys() - together:
+                counts = _settled_scalars(optimizer, state)
+                if counts:
+                    scalars.setdefault(state[counts[0]].device, []).append(state)
+                neighbours, most = _small_states(optimizer, param, group, state)
+                for name in neighbours:
+                    small.setdefault((name, most), []).append(state)
+                for name in state.keys() - {*counts, *neighbours}:
                     state[name] = _apart_from(taken, state[name])
         for key in optimizer.state.keys() - {param for group in optimizer.param_groups for param in group["params"]}:
             optimizer.state[key] = _apart_from(taken, optimizer.state[key])
         for device, states in scalars.items():
-            settle_scalars(rule.counts, states, device)
+            settle_scalars(optimizer.rule.counts, states, device)
         for (name, most), states in small.items():
             # one that is alone stays where it is
             places = side_by_side([state[name] for state in states], most)
             for state, place in zip(states, places, strict=True):
                 state[name] = _apart_from(taken, place)
+
+
+def _is_shared(state: State) -> bool:
+    """Whether other processes share a state."""
+    return any(_is_plain(value) and value.is_shared() for value in state.values())
+
+
+def _settled_scalars(optimizer: EngineOptimizer, state: State) -> tuple[str, ...]:
+    """Names of scalars that lie together with those of other parameters: all of a rule's, or none."""
+    counts = optimizer.rule.counts
+    return counts if all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in counts) else ()
+
+
+def _small_states(
+    optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], state: State
+) -> tuple[list[str], int]:
+    """Names of states that lie beside those of other parameters, and how many elements may lie together."""
+    if backends.choose(param.device)[0] != backends.NATIVE:
+        return [], 0
+    rule = optimizer.rule
+    names = [
+        name
+        for name, value in state.items()
+        if not (name in rule.counts and _settled_scalars(optimizer, state))
+        and _is_plain(value) and value.device == param.device and is_small(value)
+    ]  # fmt: skip
+    variant = rule.variant_of(rule.group_variant(group), param)
+    return names, _most_neighbours(optimizer, variant, param.dtype)
 
 
 def _is_plain(value: Any) -> bool:

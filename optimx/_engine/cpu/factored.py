@@ -130,36 +130,12 @@ class Stack:
         sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
         compute, factor = bucket.compute_dtype, sign * scale
         g_all = self.gather(bucket, GRADS, grads)
-        of_rows, of_columns = self.sums or self.measure(bucket, g_all)
-        square = factor * factor
-        if square != 1.0 and not bool(of_rows.sum().isfinite()):
-            # squares of scaled gradients overflow float32 long before those of the gradients would
-            of_rows, of_columns = self.measure(bucket, g_all, factor)
-            square = 1.0
-        _, _, n_rows, n_columns = self.shape
-        if self.factored:
-            of_rows.mul_(square / n_columns).add_(eps_stat)
-            of_columns.mul_(square / n_rows).add_(eps_stat)
-            r, c = (self._average(*of, omega) for of in zip(averages, (of_rows, of_columns), strict=True))
-            # torch's mean is of the logical rows, and so are its roundings
-            r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps)
-        else:
-            c = self._average(averages[0], of_columns.mul_(square).add_(eps_stat), omega)
-            r = torch.ones((), dtype=compute, device="cpu").expand_as(of_rows)
-        # roots of factors: their product stays in range where that of the factors would not
-        r, c = r.sqrt(), c.sqrt()
+        r, c = self._factors(bucket, averages, g_all, factor, (omega, eps_stat, eps))
         # where nothing is clamped, there is no division for each element
         separable = bool(r.amin() * c.amin() >= eps)
         if separable:
             r, c = r.reciprocal_().mul_(factor), c.reciprocal_()
         r, c = r.unsqueeze(-1), c.unsqueeze(-2)
-
-        p_all = self.gather(bucket, PARAMS, params)
-        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
-        alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
-        if scaled:
-            squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
-            alpha *= _larger((squares / self.numel).sqrt_(), eps2)
 
         def direction(piece: Slices) -> Tensor:
             of_tensor, matrices, rows, columns = piece
@@ -171,32 +147,80 @@ class Stack:
             torch.mul(r_piece, c_piece, out=out)
             return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
 
+        p_all = self.gather(bucket, PARAMS, params)
+        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
+        alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
+        if scaled:
+            squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
+            alpha *= _larger((squares / self.numel).sqrt_(), eps2)
         squares = torch.zeros_like(alpha)
         for piece in self.pieces:
             u = direction(piece)
             squares += self._squares(u)
         size = alpha / _larger((squares / self.numel).sqrt_() / d, 1.0)
-        decay = 1.0 - decay_lr - decay_alpha * alpha
-        sizes, decays = (x.to(compute).view(-1, 1, 1, 1) for x in (size, decay))
+        decay = 1.0 - decay_lr - decay_alpha * alpha if decay_lr or decay_alpha else None
         for piece in self.pieces:
             if len(self.pieces) > 1:
                 u = direction(piece)
-            p = p_all[piece].to(compute)
-            if decay_lr or decay_alpha:
-                p.mul_(decays)
-            if moments is not None:
-                moment = moments[piece].to(compute)
-                p.sub_(moment.lerp_(u.mul_(sizes), beta1_c))
-                moments[piece] = moment
-            elif self.alone:
-                p.add_(u, alpha=-float(size))
-            else:
-                p.sub_(u.mul_(sizes))
-            if p.dtype is not p_all.dtype:
-                p_all[piece] = p
+            self._apply(p_all, moments, piece, u, size, decay, beta1_c)
         self.scatter(PARAMS, params)
         if self.has_moment:
             self.scatter(MOMENTS, states[-1])
+
+    def _factors(
+        self,
+        bucket: FactoredBucket,
+        averages: Sequence[Sequence[Tensor]],
+        g_all: Tensor,
+        factor: float,
+        constants: tuple[float, float, float],
+    ) -> tuple[Tensor, Tensor]:
+        """Move the averages; returns roots of rows' over their mean and of columns', whose product is the divisor.
+
+        Their product stays in range where that of the averages would not.
+        """
+        omega, eps_stat, eps = constants
+        of_rows, of_columns = self.sums or self.measure(bucket, g_all)
+        square = factor * factor
+        if square != 1.0 and not bool(of_rows.sum().isfinite()):
+            # squares of scaled gradients overflow float32 long before those of the gradients would
+            of_rows, of_columns = self.measure(bucket, g_all, factor)
+            square = 1.0
+        _, _, n_rows, n_columns = self.shape
+        if not self.factored:
+            c = self._average(averages[0], of_columns.mul_(square).add_(eps_stat), omega)
+            return torch.ones((), dtype=bucket.compute_dtype, device="cpu").expand_as(of_rows).sqrt(), c.sqrt()
+        of_rows.mul_(square / n_columns).add_(eps_stat)
+        of_columns.mul_(square / n_rows).add_(eps_stat)
+        r, c = (self._average(*of, omega) for of in zip(averages, (of_rows, of_columns), strict=True))
+        # torch's mean is of the logical rows, and so are its roundings
+        r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps)
+        return r.sqrt(), c.sqrt()
+
+    def _apply(
+        self,
+        p_all: Tensor,
+        moments: Tensor | None,
+        piece: Slices,
+        u: Tensor,
+        size: Tensor,
+        decay: Tensor | None,
+        beta1_c: float,
+    ) -> None:
+        """Take the step in a piece, of each tensor with its size and decay."""
+        p = p_all[piece].to(u.dtype)
+        if decay is not None:
+            p.mul_(decay.to(u.dtype).view(-1, 1, 1, 1))
+        if moments is None and self.alone:
+            p.add_(u, alpha=-float(size))
+        else:
+            u.mul_(size.to(u.dtype).view(-1, 1, 1, 1))
+            if moments is not None:
+                u = moments[piece].to(u.dtype).lerp_(u, beta1_c)
+                moments[piece] = u
+            p.sub_(u)
+        if p.dtype is not p_all.dtype:
+            p_all[piece] = p
 
     def _average(self, states: Sequence[Tensor], means: Tensor, omega: float) -> Tensor:
         """Move averages towards this step's means; returns them as they are stored, rounded or not."""
