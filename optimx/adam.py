@@ -53,22 +53,21 @@ class AdamRule(UpdateRule):
         )
         return row, (step,)
 
-    def formula_by_element(self, values, p, g, states, step, scratch):
-        lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
+    def formula(self, structure, row, p, g, states, scratch):
+        # what differs between groups, whose decay, l2 and size are vectors; else there is the operator
+        _, decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, size, eps = row
         exp_avg, exp_avg_sq, *largest = states
-        if maximize:
-            g = torch.neg(g, out=scratch[0])
-        if decoupled:
-            p.addcmul_(p, torch.mul(lr, weight_decay, out=scratch[1]), value=-1)
-        elif weight_decay.any():
-            g = torch.addcmul(g, p, weight_decay, out=scratch[0])
+        if isinstance(decay, Tensor):
+            p.mul_(decay)
+        elif l2.any():
+            g = torch.addcmul(g, p, l2, out=scratch[0])
         # no operator that wakes threads for a few elements: neither torch's own one nor sqrt
-        exp_avg.lerp_(g, 1.0 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1.0 - beta2)
+        exp_avg.lerp_(g, beta1_c)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
         square = torch.maximum(largest[0], exp_avg_sq, out=largest[0]) if largest else exp_avg_sq
         denominator = torch.rsqrt(square, out=scratch[1]).reciprocal_()
-        denominator.div_(math.sqrt(1.0 - beta2**step)).add_(eps)
-        p.addcdiv_(torch.mul(exp_avg, lr, out=scratch[0]), denominator, value=-1.0 / (1.0 - beta1**step))
+        denominator.div_(bias2_sqrt).add_(eps)
+        p.addcdiv_(torch.mul(exp_avg, size, out=scratch[0]), denominator, value=-1.0)
 
     def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator:
         return fused_adam

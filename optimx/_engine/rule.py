@@ -30,7 +30,8 @@ class UpdateRule:
             reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns. Each
             backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
-        by_element: Which of the values :meth:`formula_by_element` takes by element; empty where there is no such thing.
+        by_element: Which of the values may be vectors, with an entry an element: :meth:`prepare` then makes a row of
+            them that :meth:`formula` takes, also where there is an operator. Empty where there is no such thing.
     """
 
     module: ClassVar[str]
@@ -130,23 +131,6 @@ class UpdateRule:
 
         All tensors are one-dimensional, float32 or float64, and fit the cache together. ``g`` is multiplied by the
         row's factor already and must not be written; the three tensors of ``scratch`` may.
-        """
-        raise NotImplementedError
-
-    def formula_by_element(
-        self,
-        values: tuple[Any, ...],
-        p: Tensor,
-        g: Tensor,
-        states: Sequence[Tensor],
-        step: float,
-        scratch: tuple[Tensor, ...],
-    ) -> None:
-        """Like the operator, for one piece of many tensors whose values differ, as :meth:`formula` has them.
-
-        Args:
-            values: Those of ``by_element`` are tensors of the piece's size.
-            step: The count of all the tensors, with the present step.
         """
         raise NotImplementedError
 

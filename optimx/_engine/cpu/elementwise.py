@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import _compat
 from ..bucket import Bucket, Members
 from ..layout import flat
+from ..rule import Row
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
 
@@ -166,10 +167,15 @@ class NativeBucket(Bucket):
 
     def _update_mixed(self, call: MixedCall, scale: float, step: float) -> None:
         members = call.of(self.members)
-        for batch, setting in zip(call.batches, call.settings, strict=True):
-            for piece in self._batch(batch, members, scale, by_formula=True):
-                p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
-                self.rule.formula_by_element(setting, p, g, states, step, self.temporaries(p))
+        for batch, values in zip(call.batches, call.settings, strict=True):
+            # counted already
+            row, _ = self.rule.prepare(values, (step - 1.0,))
+            for piece in self._batch(batch, members, scale * row[0], by_formula=True):
+                self._formula(row, piece)
+
+    def _formula(self, row: Row, piece: Piece) -> None:
+        p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
+        self.rule.formula(self.key.structure, row, p, g, states, self.temporaries(p))
 
     def _update_in_pieces(self, call: Call, members: Members, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
@@ -192,8 +198,7 @@ class NativeBucket(Bucket):
             if self._staged is not None:
                 self._staged(setting, *piece[:4])
             else:
-                p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
-                self.rule.formula(self.key.structure, setting, p, g, states, self.temporaries(p))
+                self._formula(setting, piece)
 
     def temporaries(self, like: Tensor, count: int = 3) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
