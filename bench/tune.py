@@ -78,7 +78,7 @@ def best(measured: list[dict[str, Row]]) -> LaunchSize | None:
 
 
 def entry(below: int, size: LaunchSize) -> dict[str, int]:
-    return {"below": below, **asdict(size)}
+    return {"below": below, **size._asdict()}
 
 
 def keep(device_name: str, sizes: list[dict[str, int]], path: Path = TUNED) -> None:

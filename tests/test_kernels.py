@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
@@ -20,12 +20,13 @@ pytest.importorskip("triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from optimx.triton_kernels import adafactor, grad_norm, lamb, update  # noqa: E402
-from optimx.triton_kernels.device import divide, divide_by, launch  # noqa: E402
+from optimx.triton_kernels.device import Variant, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
+from optimx.triton_kernels.matrix_table import tables  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
     LaunchSize,
     TensorTable,
     chunk_map,
-    is_aligned,
+    send,
     upload,
 )
 from triton.runtime import interpreter  # noqa: E402
@@ -53,16 +54,17 @@ def in_poison(
     device: torch.device,
     dtype: torch.dtype,
     seed: int,
-    shift: int,
+    shifts: int | Sequence[int] = 0,
     poison=float("nan"),
 ):
-    """Tensors ``shift`` elements past an aligned address, and what is around them: NaN tells of reads past an end.
+    """Tensors ``shifts`` elements past an aligned address, and what is around them: NaN tells of reads past an end.
 
     Another number tells of writes; NaN read, updated and written is NaN again.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors, around = [], []
-    for shape in shapes:
+    for i, shape in enumerate(shapes):
+        shift = shifts if isinstance(shifts, int) else shifts[i]
         numel = torch.Size(shape).numel()
         buffer = torch.full((numel + 64,), poison, device=device, dtype=dtype)
         inside = buffer[16 + shift : 16 + shift + numel]
@@ -76,8 +78,10 @@ def is_untouched(around: Sequence[Tensor], poison: float) -> bool:
     return all(torch.equal(a.nan_to_num(9.0), torch.full_like(a, poison).nan_to_num(9.0)) for a in around)
 
 
-def addresses(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
-    return upload(torch.tensor([t.data_ptr() for t in tensors], dtype=torch.int64), device)
+def addresses(tensors: Sequence[Tensor], device: torch.device, missing: Collection[int] = ()) -> Tensor:
+    """Of tensors, on the device; 0 for those at indices ``missing``."""
+    found = [0 if i in missing else t.data_ptr() for i, t in enumerate(tensors)]
+    return upload(torch.tensor(found, dtype=torch.int64), device)
 
 
 def rows(*values: Sequence[float], device: torch.device) -> Tensor:
@@ -98,7 +102,14 @@ def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
 
 
 class Launch:
-    """Everything that one launch of an algorithm's update takes, on poisoned memory."""
+    """Everything that one launch of an algorithm's update takes, on poisoned memory.
+
+    Args:
+        case, kwargs: Which algorithm, and its hyperparameters.
+        shifts: Elements past an aligned address: of all tensors, or a list of numbers a role (params, grads, states).
+        poison: What is around tensors.
+        missing: Tensors that have no gradient.
+    """
 
     def __init__(
         self,
@@ -106,16 +117,20 @@ class Launch:
         kwargs: dict,
         device: torch.device,
         dtype: torch.dtype,
-        shift: int = 0,
+        shifts: int | Sequence[Sequence[int]] = 0,
         poison: float = float("nan"),
         shapes: Sequence[Sequence[int]] = SHAPES,
         size: LaunchSize = SIZE,
+        missing: Collection[int] = (),
     ) -> None:
         self.case, self.kwargs, self.rule = case, kwargs, case.cls.rule
         self.group, self.structure = _group(case, kwargs)
-        self.dtype, self.aligned = dtype, shift == 0
+        self.dtype, self.missing = dtype, missing
         names = self.rule.state_names(self.structure)
-        made = [in_poison(shapes, device, dtype, seed, shift, poison) for seed in range(2 + len(names))]
+        made = [
+            in_poison(shapes, device, dtype, role, shifts if isinstance(shifts, int) else shifts[role], poison)
+            for role in range(2 + len(names))
+        ]
         self.params, self.grads, *self.states = (m[0] for m in made)
         self.around, self.poison = [a for m in made for a in m[1]], poison
         # what is a square stays positive; the rest takes both signs
@@ -131,12 +146,9 @@ class Launch:
         self.hyper = rows(*[row] * len(numels), device=device)
 
     def __call__(self, control: Tensor | None = None) -> None:
-        where = addresses(self.grads, self.params[0].device)
-        dtypes = [self.dtype] * (2 + len(self.states))
-        self.rule.launch(
-            self.table, where, self.hyper, control,
-            structure=self.structure, dtypes=dtypes, aligned=self.aligned, warmup=False,
-        )  # fmt: skip
+        where = addresses(self.grads, self.params[0].device, self.missing)
+        dtypes = (self.dtype,) * (2 + len(self.states))
+        self.rule.launch(self.table, where, self.hyper, control, structure=self.structure, dtypes=dtypes, warmup=False)
 
     def everything(self) -> list[Tensor]:
         return [t for role in (self.params, self.grads, *self.states) for t in role]
@@ -173,8 +185,8 @@ class Launch:
         assert is_untouched(self.around, self.poison)
 
 
-#: Dtype, elements past an aligned address, and what is around tensors. The interpreter knows no alignment: there
-#: the second poison, which tells of writes, is for one dtype.
+#: Dtype, elements past an aligned address, and what is around tensors. To the interpreter a wide access is no other:
+#: there the second poison, which tells of writes, is for one dtype.
 MEMORIES = {
     **{f"{dtype}-aligned-nan".removeprefix("torch."): (dtype, 0, float("nan")) for dtype in DTYPES},
     **{
@@ -197,15 +209,58 @@ def test_writes_its_tensors_and_nothing_else(
 
 
 @each_kernel
-def test_repeatable_and_alignment_changes_no_bit(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
+def test_repeatable(triton_backend: torch.device, case: Case, kwargs: dict) -> None:
     results = []
-    for aligned in (True, True, False):
+    for _ in range(2):
         launch = Launch(case, kwargs, triton_backend, torch.float32)
-        launch.aligned = aligned
         launch()
         results.append(torch.cat([t.flatten() for t in launch.everything()]))
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    assert torch.equal(*results)
+
+
+#: Several chunks each, with a tail and without; the second two are alike but for what becomes of them.
+MIXED = [(300,), (2, 130), (384,), (384,), (40,), (129,)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
+@each_kernel
+def test_alignment_is_of_each_tensor_and_changes_no_bit(
+    triton_backend: torch.device, case: Case, kwargs: dict, dtype: torch.dtype
+) -> None:
+    """In one launch: of some tensors nothing is misaligned, of others one role, of others all."""
+    n_roles = 2 + len(case.cls.rule.state_names(_group(case, kwargs)[1]))
+    shifts = [[0] * len(MIXED) for _ in range(n_roles)]
+    for role, tensor in [(0, 0), (1, 1), (n_roles - 1, 3), *((role, 5) for role in range(n_roles))]:
+        shifts[role][tensor] = 1 + role
+    results = []
+    for these in (0, shifts):
+        launch = Launch(case, kwargs, triton_backend, dtype, these, poison=7.0, shapes=MIXED)
+        launch()
+        assert is_untouched(launch.around, 7.0)
+        results.append(launch.everything())
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
+@pytest.mark.parametrize("poison", [float("nan"), 7.0], ids=["nan", "seven"])
+@each_kernel
+def test_without_a_gradient_a_tensor_is_left_alone(
+    triton_backend: torch.device, case: Case, kwargs: dict, shift: int, poison: float
+) -> None:
+    missing = (0, 2, 4)
+    results, before = [], []
+    for these in ((), missing):
+        launch = Launch(case, kwargs, triton_backend, torch.float32, shift, poison, MIXED, missing=these)
+        before = [t.clone() for t in launch.everything()]
+        launch()
+        assert is_untouched(launch.around, poison)
+        results.append(launch.everything())
+    for i, (there, without, first) in enumerate(zip(*results, before, strict=True)):
+        assert torch.equal(without, first if i % len(MIXED) in missing else there), i
+    launch = Launch(case, kwargs, triton_backend, torch.float32, shapes=MIXED, missing=range(len(MIXED)))
+    before = [t.clone() for t in launch.everything()]
+    launch()
+    assert all(map(torch.equal, launch.everything(), before))
 
 
 @each_kernel
@@ -227,6 +282,68 @@ def test_control_scales_gradients(triton_backend: torch.device, case: Case, kwar
         results.append(torch.cat([t.flatten() for role in (launch.params, *launch.states) for t in role]))
     # a quarter is exact
     assert torch.equal(*results)
+
+
+#: Adafactor's: several strips and blocks of columns, kernels of convolutions, and vectors.
+MATRICES = {
+    "matrices": [(40, 70), (3, 5, 24), (18, 16), (18, 16), (1, 150)],
+    "convolutions": [(40, 3, 3), (9, 4, 2, 3), (7, 3, 3), (7, 3, 3), (2, 2)],
+    "vectors": [(300,), (128,), (65,), (65,), (1,)],
+}
+
+
+@pytest.mark.parametrize("moment", [False, True], ids=["plain", "moment"])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_adafactor_without_some_gradients(triton_backend: torch.device, kind: str, moment: bool) -> None:
+    """Such tensors and their averages stay as they are, and the norm counts nothing; nobody reads sums nobody wrote."""
+    device, shapes, shifts, dtypes = triton_backend, MATRICES[kind], [0, 0, 1, 0, 0], (torch.float32,) * (4 + moment)
+    factored, missing = kind != "vectors", (1, 2)
+    if not factored:
+        dtypes = dtypes[:-1]
+    (group,) = optimx.Adafactor(make_params([(2,)]), lr=0.1, weight_decay=0.1).param_groups
+    rule = optimx.Adafactor.rule
+    row, _ = rule.prepare(values_of(rule, group), counts_of(rule, group))
+    numels = [torch.Size(shape).numel() for shape in shapes]
+    cuts = [(torch.Size(s[:-2]).numel(), *s[-2:]) if factored else (1, 1, *s) for s in shapes]
+    averages = [[s[:-1] for s in shapes], [s[:-2] + s[-1:] for s in shapes]] if factored else [shapes]
+    results: list[list[Tensor]] = []
+    for these in ((), missing):
+        roles = [shapes, shapes, *averages, *[shapes] * moment]
+        made = [in_poison(role, device, torch.float32, i, shifts) for i, role in enumerate(roles)]
+        params, grads, *states = (tensors for tensors, _ in made)
+        before = [t.clone() for tensors, _ in made for t in tensors]
+        table = TensorTable(numels, [params, *states], range(len(shapes)), device, SIZE)
+        where, hyper = addresses(grads, device, these), rows(*[row] * len(shapes), device=device)
+        aligned, divisor = [shift == 0 for shift in shifts], adafactor.row_divisor(dtypes)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for matrices in tables(cuts, aligned, factored, divisor, device, SIZE, SIZE.block(dtypes)):
+            sums = adafactor.Sums.of(matrices, torch.float32, factored)
+            for memory in vars(sums).values():
+                memory.fill_(float("nan"))
+            partials = torch.zeros(2, matrices.n_programs, dtype=torch.float64, device=device)
+            same: dict[str, Any] = {"dtypes": dtypes, "aligned": matrices.aligned}
+            adafactor.sums_(table, matrices, where, None, None, sums, *partials, factored=factored, **same)
+            adafactor.adafactor_(
+                table, matrices, where, hyper, None, None, sums,
+                measured=False, structure=(factored, False, moment), **same,
+            )  # fmt: skip
+            total += partials.sum(1)
+        assert is_untouched([a for _, around in made for a in around], float("nan"))
+        exact = sum(float(g.double().square().sum()) for i, g in enumerate(grads) if i not in these)
+        torch.testing.assert_close(total.cpu(), torch.tensor([exact, 0.0]).double(), rtol=1e-6, atol=0)
+        results.append([t for tensors, _ in made for t in tensors])
+    changed = 0
+    for i, (there, without, first) in enumerate(zip(*results, before, strict=True)):
+        assert torch.equal(without, first if i % len(shapes) in missing else there), i
+        changed += not torch.equal(there, first)
+    # all but gradients
+    assert changed == len(shapes) * (len(roles) - 1)
+
+
+def test_matrices_of_a_launch_are_alike_aligned() -> None:
+    shapes = [(1, 40, 64), (1, 40, 64), (1, 40, 62), (0, 40, 64), (1, 80, 64), (9, 2, 2)]
+    cut = tables(shapes, [True, False, True, True, True, True], True, 4, torch.device("cpu"), LaunchSize(), 512)
+    assert [(table.tensor.tolist(), table.aligned) for table in cut] == [([0, 4], True), ([1, 2], False), ([5], False)]
 
 
 @pytest.mark.parametrize("skip", [False, True], ids=["counts", "skips"])
@@ -258,16 +375,22 @@ def test_prepare_is_the_hosts_row(triton_backend: torch.device, case: Case, skip
     where = addresses(list(stored.flatten().unbind()), device).view(n, n_counts)
     hyper = torch.full((n, len(module.HYPER)), float("nan"), dtype=torch.float64, device=device)
     control = torch.tensor([0.0, 1.0, float(skip)], dtype=torch.float64, device=device)
-    update.prepare_(module, raw, scalars.to(device), where, hyper, control)
+    missing = [*range(5, n, 7)]
+    grads = torch.full((n,), 16, dtype=torch.int64, device=device)
+    grads[missing] = 0
+    update.prepare_(module, raw, scalars.to(device), where, grads, hyper, control)
     if skip:
         assert hyper.isnan().all()
         assert torch.equal(stored, before)
         return
+    # what has no gradient counts no step
+    assert torch.equal(stored[missing], before[missing])
     prepared = [rule.prepare(tuple(v), tuple(c)) for v, c in zip(values, counts, strict=True)]
     # float64 throughout. 1 - beta**t at t=1 loses three digits of sixteen; RAdam's rho loses three more
     rtol = 1e-9 if case.name == "radam" else 1e-12
     torch.testing.assert_close(hyper, rows(*(row for row, _ in prepared), device=device), rtol=rtol, atol=1e-300)
     new = torch.tensor([new for _, new in prepared], dtype=torch.float32).view(n, n_counts)
+    new[missing] = before[missing].cpu()
     # a float32 rounding may fall the other way
     torch.testing.assert_close(stored.cpu(), new, rtol=2e-7, atol=0)
 
@@ -324,19 +447,14 @@ def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for module in (update, lamb, adafactor, grad_norm):
         original = module.launch
 
-        def record(kernel, n_programs, warmup, original=original):
-            start = original(kernel, n_programs, warmup)
-
-            def named(*args, **kwargs):
-                algorithm = kwargs.get("UPDATE") or kwargs.get("PREPARE")
-                name = kernel.fn.__name__
-                if algorithm is not None:
-                    name = f"_{algorithm.fn.__module__.rpartition('.')[2]}{name.replace('_update', '')}"
-                if not warmup:
-                    launched.append(name)
-                return start(*args, **kwargs)
-
-            return named
+        def record(variant, n_programs, *args, warmup=False, original=original):
+            algorithm = variant.options.get("UPDATE") or variant.options.get("PREPARE")
+            name = variant.kernel.fn.__name__
+            if algorithm is not None:
+                name = f"_{algorithm.fn.__module__.rpartition('.')[2]}{name.replace('_update', '')}"
+            if not warmup:
+                launched.append(name)
+            original(variant, n_programs, *args, warmup=warmup)
 
         monkeypatch.setattr(module, "launch", record)
     return launched
@@ -385,7 +503,7 @@ def test_norm(triton_backend: torch.device, dtype: torch.dtype, norm_type: float
         partials = torch.full((2, table.n_chunks), float("nan"), dtype=torch.float64, device=device)
         norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
         where = addresses(grads, device)
-        grad_norm.norm_(table, where, None, partials, 0, dtype=dtype, norm_type=norm_type, aligned=shift == 0)
+        grad_norm.norm_(table, where, None, partials, 0, dtype=dtype, norm_type=norm_type)
         grad_norm.finish_(partials, norm, control, norm_type=norm_type, max_norm=0.5)
         found.append(control)
     exact = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in grads]), norm_type)
@@ -406,7 +524,7 @@ def test_one_bad_gradient_is_found(triton_backend: torch.device, value: float, n
     norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
     found_inf = torch.zeros((), device=device)
     where, scale = addresses(grads, device), torch.tensor(4.0, device=device)
-    grad_norm.norm_(table, where, scale, partials, 0, dtype=torch.float32, norm_type=norm_type, aligned=True)
+    grad_norm.norm_(table, where, scale, partials, 0, dtype=torch.float32, norm_type=norm_type)
     kwargs: dict[str, Any] = {"norm_type": norm_type, "max_norm": 1.0, "grad_scale": scale, "check_finite": True}
     grad_norm.finish_(partials, norm, control, found_inf=found_inf, **kwargs)
     assert found_inf.item() == 1.0
@@ -422,9 +540,7 @@ def test_large_finite_gradients_are_not_bad(triton_backend: torch.device) -> Non
     partials = torch.zeros(2, table.n_chunks, dtype=torch.float64, device=device)
     norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
     found_inf = torch.ones((), device=device)
-    grad_norm.norm_(
-        table, addresses(grads, device), None, partials, 0, dtype=torch.float32, norm_type=2.0, aligned=True
-    )
+    grad_norm.norm_(table, addresses(grads, device), None, partials, 0, dtype=torch.float32, norm_type=2.0)
     grad_norm.finish_(partials, norm, control, norm_type=2.0, max_norm=None, found_inf=found_inf, check_finite=True)
     assert norm.isinf()
     assert found_inf.item() == 0.0
@@ -438,10 +554,31 @@ def test_scale(triton_backend: torch.device, dtype: torch.dtype, scale: float) -
     expected = [g * scale for g in grads]
     table = TensorTable([g.numel() for g in grads], [], [], device, SIZE)
     factor = torch.tensor(scale, dtype=torch.float64, device=device)
-    grad_norm.scale_(table, addresses(grads, device), factor, dtype=dtype, aligned=False)
+    grad_norm.scale_(table, addresses(grads, device), factor, dtype=dtype)
     # a quarter is exact in every dtype
     assert all(map(torch.equal, grads, expected))
     assert is_untouched(around, 7.0)
+
+
+def test_norm_and_scale_without_some_gradients(triton_backend: torch.device) -> None:
+    """They count nothing, whatever lies in the memory of results, and others are what they would be without them."""
+    device, missing = triton_backend, (0, 3, 4)
+    grads, around = in_poison(MIXED, device, torch.float32, 0, [0, 1, 0, 0, 3, 0])
+    there = [g for i, g in enumerate(grads) if i not in missing]
+    expected = [g.clone() if i in missing else g * 0.25 for i, g in enumerate(grads)]
+    table = TensorTable([g.numel() for g in grads], [], [], device, SIZE)
+    where, factor = addresses(grads, device, missing), torch.tensor(0.25, dtype=torch.float64, device=device)
+    for norm_type in grad_norm.NORM_TYPES:
+        partials = torch.full((2, table.n_chunks), float("nan"), dtype=torch.float64, device=device)
+        norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
+        grad_norm.norm_(table, where, None, partials, 0, dtype=torch.float32, norm_type=norm_type)
+        grad_norm.finish_(partials, norm, control, norm_type=norm_type, max_norm=None)
+        exact = torch.linalg.vector_norm(torch.cat([g.double().flatten() for g in there]), norm_type)
+        torch.testing.assert_close(control[0], exact, rtol=1e-6, atol=0)
+        assert not partials[1].any()
+    grad_norm.scale_(table, where, factor, dtype=torch.float32)
+    assert all(map(torch.equal, grads, expected))
+    assert is_untouched(around, float("nan"))
 
 
 def test_chunks_of_a_tensor_past_2_to_the_31() -> None:
@@ -460,9 +597,80 @@ def test_chunks_of_a_tensor_past_2_to_the_31() -> None:
     assert covered == numels
 
 
-def test_alignment_is_of_every_address() -> None:
-    assert is_aligned(torch.tensor([16, 32, 1024]))
-    assert not is_aligned(torch.tensor([16, 24, 1024]))
+@triton.jit
+def _wide_block(carry, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
+    if mask is None:
+        return (carry[0] + 1.0,)
+    else:
+        return carry
+
+
+@triton.jit
+def _wide_blocks_kernel(
+    first_ptr, second_ptr, remaining, out_ptr, SHIFTS: tl.constexpr, CHUNK_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):
+    pointers = first_ptr + SHIFTS[0], second_ptr + SHIFTS[1]
+    carry = (tl.zeros((BLOCK_SIZE,), tl.float32),)
+    carry = for_each_block(_wide_block, None, carry, pointers, (), remaining, CHUNK_SIZE, BLOCK_SIZE)
+    tl.store(out_ptr + tl.arange(0, BLOCK_SIZE), carry[0])
+
+
+@pytest.mark.parametrize(
+    ("shifts", "remaining", "n_wide"),
+    [
+        ((0, 0), 64, 4), ((0, 0), 65, 4), ((0, 0), 63, 0), ((4, 8), 64, 4), ((4, 4), 64, 0),
+        ((1, 0), 64, 0), ((0, 4), 64, 0), ((0, 1), 64, 0), ((2, 0), 64, 0),
+    ],
+)  # fmt: skip
+def test_full_chunks_of_aligned_tensors_are_wide(
+    triton_backend: torch.device, shifts: tuple[int, int], remaining: int, n_wide: int
+) -> None:
+    """Four floats are a multiple of 16 bytes, eight 16-bit numbers are."""
+    first, second = torch.zeros(128, device=triton_backend), torch.zeros(128, device=triton_backend).bfloat16()
+    out = torch.empty(16, device=triton_backend)
+    variant = Variant(_wide_blocks_kernel, SHIFTS=shifts, CHUNK_SIZE=64, BLOCK_SIZE=16, num_warps=1)
+    launch(variant, 1, first, second, remaining, out)
+    assert (out == n_wide).all()
+
+
+@triton.jit
+def _chunk_kernel(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, out_ptr, CHUNK_SIZE: tl.constexpr):
+    tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
+    tl.store(out_ptr + 3 * tl.program_id(0), tensor.to(tl.int64))
+    tl.store(out_ptr + 3 * tl.program_id(0) + 1, start)
+    tl.store(out_ptr + 3 * tl.program_id(0) + 2, remaining)
+
+
+def test_shares_of_programs(triton_backend: torch.device) -> None:
+    """Past 2**31, too; nothing is left of a tensor without a gradient, and not less than nothing."""
+    device, numel = triton_backend, 2**32 + 100
+    grads, numels = torch.tensor([16, 0], device=device), torch.tensor([numel, numel], device=device)
+    starts = [0, 2**31 + 128, 2**32] * 2
+    tensors = torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.int32, device=device)
+    out = torch.empty(6, 3, dtype=torch.int64, device=device)
+    variant = Variant(_chunk_kernel, CHUNK_SIZE=128, num_warps=1)
+    launch(variant, 6, grads, tensors, torch.tensor(starts, device=device), numels, out)
+    left = [numel - start for start in starts[:3]] + [0] * 3
+    assert out.tolist() == [[*share] for share in zip(tensors.tolist(), starts, left, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("integers", "numbers"),
+    [
+        ([1, 2, 3], [0.5]), ([1, 2, 3], [0.5, 0.25]), ([4, 5], [0.1, -0.0, float("inf")]), ([2**63 - 1, -(2**63)], []),
+        ([7], []), ([], [1.5]), ([], [5e-324, 1e308]), ([], []), ([*range(101)], [i / 7 for i in range(33)]),
+    ],
+    ids=lambda part: str(len(part)),
+)  # fmt: skip
+def test_send(device: torch.device, integers: list[int], numbers: list[float]) -> None:
+    sent = send(device, integers, numbers)
+    for tensor, part, dtype in zip(sent, (integers, numbers), (torch.int64, torch.float64), strict=True):
+        assert tensor.device.type == device.type
+        # a word to the next multiple of 16 bytes may belong to it
+        assert tensor[: len(part)].tolist() == part
+        assert not part or (tensor.dtype is dtype and tensor.data_ptr() % 16 == 0)
+    memory = {tensor.untyped_storage().data_ptr() for tensor in sent if len(tensor)}
+    assert len(memory) == bool(integers or numbers), "all in one copy"
 
 
 def test_misaligned_gradient_of_one_step(triton_backend: torch.device) -> None:
@@ -489,7 +697,7 @@ def test_normalizing_also_lengthens(triton_backend: torch.device) -> None:
     partials = torch.zeros(2, table.n_chunks, dtype=torch.float64, device=device)
     norm, control = torch.empty((), device=device), torch.empty(3, dtype=torch.float64, device=device)
     where = addresses(grads, device)
-    grad_norm.norm_(table, where, None, partials, 0, dtype=torch.float32, norm_type=2.0, aligned=True)
+    grad_norm.norm_(table, where, None, partials, 0, dtype=torch.float32, norm_type=2.0)
     for clamp, expected in ((True, 1.0), (False, 1 / (0.04 + 1e-6))):
         grad_norm.finish_(partials, norm, control, norm_type=2.0, max_norm=1.0, clamp=clamp)
         torch.testing.assert_close(control[1].item(), expected, rtol=1e-6, atol=0)
@@ -515,7 +723,7 @@ def test_divide_by_has_the_bits_of_divide(triton_backend: torch.device, beta2: f
     x[:4] = torch.tensor([0.0, float("inf"), float("nan"), torch.finfo(torch.float32).smallest_normal * 2**-23]).sqrt()
     y = torch.tensor([(1.0 - beta2**step) ** 0.5])
     out = torch.empty(2, n, device=triton_backend)
-    launch(_quotients_kernel, 1, warmup=False)(x.to(triton_backend), y.to(triton_backend), out, BLOCK_SIZE=n)
+    launch(Variant(_quotients_kernel, BLOCK_SIZE=n), 1, x.to(triton_backend), y.to(triton_backend), out)
     torch.testing.assert_close(out[0], out[1], rtol=0.0, atol=0.0, equal_nan=True)
     torch.testing.assert_close(out[1].cpu(), x / y, rtol=0.0, atol=0.0, equal_nan=True)
 

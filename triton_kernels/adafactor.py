@@ -142,11 +142,12 @@ def _adafactor_sums_kernel(
     if HAS_CONTROL:
         if tl.load(control_ptr + 2) != 0:
             return
-    index, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
-    n_matrices, n_rows, n_columns = shape
-    tensor = tl.load(tensor_ptr + index)
+    # before anything else: what is held across the branch takes registers
+    tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
     if tl.load(grads_ptr + tensor) == 0:
         return
+    _, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
+    n_matrices, n_rows, n_columns = shape
     p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
     row_sums_ptr += tl.load(shape_ptr + 4) + block * n_matrices * n_rows
@@ -318,11 +319,12 @@ def _adafactor_update_kernel(
     if HAS_CONTROL:
         if tl.load(control_ptr + 2) != 0:
             return
-    index, shape_ptr, shape, _, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
-    n_matrices, _, n_columns = shape
-    tensor = tl.load(tensor_ptr + index)
+    # before anything else: what is held across the branch takes registers
+    tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
     if tl.load(grads_ptr + tensor) == 0:
         return
+    index, shape_ptr, shape, _, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
+    n_matrices, _, n_columns = shape
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
     eps = tl.load(row_ptr + _EPS).to(COMPUTE)
     g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
@@ -525,7 +527,7 @@ def adafactor_(
         hyper: float64 ``[n_rows, len(HYPER)]``; ``tensors.rows`` says which is whose.
         structure: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
     """
-    factored, transposed, _ = structure
+    factored = structure[0]
     kernels = _variants(
         structure, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
         grad_scale is not None, control is not None,

@@ -111,8 +111,9 @@ def chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE: 
     pid = tl.program_id(0)
     tensor = tl.load(chunk_tensor_ptr + pid)
     start = tl.multiple_of(tl.load(chunk_start_ptr + pid), CHUNK_SIZE)
-    numel = tl.where(tl.load(grads_ptr + tensor) != 0, tl.load(numels_ptr + tensor), 0)
-    return tensor, start, numel - start
+    remaining = tl.load(numels_ptr + tensor) - start
+    # not fewer than none: the walk counts in int32
+    return tensor, start, tl.where(tl.load(grads_ptr + tensor) != 0, remaining, 0)
 
 
 @triton.jit
@@ -130,7 +131,14 @@ def for_each_block(
 
     A mask that comes from a loaded size forbids 128-bit accesses, so only a tensor's last chunk has one. All chunks of
     a tensor of which a pointer, to the parameter, gradient or a state, is no multiple of 16 go the same narrow way.
+    Blocks that carry nothing are smaller there, and have two dimensions.
     """
+    # the compiler lays all loads of one shape out like the widest of them, and each store as its own address allows:
+    # in blocks of one shape, values would get from narrow loads to narrow stores through shared memory
+    ROW: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < 128 else 128
+    # an access an element takes registers: no more than four a thread
+    ROWS: tl.constexpr = 4 if BLOCK_SIZE > 4 * ROW else BLOCK_SIZE // ROW
+    NARROW_SIZE: tl.constexpr = BLOCK_SIZE if len(carry) else ROWS * ROW
     remainder = pointers[0].to(tl.int64) % 16
     for role in tl.static_range(1, len(pointers)):
         remainder |= pointers[role].to(tl.int64) % 16
@@ -141,8 +149,11 @@ def for_each_block(
         for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
             carry = BLOCK(carry, aligned, args, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
     else:
-        for i in range(0, tl.minimum(remaining, CHUNK_SIZE).to(tl.int32), BLOCK_SIZE):
-            offsets = i + tl.arange(0, BLOCK_SIZE)
+        for i in range(0, tl.minimum(remaining, CHUNK_SIZE).to(tl.int32), NARROW_SIZE):
+            if len(carry):
+                offsets = i + tl.arange(0, BLOCK_SIZE)
+            else:
+                offsets = i + tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, ROW)[None, :]
             carry = BLOCK(carry, pointers, args, offsets, offsets < remaining, CONSTANTS)
     return carry
 

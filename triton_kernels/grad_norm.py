@@ -254,7 +254,8 @@ def _finish_variant(
 ) -> Variant:
     return Variant(
         _finish_kernel, NORM_DTYPE=TRITON_DTYPE[dtype], NORM_TYPE=NORM_TYPES[norm_type], CLIP=clip, CLAMP=clamp,
-        HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf and not check_finite, CHECK_FINITE=check_finite, BLOCK_SIZE=1024, num_warps=8,
+        HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf and not check_finite, CHECK_FINITE=check_finite,
+        BLOCK_SIZE=1024, num_warps=8,
     )  # fmt: skip
 
 

@@ -22,7 +22,6 @@ import triton.language as tl
 from optimx.triton_kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 REQUIRED = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,11 +35,15 @@ OPTIONAL = {"gfx950": GPUTarget("hip", "gfx950", 64)}
 
 @dataclass(frozen=True)
 class Launch:
-    """A launch that did not take place. ``options`` are its keyword arguments: constexprs, ``num_warps``."""
+    """A launch that did not take place."""
 
-    kernel: JITFunction
+    variant: device.Variant
     args: tuple[Any, ...]
-    options: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the variant: constexprs, and ``num_warps``; without what is the same for all kernels."""
+        return {name: value for name, value in self.variant.options.items() if name not in device.OPTIONS}
 
 
 class _AbsentGPU:
@@ -69,8 +72,8 @@ def record(launcher: Callable[[], None]) -> list[Launch]:
     """What ``launcher`` launches."""
     launches: list[Launch] = []
 
-    def launch(kernel: JITFunction, n_programs: int, warmup: bool) -> Callable[..., None]:
-        return lambda *args, **options: launches.append(Launch(kernel, args, options))
+    def launch(variant: device.Variant, n_programs: int, *args: Any, warmup: bool = False) -> None:
+        launches.append(Launch(variant, args))
 
     with ExitStack() as patches:
         for module in kernel_modules():
@@ -83,7 +86,7 @@ def record(launcher: Callable[[], None]) -> list[Launch]:
 def compile_for(target: GPUTarget, launch: Launch) -> Any:
     """The compiled kernel: ``asm`` holds its assembly, ``metadata`` its shared memory."""
     with _active(_AbsentGPU(target)):
-        return device.launch(launch.kernel, 1, warmup=True)(*launch.args, **launch.options)
+        return launch.variant.compile(launch.args)
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def _nothing_kernel(x_ptr):
 def why_not(target: GPUTarget) -> str | None:
     """Why the compiler compiles nothing for ``target``; None if it does."""
     try:
-        compile_for(target, Launch(_nothing_kernel, (torch.empty(1),), {}))
+        compile_for(target, Launch(device.Variant(_nothing_kernel), (torch.empty(1),)))
     # each backend and version has an error of its own for what it does not know
     except Exception as error:
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from optimx.triton_kernels.tensor_table import LaunchSize, TensorTable
@@ -17,22 +17,24 @@ def numbers(*shape: int) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class Sizes(LaunchSize):
-    """What changes from step to step and from model to model, beside the tile sizes.
+class Sizes:
+    """What changes from step to step and from model to model, and the tile sizes.
 
     Attributes:
+        tiles: The same in all calls of a variant.
         n_tensors: In one launch.
         offset: Where the launch's partial results begin; an odd one is no multiple of 16 bytes.
         shift: By how many elements scalars are off a multiple of 16 bytes.
     """
 
+    tiles: LaunchSize = field(default_factory=LaunchSize)
     n_tensors: int = 1
     offset: int = 0
     shift: int = 0
 
     def table(self, n_roles: int = 1) -> TensorTable:
         numels, role = [16] * self.n_tensors, [torch.empty(16)] * self.n_tensors
-        return TensorTable(numels, [role] * n_roles, range(self.n_tensors), torch.device("cpu"), self)
+        return TensorTable(numels, [role] * n_roles, range(self.n_tensors), torch.device("cpu"), self.tiles)
 
     def grads(self) -> torch.Tensor:
         return addresses(self.n_tensors)

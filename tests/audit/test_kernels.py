@@ -37,7 +37,7 @@ def test_every_kernel_has_variants(launches: list[tuple[str, Launch]]) -> None:
         for value in vars(module).values()
         if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
     }
-    assert kernels == {launch.kernel.__name__ for _, launch in launches}
+    assert kernels == {launch.variant.kernel.__name__ for _, launch in launches}
 
 
 def test_every_algorithm_is_listed() -> None:

@@ -29,7 +29,7 @@ from optimx.triton_kernels import (
 )
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import tables
-from optimx.triton_kernels.tensor_table import NUM_THREADS
+from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
 from triton.backends.compiler import GPUTarget
 
 from .assembly import Limits
@@ -45,8 +45,8 @@ REGISTER_FILE = {"cuda": 65536, "hip": 131072}
 #: Threads that find registers on an SM or CU at the same time. With 16 bytes a thread and role, 1024 of them have 64 KB
 #: of an Adam step in flight; 8 TB/s need about 45 KB an SM at a latency of 0.8 us. On CUDA it is 64 registers a thread.
 THREADS = 1024
-#: An unaligned tensor is the exception, float64 needs two registers a value, and `finish` is a single program.
-THREADS_UNALIGNED, THREADS_FLOAT64 = 768, 512
+#: Float64 needs two registers a value, and `finish` is a single program.
+THREADS_FLOAT64 = 512
 #: Bytes of shared memory: one value a warp where they reduce. Elsewhere none: a layout would have been converted.
 SHARED_REDUCTION = 128
 #: Where a block's columns are summed, one value a column and warp; and where averages of columns meet a block of them.
@@ -124,18 +124,17 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype]] = {
 
 TRITON_NAMES = {str(dtype)[6:] for dtype in TRITON_DTYPE}
 
-#: Dtypes, with control, aligned.
-EVERYTHING = [*product(DTYPES, (False, True), (True, False))]
+#: Dtypes, with control.
+EVERYTHING = [*product(DTYPES, (False, True))]
 #: For all but Adam. What is an algorithm's own is its arithmetic and its number of roles: they decide on registers and
 #: spills, mostly in 16 bits, where a thread has eight elements of each role. The walk, its accesses, and what control
-#: and alignment do to them are the same code for all, so one variant of each is enough.
+#: does to them are the same code for all, so one variant of each is enough.
 REDUCED = [
-    *product(("float32", "bfloat16"), (False, True), (True,)),
-    ("float16", False, True),
-    ("float64", False, True),
-    ("float32-bfloat16_grads", False, True),
-    ("bfloat16-float32_states", True, True),
-    ("float32", True, False),
+    *product(("float32", "bfloat16"), (False, True)),
+    ("float16", False),
+    ("float64", False),
+    ("float32-bfloat16_grads", False),
+    ("bfloat16-float32_states", True),
 ]
 
 
@@ -165,7 +164,8 @@ class Variant:
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
         """What is launched on ``target``, and what its assembly must keep to."""
-        launch = record(lambda: self.call(Sizes(num_warps=NUM_THREADS // target.warp_size)))[self.position]
+        tiles = LaunchSize(num_warps=NUM_THREADS // target.warp_size)
+        launch = record(lambda: self.call(Sizes(tiles)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
         tile = launch.options.get("TILE")
         block = launch.options["BLOCK_SIZE"] if tile is None else math.prod(tile[:3])
@@ -183,16 +183,14 @@ def _name(*parts: str | bool, **flags: bool) -> str:
     return "-".join([*filter(None, parts), *(flag for flag, on in flags.items() if on)]) or "plain"
 
 
-def _threads(dtypes: Dtypes, aligned: bool, threads: int = THREADS) -> int:
-    if torch.float64 in dtypes:
-        return THREADS_FLOAT64
-    return threads if aligned else THREADS_UNALIGNED
+def _threads(dtypes: Dtypes, threads: int = THREADS) -> int:
+    return THREADS_FLOAT64 if torch.float64 in dtypes else threads
 
 
 def _update_variants() -> Iterator[Variant]:
     for algorithm in ELEMENTWISE:
         choices = EVERYTHING if algorithm.module is adam else REDUCED
-        for (flags, (structure, n_states)), (name, control, aligned) in product(algorithm.structures.items(), choices):
+        for (flags, (structure, n_states)), (name, control) in product(algorithm.structures.items(), choices):
             p, g, state = DTYPES[name]
             states = [state] * n_states
             if len({p, g, *states}) < len({*DTYPES[name]}):
@@ -200,27 +198,22 @@ def _update_variants() -> Iterator[Variant]:
                 continue
 
             def call(
-                size,
-                module=algorithm.module,
-                structure=structure,
-                control=control,
-                aligned=aligned,
-                dtypes=(p, g, *states),
+                size, module=algorithm.module, structure=structure, control=control, dtypes=(p, g, *states)
             ) -> None:
                 update.update_(
                     module, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(module.HYPER)),
-                    numbers(3) if control else None, structure=structure, dtypes=dtypes, aligned=aligned,
+                    numbers(3) if control else None, structure=structure, dtypes=dtypes,
                 )  # fmt: skip
 
             yield Variant(
                 algorithm.name,
-                _name(name, flags, control=control, unaligned=not aligned),
+                _name(name, flags, control=control),
                 call,
-                reads=[p, g, *states] if aligned else [],
-                writes=[p, *states] if aligned else [],
-                threads=_threads([p, g, *states], aligned, algorithm.threads),
+                reads=[p, g, *states],
+                writes=[p, *states],
+                threads=_threads([p, g, *states], algorithm.threads),
                 # control is read before the walk
-                counted=aligned and not control,
+                counted=not control,
             )
 
 
@@ -231,7 +224,7 @@ def _prepare_variants() -> Iterator[Variant]:
             n, n_raw, n_columns = size.n_tensors, len(algorithm.module.RAW), len(algorithm.module.HYPER)
             update.prepare_(
                 algorithm.module, numbers(n, n_raw), addresses(n, n_raw), addresses(n, algorithm.n_counts),
-                numbers(n, n_columns), numbers(3) if control else None,
+                size.grads(), numbers(n, n_columns), numbers(3) if control else None,
             )  # fmt: skip
 
         yield Variant(f"{algorithm.name}_prepare", _name(control=control), call, threads=THREADS_FLOAT64)
@@ -239,26 +232,26 @@ def _prepare_variants() -> Iterator[Variant]:
 
 def _lamb_variants() -> Iterator[Variant]:
     """The launches before the update."""
-    for name, control, aligned in REDUCED:
+    for name, control in REDUCED:
         p, g, state = DTYPES[name]
         dtypes = (p, g, state, state)
 
-        def call(size: Sizes, dtypes=dtypes, control=control, aligned=aligned) -> None:
+        def call(size: Sizes, dtypes=dtypes, control=control) -> None:
             lamb.lamb_(
                 lamb, size.table(3), size.grads(), numbers(1, len(lamb.HYPER)), numbers(3) if control else None,
-                dtypes=dtypes, aligned=aligned,
+                dtypes=dtypes,
             )  # fmt: skip
 
         yield Variant(
             "lamb_norms",
-            _name(name, control=control, unaligned=not aligned),
+            _name(name, control=control),
             call,
-            reads=dtypes if aligned else [],
-            threads=_threads(dtypes, aligned),
+            reads=dtypes,
+            threads=_threads(dtypes),
             shared=SHARED_REDUCTION,
-            counted=aligned and not control,
+            counted=not control,
         )
-        if name == "float32" and aligned:
+        if name == "float32":
             yield Variant(
                 "lamb_ratio",
                 _name(control=control),
@@ -273,7 +266,9 @@ def _adafactor_variants() -> Iterator[Variant]:
     """Matrices, kernels of convolutions and vectors."""
     shapes = {"": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
     structures = dict(ALGORITHMS[-1].structures)
-    for (flags, (structure, n_states)), (name, control, aligned) in product(structures.items(), REDUCED):
+    # here, where rows begin counts as well, so alignment is a constant of the launch
+    choices = [*((*choice, True) for choice in REDUCED), ("float32", True, False)]
+    for (flags, (structure, n_states)), (name, control, aligned) in product(structures.items(), choices):
         factored, transposed, moment = structure
         if name != "float32" and (transposed or moment):
             continue
@@ -284,9 +279,12 @@ def _adafactor_variants() -> Iterator[Variant]:
             dtypes = (p, g, *[state] * n_states)
 
             def call(size: Sizes, kind=kind, structure=structure, control=control, aligned=wide, dtypes=dtypes) -> None:
-                table, shape = size.table(len(dtypes) - 1), shapes[kind]
-                block = size.block(dtypes)
-                (matrices,) = tables([shape] * size.n_tensors, structure[0], torch.device("cpu"), size, block)
+                n, shape = size.n_tensors, shapes[kind]
+                table = size.table(len(dtypes) - 1)
+                (matrices,) = tables(
+                    [shape] * n, [aligned] * n, structure[0], adafactor.row_divisor(dtypes), torch.device("cpu"),
+                    size.tiles, size.tiles.block(dtypes),
+                )  # fmt: skip
                 sums = adafactor.Sums.of(matrices, torch.float32, structure[0])
                 partials = size.partials(matrices.n_programs)
                 grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
@@ -315,7 +313,7 @@ def _adafactor_variants() -> Iterator[Variant]:
             if not wide:
                 reads = lengths = updates = writes = []
             # rows that begin anywhere are the exception, and take an address an element
-            threads = _threads(dtypes, wide) if wide else THREADS_FLOAT64
+            threads = _threads(dtypes) if wide else THREADS_FLOAT64
             # a vector is no walk: one block a program
             common = {"threads": threads, "shared": SHARED_COLUMNS, "counted": wide and factored and not control}
             last = 6 if factored else 4
@@ -337,27 +335,26 @@ def _adafactor_variants() -> Iterator[Variant]:
 
 
 def _norm_variants() -> Iterator[Variant]:
-    flags = product(TRITON_DTYPE, grad_norm.NORM_TYPES, (False, True), (True, False))
-    for dtype, norm_type, scaled, aligned in flags:
+    for dtype, norm_type, scaled in product(TRITON_DTYPE, grad_norm.NORM_TYPES, (False, True)):
         # what is an algorithm's own is the arithmetic
-        if norm_type != 2 and not (scaled and aligned):
+        if norm_type != 2 and not scaled:
             continue
 
-        def call(size: Sizes, dtype=dtype, norm_type=norm_type, scaled=scaled, aligned=aligned) -> None:
+        def call(size: Sizes, dtype=dtype, norm_type=norm_type, scaled=scaled) -> None:
             grad_norm.norm_(
                 size.table(), size.grads(), size.scalar() if scaled else None,
                 numbers(2, size.offset + size.n_tensors), size.offset,
-                dtype=dtype, norm_type=norm_type, aligned=aligned,
+                dtype=dtype, norm_type=norm_type,
             )  # fmt: skip
 
         yield Variant(
             "norm",
-            _name(str(dtype)[6:], f"{norm_type:g}", scaled=scaled, unaligned=not aligned),
+            _name(str(dtype)[6:], f"{norm_type:g}", scaled=scaled),
             call,
-            reads=[dtype] if aligned else [],
-            threads=_threads([dtype], aligned),
+            reads=[dtype],
+            threads=_threads([dtype]),
             shared=SHARED_REDUCTION,
-            counted=aligned,
+            counted=True,
         )
 
 
@@ -388,14 +385,12 @@ def _finish_variants() -> Iterator[Variant]:
 
 
 def _scale_variants() -> Iterator[Variant]:
-    for dtype, aligned in product(TRITON_DTYPE, (True, False)):
+    for dtype in TRITON_DTYPE:
 
-        def call(size: Sizes, dtype=dtype, aligned=aligned) -> None:
-            grad_norm.scale_(size.table(), size.grads(), numbers(), dtype=dtype, aligned=aligned)
+        def call(size: Sizes, dtype=dtype) -> None:
+            grad_norm.scale_(size.table(), size.grads(), numbers(), dtype=dtype)
 
-        moved = [dtype] if aligned else []
-        options = _name(str(dtype)[6:], unaligned=not aligned)
-        yield Variant("scale", options, call, moved, moved, threads=_threads([dtype], aligned), counted=aligned)
+        yield Variant("scale", str(dtype)[6:], call, [dtype], [dtype], threads=_threads([dtype]), counted=True)
 
 
 @cache
