@@ -191,8 +191,8 @@ class Engine:
             bucket.update(there)
             # autograd has to notice that what it saved for backward is gone
             torch.autograd.graph.increment_version(bucket.members.params)
-        if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
-            plan.take_back_first(optimizer.state)
+        if plan.is_first and control is not None and amp.found_inf is not None:
+            plan.take_back_first(optimizer.state, control)
 
     def _run_stock(
         self,

@@ -33,6 +33,10 @@ optimx._backend.interpreter_reaches.add("cuda")
 
 assert torch.cuda.is_available()
 
+from tests.fake_gpu import waits
+
+waits.refuse()
+
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
     import pytest
