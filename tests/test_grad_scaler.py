@@ -393,12 +393,16 @@ def test_steps_with_and_without_scaler(case: Case, kwargs: dict, duplicate: Call
         assert all(ours.state[p]["step"] == 3 for p in params_of(ours))
 
 
+@pytest.mark.parametrize("steps", [0, 2], ids=["ever", "any_more"])
 @each_scaler
 @each_row_and_fused_natively
-def test_no_gradients_at_all(case: Case, kwargs: dict, scaler_cls: type, device: torch.device) -> None:
+def test_no_gradients_at_all(case: Case, kwargs: dict, scaler_cls: type, steps: int, device: torch.device) -> None:
     """Torch's scaler has nothing to decide by, and says so."""
     optimizer = case.cls(make_params([(5,)], device), **kwargs, max_grad_norm=1.0)
     scaler = new_scaler(scaler_cls, device)
+    for step in range(steps):
+        amp_step(scaler, optimizer, step)
+    optimizer.zero_grad()
     scaler.scale(torch.zeros((), device=device))  # the scale is made at its first use
     before = snapshot(optimizer)
     if skips_itself(scaler_cls, kwargs):
