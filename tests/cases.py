@@ -83,10 +83,14 @@ class Case:
         return argument in inspect.signature(self.stock if self.is_torchs else self.cls).parameters
 
     def rounded(self, kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-        """The arguments, with what a state begins with rounded to ``dtype``."""
+        """The arguments, with what a state begins with rounded to ``dtype``, and an eps that depends on it told."""
         defaults = inspect.signature(self.cls).parameters
         values = {name: float(kwargs.get(name, defaults[name].default)) for name in self.stored}
-        return {**kwargs, **{name: float(torch.tensor(value).to(dtype)) for name, value in values.items()}}
+        rounded = {**kwargs, **{name: float(torch.tensor(value).to(dtype)) for name, value in values.items()}}
+        if self.name == "adafactor" and kwargs.get("variant", "torch") == "torch":
+            eps1, eps2 = kwargs.get("eps", (None, 1e-3))
+            rounded["eps"] = (torch.finfo(dtype).eps if eps1 is None else eps1, eps2)
+        return rounded
 
     def state_names(self, param: Tensor | None = None, **kwargs: Any) -> tuple[str, ...]:
         """State tensors that are not scalar, with these arguments; of a vector, if there is no ``param``."""

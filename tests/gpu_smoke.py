@@ -140,6 +140,7 @@ def attempt(case: Case, dtype: torch.dtype, way: str) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu_smoke")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="folder of the results")
+    parser.add_argument("--only", choices=[case.name for case in CASES], help="one optimizer (default: all of them)")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("a GPU is needed that torch can use; torch.cuda.is_available() is False")
@@ -150,6 +151,8 @@ def main(arguments: list[str] | None = None) -> int:
     results: dict[str, str | None] = {}
     began = time.perf_counter()
     for case in CASES:
+        if options.only not in (None, case.name):
+            continue
         for dtype in DTYPES:
             for way in WAYS:
                 name = f"{case.name}-{str(dtype).removeprefix('torch.')}-{way}"

@@ -99,7 +99,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert optimx.__version__ in lines["optimx"]
     assert torch.__version__ in lines["torch"]
     assert lines["cpu"].split()[-5:] == ["torch's", "own", "fused", "CPU", "operators"] or "triton" in lines["cpu"]
-    monkeypatch.setattr(cli._backend, "_triton_missing", lambda: "triton is not installed")
+    monkeypatch.setattr(cli.backends, "_triton_missing", lambda: "triton is not installed")
     text = run(capsys, "doctor")
     assert "not installed" in text
     assert "no: triton is not installed" in text
@@ -111,13 +111,13 @@ def test_doctor_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = pytest.importorskip("optimx.triton_kernels.grad_norm")
     if not isinstance(kernels._finish_kernel, triton.runtime.JITFunction):
         pytest.skip("kernels are interpreted")
-    assert cli._backend.triton_problem() is None
+    assert cli.backends.triton_problem() is None
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("no assembler")
 
     monkeypatch.setattr(triton, "compile", fail)
-    assert cli._backend.triton_problem() == "RuntimeError: no assembler"
+    assert cli.backends.triton_problem() == "RuntimeError: no assembler"
 
 
 def test_doctor_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -469,7 +469,9 @@ def break_kernels(
     monkeypatch: pytest.MonkeyPatch, case: Case, error: Exception, dtype: torch.dtype | None = None
 ) -> None:
     """Let the update of parameters of ``dtype`` (default: of all) fail to compile."""
-    bucket = case.cls.rule.triton_bucket()
+    from optimx._engine.triton import BUCKETS
+
+    bucket = BUCKETS[case.cls.rule.walk]
     launch = bucket._launch_update
 
     def launch_update(self: Any, control: Tensor | None, warmup: bool) -> None:

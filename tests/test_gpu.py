@@ -19,6 +19,11 @@ from tests.engine import params_of, usual
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def small_tiles() -> None:
+    """None here: a GPU's own, also where the kernels are interpreted."""
+
+
 def rows() -> list:
     """Every optimizer, and the kernel variants that have other states or a first step of their own."""
     more: dict[str, dict[str, dict[str, Any]]] = {

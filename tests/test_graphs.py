@@ -239,7 +239,8 @@ def test_torch_whose_graphs_keep_no_pinned_memory(case: Case, kwargs: dict, monk
     graph = captured_step(captured)
     for step in range(3, 6):
         replay_both(graph, eager, fill, step)
-    assert_same(captured, eager)
+    # torch takes RAdam's rho from float32 scalars there, where 2000 and 1993.9 cancel: a thousandth of a step
+    assert_same(captured, eager, {"rtol": 2e-6, "atol": 2e-5} if case.name == "radam" else None)
 
 
 def test_errors_under_capture_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:

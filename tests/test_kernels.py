@@ -148,7 +148,11 @@ class Launch:
     def __call__(self, control: Tensor | None = None) -> None:
         where = addresses(self.grads, self.params[0].device, self.missing)
         dtypes = (self.dtype,) * (2 + len(self.states))
-        self.rule.launch(self.table, where, self.hyper, control, structure=self.structure, dtypes=dtypes, warmup=False)
+        roles = self.rule.kernels, self.table, where, self.hyper, control
+        if self.rule.walk == "trust_ratio":
+            lamb.lamb_(*roles, dtypes=dtypes)
+        else:
+            update.update_(*roles, structure=self.structure, dtypes=dtypes)
 
     def everything(self) -> list[Tensor]:
         return [t for role in (self.params, self.grads, *self.states) for t in role]

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grad_norm_
 
 import optimx
-from optimx import _engine
+from optimx._engine import engine
 from tests.cases import CASES, Case, assert_same, make_params, set_grads, twins
 from tests.conftest import INTERPRETED
 from tests.engine import DIFFERENT, interpreted, params_of, usual
@@ -51,12 +51,12 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Everything that is planned."""
     made: list[Any] = []
 
-    class CountedPlan(_engine.StepPlan):
+    class CountedPlan(engine.StepPlan):
         def __init__(self, *args: Any) -> None:
             made.append(self)
             super().__init__(*args)
 
-    monkeypatch.setattr(_engine, "StepPlan", CountedPlan)
+    monkeypatch.setattr(engine, "StepPlan", CountedPlan)
     return made
 
 
@@ -115,9 +115,7 @@ def some(seed: int, n: int = len(SHAPES) // 10) -> list[int]:
 
 @pytest.mark.parametrize("way", WAYS)
 @each_row
-def test_a_random_tenth_is_missing(
-    case: Case, kwargs: dict, way: str, device: torch.device, plans: list[Any]
-) -> None:
+def test_a_random_tenth_is_missing(case: Case, kwargs: dict, way: str, device: torch.device, plans: list[Any]) -> None:
     """Counts are equal at first and differ more and more."""
     pair = Pair(case, kwargs, device, way)
     for step in range(2):

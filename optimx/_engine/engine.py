@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat
-from . import backends
+from .. import _compat, backends
 from .bucket import Bucket
 from .fallback import run_stock
 from .grad_norm import Amp, measure
@@ -196,8 +195,8 @@ class Engine:
             bucket.update(there)
             # autograd has to notice that what it saved for backward is gone
             torch.autograd.graph.increment_version(bucket.updated_params())
-        if plan.is_first and control is not None and amp.found_inf is not None and bool(control[2] != 0):
-            plan.take_back_first(optimizer.state)
+        if plan.is_first and control is not None and amp.found_inf is not None:
+            plan.take_back_first(optimizer.state, control)
 
 
 def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat
-from . import backends
+from .. import _compat, backends
 from .bucket import Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
 from .layout import same_layout
@@ -268,8 +267,10 @@ class StepPlan:
         """Whether a state that a graph updates is gone, and the graph of no use."""
         return any(state() is None for state in self._states)
 
-    def take_back_first(self, state: dict[Tensor, Any]) -> None:
-        """A first step that was skipped is still to come."""
+    def take_back_first(self, state: dict[Tensor, Any], control: Tensor) -> None:
+        """A first step that was skipped is still to come. This waits to see whether it was."""
+        if not bool(control[2] != 0):
+            return
         for bucket in self.buckets:
             for param in bucket.members.params if bucket.key.first else ():
                 for name in bucket.state_names:

@@ -8,9 +8,10 @@ import sys
 
 from tests.fake_gpu.device import build
 
-#: Every optimizer, clipping, AMP, graphs, two devices, waits: in a minute.
+#: Every optimizer, clipping, AMP, graphs, two devices, waits, the smoke test of a GPU: in a minute.
 THIN = [
     "tests/fake_gpu/test_device.py",
+    "tests/fake_gpu/test_smoke.py",
     "tests/test_devices.py",
     "tests/test_gpu.py::test_the_first_step_does_not_synchronise_either",
     "tests/test_gpu.py::test_amp_does_not_synchronise",
@@ -19,8 +20,8 @@ THIN = [
 ]
 #: Of these tests.
 THIN_NAMES = (
-    "test_device.py or (test_devices and (adamw or not test_same)) or clip_grad or first_step or no_step_came_before "
-    "or (amp_does_not and 1.0-optimx) or tables_of or errors_under or without_capturable_says"
+    "test_device.py or test_smoke.py or (test_devices and (adamw or not test_same)) or clip_grad or first_step "
+    "or no_step_came_before or (amp_does_not and 1.0-optimx) or tables_of or errors_under or without_capturable_says"
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -196,3 +197,45 @@ def test_a_steady_step_sends_once_a_bucket() -> None:
         device.take_copies()
         optimizer.step()
     assert crossings("h2d") == [(True, True)]
+
+
+# what a step may not do, whatever the test is about
+
+
+class OnlyTheDeviceKnows:
+    """A number that is read as NumPy's are."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __array__(self) -> None:
+        raise AssertionError("it should be asked for its item")
+
+    def item(self) -> float:
+        return self.value.item()
+
+
+def test_a_step_that_waits_is_an_error_in_every_test() -> None:
+    torch.cuda.set_sync_debug_mode("default")
+    params = make_params([(3,)], "cuda")
+    optimizer = optimx.AdamW(params)
+    lr = optimizer.param_groups[0]["lr"] = OnlyTheDeviceKnows(torch.ones((), device="cuda"))
+    set_grads(params, 0)
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        optimizer.step()
+    # and nothing outside of it
+    assert lr.item() == 1
+
+
+@pytest.mark.parametrize("mode", ["default", "error"])
+def test_a_wait_that_is_allowed_is_an_error_where_a_test_asks(mode: str) -> None:
+    """Whether SGD's first step with dampening was skipped is asked for, once."""
+    torch.cuda.set_sync_debug_mode("default")
+    params = make_params([(3,)], "cuda")
+    optimizer = optimx.SGD(params, momentum=0.9, dampening=0.5)
+    scaler = optimx.GradScaler("cuda", init_scale=2.0)
+    scaler.scale(torch.ones((), device="cuda"))
+    set_grads(params, 0)
+    torch.cuda.set_sync_debug_mode(mode)
+    with nullcontext() if mode == "default" else pytest.raises(RuntimeError, match="synchronizing"):
+        scaler.step(optimizer)
