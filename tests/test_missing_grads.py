@@ -85,10 +85,10 @@ class Pair:
         self.ours, self.stock, self.copies = twins(case, self.params, kwargs, groups, **ours)
         if "capturable" in way and device.type == "cpu":
             # what a CPU's optimizer does after a step under GradScaler; capturable itself is for graphs
-            self.engine.device_counts = True
+            self._engine.device_counts = True
 
     @property
-    def engine(self) -> Any:
+    def _engine(self) -> Any:
         return self.ours._engine
 
     def set_grads(self, step: int, missing: Sequence[int], scale: float = 1.0) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat, backends
+from .. import _compat
+from . import backends
 from .bucket import Bucket
 from .fallback import run_stock
 from .grad_norm import Amp, measure
@@ -134,7 +135,10 @@ class Engine:
         found_inf, self.deferred_found_inf = self.deferred_found_inf, None
         if found_inf is not None:
             return Amp(getattr(optimizer, "grad_scale", None), found_inf, check=True)
-        return Amp(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        found_inf = getattr(optimizer, "found_inf", None)
+        # torch's is the number 0 where it saw no gradient
+        found_inf = found_inf if isinstance(found_inf, Tensor) else None
+        return Amp(getattr(optimizer, "grad_scale", None), found_inf)
 
     def _plan(self, optimizer: EngineOptimizer, inputs: StepInputs) -> StepPlan:
         """The plan for a step, bound to its tensors."""

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat, backends
+from .. import _compat
+from . import backends
 from .bucket import Bucket
 from .cpu.batch import split_by_size
 

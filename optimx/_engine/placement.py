@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import _compat, backends
+from .. import _compat
+from . import backends
 from .bucket import BucketKey
 from .layout import extent, is_dense
 from .optimizer import EngineOptimizer

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _compat, backends
+from .. import _compat
+from . import backends
 from .bucket import Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
 from .layout import same_layout
