@@ -26,14 +26,14 @@ class AdadeltaRule(UpdateRule):
         *numbers, maximize = self._read(group)
         return (*numbers, float(maximize))
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "square_avg", "acc_delta"
 
     def prepare(self, values, counts):
         lr, rho, eps, weight_decay, maximize = values
         return (-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (counts[0] + 1,)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, l2, rho, rho_c, eps, lr = row
         square_avg, acc_delta = states
         g = l2_gradient(g, p, l2, scratch[0])

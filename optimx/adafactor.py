@@ -39,7 +39,7 @@ EXTRAS: dict[str, Any] = {
 class AdafactorRule(UpdateRule):
     """One step of Adafactor. Averages of squared gradients are kept of rows and columns; of a vector, of all of it.
 
-    A structure says whether a tensor has rows and columns, whether they lie in memory the other way round, and whether
+    A variant says whether a tensor has rows and columns, whether they lie in memory the other way round, and whether
     there is a first moment.
     """
 
@@ -57,8 +57,8 @@ class AdafactorRule(UpdateRule):
     def unsuitable(self, param: Tensor) -> str | None:
         return "neither rows nor columns are contiguous" if memory_order(param) is None else None
 
-    def variant_of(self, structure: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
-        return param.dim() > 1, memory_order(param) == "columns", structure[2]
+    def variant_of(self, variant: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
+        return param.dim() > 1, memory_order(param) == "columns", variant[2]
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, beta2_decay, (eps1, eps2), d, weight_decay, maximize = self._read(group)
@@ -74,8 +74,8 @@ class AdafactorRule(UpdateRule):
             float(extras["scale_parameter"]), float(extras["relative_step"]), float(extras["warmup_init"]),
         )  # fmt: skip
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
-        factored, transposed, moment = structure
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+        factored, transposed, moment = variant
         # of the rows and of the columns that lie in memory
         second: tuple[str, ...] = ("variance",)
         if factored:

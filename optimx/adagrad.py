@@ -27,7 +27,7 @@ class AdagradRule(UpdateRule):
         *numbers, maximize = self._read(group)
         return (*numbers, float(maximize))
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("sum",)
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
@@ -38,7 +38,7 @@ class AdagradRule(UpdateRule):
         lr, lr_decay, weight_decay, eps, maximize = values
         return (-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + counts[0] * lr_decay), eps), (counts[0] + 1,)
 
-    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         return fused_adagrad
 
     def rounds_once(self, values: tuple[Any, ...], dtype: torch.dtype) -> bool:

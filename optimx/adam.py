@@ -33,8 +33,8 @@ class AdamRule(UpdateRule):
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
-        (amsgrad,) = structure
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+        (amsgrad,) = variant
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
     def prepare(self, values, counts):
@@ -53,7 +53,7 @@ class AdamRule(UpdateRule):
         )
         return row, (step,)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         # what differs between groups, whose decay, l2 and size are vectors; else there is the operator
         _, decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, size, eps = row
         exp_avg, exp_avg_sq, *largest = states
@@ -69,7 +69,7 @@ class AdamRule(UpdateRule):
         denominator.div_(bias2_sqrt).add_(eps)
         p.addcdiv_(torch.mul(exp_avg, size, out=scratch[0]), denominator, value=-1.0)
 
-    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator:
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator:
         return fused_adam
 
 

@@ -26,7 +26,7 @@ class AdamaxRule(UpdateRule):
         lr, (beta1, beta2), eps, weight_decay, maximize = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_inf"
 
     def prepare(self, values, counts):
@@ -35,7 +35,7 @@ class AdamaxRule(UpdateRule):
         row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - beta1, beta2, eps, lr / (1.0 - beta1**step))
         return row, (step,)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, l2, beta1_c, beta2, eps, step_size = row
         exp_avg, exp_inf = states
         g = l2_gradient(g, p, l2, scratch[0])

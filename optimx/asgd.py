@@ -28,7 +28,7 @@ class ASGDRule(UpdateRule):
         *numbers, maximize = self._read(group)
         return (*numbers, float(maximize))
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("ax",)
 
     def new_count(self, name: str, group: dict[str, Any]) -> float:
@@ -41,7 +41,7 @@ class ASGDRule(UpdateRule):
         row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - lambd * eta, eta, mu)
         return row, (step, lr / (1.0 + lambd * lr * step) ** alpha, 1.0 / max(1.0, step - t0))
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, l2, decay, eta, mu = row
         (ax,) = states
         if eta:

@@ -36,7 +36,7 @@ class LAMBRule(UpdateRule):
         largest = math.inf if largest is None else largest
         return lr, beta1, beta2, eps, weight_decay, float(corrected), largest, float(always_adapt), float(maximize)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
     def prepare(self, values, counts):

@@ -30,14 +30,14 @@ class LionRule(UpdateRule):
         lr, (beta1, beta2), weight_decay, maximize = self._read(group)
         return lr, beta1, beta2, weight_decay, float(maximize)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("exp_avg",)
 
     def prepare(self, values, counts):
         lr, beta1, beta2, weight_decay, maximize = values
         return (-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, decay, beta1_c, beta2_c, lr = row
         (exp_avg,) = states
         step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()

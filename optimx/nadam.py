@@ -28,7 +28,7 @@ class NAdamRule(UpdateRule):
         lr, (beta1, beta2), eps, weight_decay, momentum_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, momentum_decay, float(maximize), float(decoupled)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
     def new_count(self, name: str, group: dict[str, Any]) -> float:
@@ -53,7 +53,7 @@ class NAdamRule(UpdateRule):
         )
         return row, (step, mu_product)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = row
         exp_avg, exp_avg_sq = states
         g = l2_gradient(g, p, l2, scratch[0])

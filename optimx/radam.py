@@ -27,7 +27,7 @@ class RAdamRule(UpdateRule):
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
     def prepare(self, values, counts):
@@ -53,7 +53,7 @@ class RAdamRule(UpdateRule):
         )
         return row, (step,)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, decay, l2, beta1_c, beta2, beta2_c, step_size, rectification, eps = row
         exp_avg, exp_avg_sq = states
         if decay != 1.0:

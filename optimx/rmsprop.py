@@ -33,16 +33,16 @@ class RMSpropRule(UpdateRule):
         *numbers, maximize = self._read(group)
         return (*numbers, float(maximize))
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
-        momentum, centered = structure
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+        momentum, centered = variant
         return ("square_avg", *["momentum_buffer"] * momentum, *["grad_avg"] * centered)
 
     def prepare(self, values, counts):
         lr, alpha, eps, weight_decay, momentum, maximize = values
         return (-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (counts[0] + 1,)
 
-    def formula(self, structure, row, p, g, states, scratch):
-        momentum, centered = structure
+    def formula(self, variant, row, p, g, states, scratch):
+        momentum, centered = variant
         _, l2, alpha, alpha_c, eps, mu, lr = row
         square_avg = states[0]
         if not momentum and not centered and alpha < 1.0:

@@ -26,7 +26,7 @@ class RpropRule(UpdateRule):
         (eta_minus, eta_plus), (smallest, largest), maximize = self._read(group)
         return eta_minus, eta_plus, smallest, largest, float(maximize)
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "prev", "step_size"
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
@@ -37,7 +37,7 @@ class RpropRule(UpdateRule):
         eta_minus, eta_plus, smallest, largest, maximize = values
         return (-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (counts[0] + 1,)
 
-    def formula(self, structure, row, p, g, states, scratch):
+    def formula(self, variant, row, p, g, states, scratch):
         _, eta_minus, eta_plus, smallest, largest = row
         prev, step_size = states
         factor = torch.mul(g, prev, out=scratch[0]).sign_()

@@ -33,8 +33,8 @@ class SGDRule(UpdateRule):
         lr, momentum, dampening, weight_decay, maximize = self._read(group)
         return lr, momentum, dampening, weight_decay, float(maximize), 0.0
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
-        momentum, _ = structure
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+        momentum, _ = variant
         return ("momentum_buffer",) if momentum else ()
 
     def is_first(self, state: dict[str, Any], values: tuple[Any, ...]) -> bool:
@@ -50,8 +50,8 @@ class SGDRule(UpdateRule):
         keep, take = (0.0, 1.0) if first else (momentum, 1.0 - dampening)
         return (-1.0 if maximize else 1.0, weight_decay, keep, take, momentum, lr), ()
 
-    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
-        _, nesterov = structure
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        _, nesterov = variant
         if dtype.itemsize == 2:
             # torch 2.13 writes no parameter past the vector width, and garbage into the buffer
             return None

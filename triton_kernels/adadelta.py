@@ -22,7 +22,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: square_avg, acc_delta."""
     l2, rho, rho_c, eps, lr = hyper
     g = with_l2(g, p, l2)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .device import (
     TRITON_DTYPE,
-    Variant,
+    Launcher,
     compute_dtype,
     divide,
     gradient_factor,
@@ -476,11 +476,11 @@ def sums_(
         aligned: Addresses are multiples of 16 bytes, and so are rows.
         warmup: Compile, launch nothing.
     """
-    variant = _sums_variant(
+    launcher = _sums_launcher(
         factored, dtypes, aligned, matrices.tile, tensors.size.num_warps, grad_scale is not None, control is not None
     )
     launch(
-        variant, matrices.n_programs,
+        launcher, matrices.n_programs,
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
         norms if grad_scale is None else grad_scale, norms if control is None else control,
         sums.rows, sums.columns, sums.params, norms, bad, warmup=warmup,
@@ -488,7 +488,7 @@ def sums_(
 
 
 @cache
-def _sums_variant(
+def _sums_launcher(
     factored: bool,
     dtypes: Dtypes,
     aligned: bool,
@@ -496,8 +496,8 @@ def _sums_variant(
     num_warps: int,
     has_scale: bool,
     has_control: bool,
-) -> Variant:
-    return Variant(
+) -> Launcher:
+    return Launcher(
         _adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]),
         COMPUTE=compute_dtype(dtypes[0]), N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=has_scale,
         HAS_CONTROL=has_control, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps,
@@ -514,7 +514,7 @@ def adafactor_(
     sums: Sums,
     *,
     measured: bool,
-    structure: tuple[bool, ...],
+    variant: tuple[bool, ...],
     dtypes: Dtypes,
     aligned: bool,
     warmup: bool = False,
@@ -525,11 +525,11 @@ def adafactor_(
         tensors, matrices, grads, grad_scale, control, sums, dtypes, aligned, warmup: As for :func:`sums_`.
         measured: The sums were made without ``control``, of gradients that are not clipped.
         hyper: float64 ``[n_rows, len(HYPER)]``; ``tensors.rows`` says which is whose.
-        structure: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
+        variant: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
     """
-    factored = structure[0]
-    kernels = _variants(
-        structure, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
+    factored = variant[0]
+    kernels = _launchers(
+        variant, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
         grad_scale is not None, control is not None,
     )  # fmt: skip
     some_control = hyper if control is None else control
@@ -563,16 +563,16 @@ def adafactor_(
 class _Variants(NamedTuple):
     """The kernels of :func:`adafactor_`; ``averages`` of rows and of columns."""
 
-    averages: tuple[Variant, Variant]
-    mean: Variant
-    length: Variant
-    size: Variant
-    update: Variant
+    averages: tuple[Launcher, Launcher]
+    mean: Launcher
+    length: Launcher
+    size: Launcher
+    update: Launcher
 
 
 @cache
-def _variants(
-    structure: tuple[bool, ...],
+def _launchers(
+    variant: tuple[bool, ...],
     dtypes: Dtypes,
     aligned: bool,
     tile: Tile,
@@ -582,19 +582,19 @@ def _variants(
     has_scale: bool,
     has_control: bool,
 ) -> _Variants:
-    factored, transposed, moment = structure
+    factored, transposed, moment = variant
     common = {"COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": has_control}
     state = TRITON_DTYPE[dtypes[2]]
     # of a vector, which has no averages of rows, those of columns are the first
     rows, columns = (
-        Variant(
+        Launcher(
             _adafactor_average_kernel, DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=has_scale,
             BLOCK_SIZE=ENTRIES, num_warps=2, **common,
         )
         for role in (1, 2 if factored else 1)
     )  # fmt: skip
     length, update = (
-        Variant(
+        Launcher(
             _adafactor_update_kernel, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes), FACTORED=factored, MOMENT=moment,
             MEASURE=measure, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps, **common,
         )
@@ -602,12 +602,12 @@ def _variants(
     )  # fmt: skip
     return _Variants(
         (rows, columns),
-        Variant(
+        Launcher(
             _adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, MATRICES=matrices_per_mean,
             BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
         ),
         length,
-        Variant(_adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2),
+        Launcher(_adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2),
         update,
     )  # fmt: skip
 

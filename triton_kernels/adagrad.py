@@ -22,7 +22,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: sum."""
     l2, step_size, eps = hyper
     g = with_l2(g, p, l2)

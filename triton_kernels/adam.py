@@ -34,9 +34,9 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg, exp_avg_sq and, with AMSGRAD, max_exp_avg_sq."""
-    AMSGRAD: tl.constexpr = STRUCTURE[0]
+    AMSGRAD: tl.constexpr = VARIANT[0]
     decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, step_size, eps = hyper
     g = with_l2(g, p, l2)
     m = lerp(states[0], g, beta1_c)

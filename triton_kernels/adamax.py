@@ -23,7 +23,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg, exp_inf."""
     l2, beta1_c, beta2, eps, step_size = hyper
     g = with_l2(g, p, l2)

@@ -27,7 +27,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: ax."""
     l2, decay, eta, mu = hyper
     g = with_l2(g, p, l2)

@@ -32,7 +32,7 @@ def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype is torch.float64 else tl.float32
 
 
-class Variant:
+class Launcher:
     """A kernel and its constants: what is compiled once for a device, whatever tensors it is launched on.
 
     Args:
@@ -89,17 +89,17 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def launch(variant: Variant, n_programs: int, *args: Any, warmup: bool = False) -> None:
+def launch(launcher: Launcher, n_programs: int, *args: Any, warmup: bool = False) -> None:
     """Launch on a one-dimensional grid; with ``warmup`` it is only compiled and loaded."""
-    if isinstance(variant.kernel, JITFunction):
+    if isinstance(launcher.kernel, JITFunction):
         if warmup or verify:
-            variant.handle(args[0].device, args)
+            launcher.handle(args[0].device, args)
         if not warmup:
-            variant(n_programs, args)
+            launcher(n_programs, args)
     elif not warmup:
         # the interpreter compiles nothing
         with _on(args[0].device):
-            variant.kernel[(n_programs,)](*args, **variant.options)
+            launcher.kernel[(n_programs,)](*args, **launcher.options)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, Variant, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
+from .device import TRITON_DTYPE, Launcher, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
 from .tensor_table import LaunchSize, TensorTable
 
 
@@ -191,15 +191,15 @@ def norm_(
     if table.n_chunks == 0:
         return
     launch(
-        _norm_variant(dtype, norm_type, table.size, grad_scale is not None), table.n_chunks,
+        _norm_launcher(dtype, norm_type, table.size, grad_scale is not None), table.n_chunks,
         grads, table.numels, table.chunk_tensor, table.chunk_start, partials if grad_scale is None else grad_scale,
         partials[0, offset:], partials.shape[1], warmup=warmup,
     )  # fmt: skip
 
 
 @cache
-def _norm_variant(dtype: torch.dtype, norm_type: float, size: LaunchSize, has_scale: bool) -> Variant:
-    return Variant(
+def _norm_launcher(dtype: torch.dtype, norm_type: float, size: LaunchSize, has_scale: bool) -> Launcher:
+    return Launcher(
         _norm_kernel, G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), NORM_TYPE=NORM_TYPES[norm_type],
         HAS_SCALE=has_scale, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
     )  # fmt: skip
@@ -232,18 +232,18 @@ def finish_(
         check_finite: Write ``found_inf`` from what :func:`norm_` saw, instead of reading it.
         warmup: Compile, launch nothing.
     """
-    variant = _finish_variant(
+    launcher = _finish_launcher(
         norm.dtype, norm_type, max_norm is not None, clamp, grad_scale is not None, found_inf is not None, check_finite
     )
     launch(
-        variant, 1, partials, partials.shape[1], control if grad_scale is None else grad_scale,
+        launcher, 1, partials, partials.shape[1], control if grad_scale is None else grad_scale,
         control if found_inf is None else found_inf, norm, control, 0.0 if max_norm is None else float(max_norm),
         warmup=warmup,
     )  # fmt: skip
 
 
 @cache
-def _finish_variant(
+def _finish_launcher(
     dtype: torch.dtype,
     norm_type: float,
     clip: bool,
@@ -251,8 +251,8 @@ def _finish_variant(
     has_scale: bool,
     has_found_inf: bool,
     check_finite: bool,
-) -> Variant:
-    return Variant(
+) -> Launcher:
+    return Launcher(
         _finish_kernel, NORM_DTYPE=TRITON_DTYPE[dtype], NORM_TYPE=NORM_TYPES[norm_type], CLIP=clip, CLAMP=clamp,
         HAS_SCALE=has_scale, HAS_FOUND_INF=has_found_inf and not check_finite, CHECK_FINITE=check_finite,
         BLOCK_SIZE=1024, num_warps=8,
@@ -279,14 +279,14 @@ def scale_(
     if table.n_chunks == 0:
         return
     launch(
-        _scale_variant(dtype, table.size), table.n_chunks, grads, table.numels, table.chunk_tensor, table.chunk_start,
+        _scale_launcher(dtype, table.size), table.n_chunks, grads, table.numels, table.chunk_tensor, table.chunk_start,
         scale, warmup=warmup,
     )  # fmt: skip
 
 
 @cache
-def _scale_variant(dtype: torch.dtype, size: LaunchSize) -> Variant:
-    return Variant(
+def _scale_launcher(dtype: torch.dtype, size: LaunchSize) -> Launcher:
+    return Launcher(
         _scale_kernel, G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), CHUNK_SIZE=size.chunk_size,
         BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
     )  # fmt: skip

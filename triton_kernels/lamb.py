@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .device import (
     TRITON_DTYPE,
-    Variant,
+    Launcher,
     bias_correction,
     chunk,
     chunk_pointers,
@@ -87,7 +87,7 @@ def _adam_step(p, m, v, hyper):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg, exp_avg_sq."""
     m, v = _averages(g, states, hyper)
     save(out, 0, m)
@@ -199,20 +199,20 @@ def lamb_(
     if table.n_chunks == 0:
         return
     partials = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device)
-    norms, ratio = _variants(dtypes, table.size, control is not None)
+    norms, ratio = _launchers(dtypes, table.size, control is not None)
     some_control = hyper if control is None else control
     launch(
         norms, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
         table.chunk_start, some_control, partials, warmup=warmup,
     )  # fmt: skip
     launch(ratio, table.n_tensors, partials, table.first_chunk, hyper, some_control, warmup=warmup)
-    update_(algorithm, table, grads, hyper, control, structure=(), dtypes=dtypes, warmup=warmup)
+    update_(algorithm, table, grads, hyper, control, variant=(), dtypes=dtypes, warmup=warmup)
 
 
 @cache
-def _variants(dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool) -> tuple[Variant, Variant]:
-    norms = Variant(
+def _launchers(dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool) -> tuple[Launcher, Launcher]:
+    norms = Launcher(
         _lamb_norms_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
         HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
     )  # fmt: skip
-    return norms, Variant(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2)
+    return norms, Launcher(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2)

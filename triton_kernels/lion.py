@@ -21,7 +21,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg."""
     decay, beta1_c, beta2_c, lr = hyper
     save(out, 0, lerp(states[0], g, beta2_c))

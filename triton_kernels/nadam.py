@@ -45,7 +45,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg, exp_avg_sq."""
     decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = hyper
     g = with_l2(g, p, l2)

@@ -42,7 +42,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: exp_avg, exp_avg_sq."""
     decay, l2, beta1_c, beta2, beta2_c, step_size, rectification, eps = hyper
     g = with_l2(g, p, l2)

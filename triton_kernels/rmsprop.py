@@ -22,10 +22,10 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: square_avg, then momentum_buffer with MOMENTUM, grad_avg with CENTERED."""
-    MOMENTUM: tl.constexpr = STRUCTURE[0]
-    CENTERED: tl.constexpr = STRUCTURE[1]
+    MOMENTUM: tl.constexpr = VARIANT[0]
+    CENTERED: tl.constexpr = VARIANT[1]
     l2, alpha, alpha_c, eps, momentum, lr = hyper
     g = with_l2(g, p, l2)
     square_avg = alpha * states[0] + alpha_c * g * g

@@ -21,7 +21,7 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: prev, step_size."""
     eta_minus, eta_plus, smallest, largest = hyper
     # above or below 0, or NaN; comparisons with it are false, so it stays

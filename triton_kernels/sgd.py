@@ -30,10 +30,10 @@ def prepare(raw, counts):
 
 
 @triton.jit
-def update(p, g, states, hyper, STRUCTURE: tl.constexpr, out):
+def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: momentum_buffer with MOMENTUM."""
-    MOMENTUM: tl.constexpr = STRUCTURE[0]
-    NESTEROV: tl.constexpr = STRUCTURE[1]
+    MOMENTUM: tl.constexpr = VARIANT[0]
+    NESTEROV: tl.constexpr = VARIANT[1]
     l2, keep, take, momentum, lr = hyper
     g = with_l2(g, p, l2)
     if MOMENTUM:

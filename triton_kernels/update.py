@@ -2,9 +2,9 @@
 
 An algorithm is two ``@triton.jit`` functions on values, in a module of its own (``adam.py``, ``sgd.py``, ...):
 
-``update(p, g, states, hyper, STRUCTURE, out) -> p``: one step of a block of elements. ``p``, ``g`` and the tuple
+``update(p, g, states, hyper, VARIANT, out) -> p``: one step of a block of elements. ``p``, ``g`` and the tuple
 ``states`` are in the dtype to compute in; ``g`` is unscaled, clipped and negated to maximize already. ``hyper`` is the
-tensor's hyperparameter row without its first column, ``STRUCTURE`` the variant, a tuple of bools. Each byte is read
+tensor's hyperparameter row without its first column, ``VARIANT`` the launcher, a tuple of bools. Each byte is read
 once, before, and written once: new states with ``save(out, i, value)``, as soon as they are known, because the compiler
 leaves stores where they are written, and a state that waits for its store holds registers (Adam in 16 bits: 66 for 52).
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from .device import (
     TRITON_DTYPE,
-    Variant,
+    Launcher,
     chunk,
     chunk_pointers,
     compute_dtype,
@@ -76,7 +76,7 @@ def _update_kernel(
     chunk_start_ptr,  # int64 [n_chunks]
     control_ptr,  # float64 [3]: norm, scale, skip
     UPDATE: tl.constexpr,  # the algorithm
-    STRUCTURE: tl.constexpr,  # its variant: a tuple of bools
+    VARIANT: tl.constexpr,  # its variant: a tuple of bools
     DTYPES: tl.constexpr,  # of params, grads and each state
     COMPUTE: tl.constexpr,
     N_COLUMNS: tl.constexpr,
@@ -93,7 +93,7 @@ def _update_kernel(
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + 1).to(COMPUTE)
-    for_each_block(_update_block, (UPDATE, STRUCTURE), (), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE)
+    for_each_block(_update_block, (UPDATE, VARIANT), (), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE)
 
 
 @triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
@@ -162,10 +162,10 @@ def prepare_(
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
         warmup: Compile, launch nothing.
     """
-    variant = _prepare_variant(algorithm, counts.shape[1], control is not None)
+    launcher = _prepare_launcher(algorithm, counts.shape[1], control is not None)
     some_control = hyper if control is None else control
     n_programs = triton.cdiv(len(hyper), _PREPARED)
-    launch(variant, n_programs, raw, scalars, counts, grads, hyper, some_control, len(hyper), warmup=warmup)
+    launch(launcher, n_programs, raw, scalars, counts, grads, hyper, some_control, len(hyper), warmup=warmup)
 
 
 #: Tensors whose rows a program prepares.
@@ -173,8 +173,8 @@ _PREPARED = 64
 
 
 @cache
-def _prepare_variant(algorithm: Any, n_counts: int, has_control: bool) -> Variant:
-    return Variant(
+def _prepare_launcher(algorithm: Any, n_counts: int, has_control: bool) -> Launcher:
+    return Launcher(
         _prepare_kernel, PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_COUNTS=n_counts,
         N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, BLOCK_SIZE=_PREPARED, num_warps=2,
     )  # fmt: skip
@@ -187,7 +187,7 @@ def update_(
     hyper: Tensor,
     control: Tensor | None,
     *,
-    structure: tuple[bool, ...],
+    variant: tuple[bool, ...],
     dtypes: tuple[torch.dtype, ...],
     warmup: bool = False,
 ) -> None:
@@ -199,25 +199,25 @@ def update_(
         grads: int64 ``[n_tensors]``, addresses; 0 leaves a tensor as it is.
         hyper: float64 ``[n_rows, len(HYPER)]``; ``table.rows`` says which is whose.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
-        structure: The variant of the algorithm, the last arguments of its ``update``.
+        variant: The variant of the algorithm, the last arguments of its ``update``.
         dtypes: Of params, grads and each state.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    variant = _update_variant(algorithm, structure, dtypes, table.size, control is not None)
+    launcher = _update_launcher(algorithm, variant, dtypes, table.size, control is not None)
     launch(
-        variant, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
+        launcher, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
         table.chunk_start, hyper if control is None else control, warmup=warmup,
     )  # fmt: skip
 
 
 @cache
-def _update_variant(
-    algorithm: Any, structure: tuple[bool, ...], dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool
-) -> Variant:
-    return Variant(
-        _update_kernel, UPDATE=algorithm.update, STRUCTURE=structure,
+def _update_launcher(
+    algorithm: Any, variant: tuple[bool, ...], dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool
+) -> Launcher:
+    return Launcher(
+        _update_kernel, UPDATE=algorithm.update, VARIANT=variant,
         DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
         N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size,
         BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,

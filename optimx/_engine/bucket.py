@@ -29,7 +29,7 @@ class BucketKey:
 
     Attributes:
         dtypes: Of parameter, gradient and states.
-        structure: The kernel variant: values of the rule's ``structure`` hyperparameters.
+        variant: The kernel variant: values of the rule's ``variant`` hyperparameters.
         on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
             (``capturable``, AMP skips, a tensor lr).
         count_dtype: Of the scalar states.
@@ -39,7 +39,7 @@ class BucketKey:
     backend: str
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    structure: tuple[Any, ...]
+    variant: tuple[Any, ...]
     on_device: bool
     count_dtype: torch.dtype
     first: bool
@@ -108,7 +108,7 @@ class Bucket:
         self.present: Tensor | None = None
         #: None where the host does not count.
         self.scalars: Scalars | None = None
-        self.state_names = rule.state_names(key.structure)
+        self.state_names = rule.state_names(key.variant)
 
     def add(self, position: int, group: int) -> None:
         """Make a parameter a member."""

@@ -88,7 +88,7 @@ class StepPlan:
         params, grads = inputs.params, inputs.grads
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
-        self.structure = [rule.group_variant(group) for group in groups]
+        self.variant = [rule.group_variant(group) for group in groups]
         self.flags = [rule.flags_of(group) for group in groups]
         self._capturable = optimizer.capturable
         self.is_of_graph = _compat.is_capturing()
@@ -113,7 +113,7 @@ class StepPlan:
             if grads[position] is None:
                 if key is None or key.backend != backends.TRITON:
                     continue
-                if not optimizer.state.get(param) and (rule.counts or rule.state_names(key.structure)):
+                if not optimizer.state.get(param) and (rule.counts or rule.state_names(key.variant)):
                     # torch makes a state when it takes the first step
                     continue
             if key is None:
@@ -245,7 +245,7 @@ class StepPlan:
             return True
         rule, groups = optimizer.rule, optimizer.param_groups
         same = (
-            [*map(rule.group_variant, groups)] == self.structure
+            [*map(rule.group_variant, groups)] == self.variant
             and [*map(rule.flags_of, groups)] == self.flags
             and [*map(has_device_values, inputs.rows)] == self._on_device
         )

@@ -61,11 +61,11 @@ class UpdateRule:
         """Why the kernels cannot update a parameter that most could; None if they can."""
         return None
 
-    def variant_of(self, structure: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
-        """The kernel variant of one parameter of a group whose structure is ``structure``."""
-        return structure
+    def variant_of(self, variant: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
+        """The kernel variant of one parameter of a group whose variant is ``variant``."""
+        return variant
 
-    def state_names(self, structure: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""
         raise NotImplementedError
 
@@ -106,7 +106,7 @@ class UpdateRule:
         """
         raise NotImplementedError
 
-    def operator(self, structure: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         """Torch's own fused CPU operator for this variant, where there is one and it is right in this dtype.
 
         It is called with ``(values, params, grads, states, steps)``: lists of tensors of one dtype, the states by name,
@@ -120,7 +120,7 @@ class UpdateRule:
 
     def formula(
         self,
-        structure: tuple[bool, ...],
+        variant: tuple[bool, ...],
         row: Row,
         p: Tensor,
         g: Tensor,

@@ -64,16 +64,16 @@ def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[T
             without.sort(key=lambda i: (bucket.groups[i], params[i].shape))
             new = [rule.new_state(name, params[i], groups[i], optimizer.defaults) for i in without]
             if key.backend == backends.NATIVE:
-                new = side_by_side(new, _most_neighbours(optimizer, key.structure, key.dtypes[0]))
+                new = side_by_side(new, _most_neighbours(optimizer, key.variant, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
                 states[i][name] = tensor
 
 
-def _most_neighbours(optimizer: EngineOptimizer, structure: tuple[bool, ...], dtype: torch.dtype) -> int:
+def _most_neighbours(optimizer: EngineOptimizer, variant: tuple[bool, ...], dtype: torch.dtype) -> int:
     """Up to how many elements lie together: a batch where a formula updates it at once, few for torch's operator."""
     rule = optimizer.rule
     compute = torch.float64 if dtype is torch.float64 else torch.float32
-    by_formula = rule.operator(structure, compute) is None or (rule.by_element and len(optimizer.param_groups) >= MANY)
+    by_formula = rule.operator(variant, compute) is None or (rule.by_element and len(optimizer.param_groups) >= MANY)
     return BATCH if by_formula else NEIGHBOURS
 
 

@@ -54,10 +54,10 @@ class NativeBucket(Bucket):
         super().finish(known_scalars)
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
-        self._direct = self.rule.operator(self.key.structure, self.key.dtypes[0])
+        self._direct = self.rule.operator(self.key.variant, self.key.dtypes[0])
         if len(set(self.key.dtypes)) > 1:
             self._direct = None
-        self._staged = self.rule.operator(self.key.structure, self.compute_dtype)
+        self._staged = self.rule.operator(self.key.variant, self.compute_dtype)
         self._scratch: list[Tensor] = []
         self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
@@ -175,7 +175,7 @@ class NativeBucket(Bucket):
 
     def _formula(self, row: Row, piece: Piece) -> None:
         p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
-        self.rule.formula(self.key.structure, row, p, g, states, self.temporaries(p))
+        self.rule.formula(self.key.variant, row, p, g, states, self.temporaries(p))
 
     def _update_in_pieces(self, call: Call, members: Members, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""

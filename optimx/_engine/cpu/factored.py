@@ -36,14 +36,14 @@ class Stack:
     Roles are seen as ``[n_tensors, n_matrices, n_rows, n_columns]``, in the order of memory.
 
     Args:
-        structure: Of the bucket's key.
+        variant: Of the bucket's key.
         members: The call's.
         indices: Which of them.
     """
 
-    def __init__(self, structure: tuple[bool, ...], members: Members, indices: list[int]) -> None:
+    def __init__(self, variant: tuple[bool, ...], members: Members, indices: list[int]) -> None:
         self._pick = picker(indices)
-        self.factored, self.transposed, self.has_moment = structure
+        self.factored, self.transposed, self.has_moment = variant
         first, *_ = self.of(members).params
         n, (n_rows, n_columns) = len(indices), (1, first.numel())
         if self.factored:
@@ -260,7 +260,7 @@ class FactoredCall(Call):
                     del together[tuple(param.shape)]
             elif numel:
                 groups.append([i])
-        self.stacks = [Stack(bucket.key.structure, call_members, indices) for indices in groups]
+        self.stacks = [Stack(bucket.key.variant, call_members, indices) for indices in groups]
 
 
 class FactoredBucket(NativeBucket):

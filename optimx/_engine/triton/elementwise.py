@@ -133,7 +133,7 @@ class TritonBucket(Bucket):
         """What follows when hyperparameter rows are there."""
         update_(
             self.rule.kernels, self.table, self.grads, self._rows, control,
-            structure=self.key.structure, dtypes=self.key.dtypes, warmup=warmup,
+            variant=self.key.variant, dtypes=self.key.dtypes, warmup=warmup,
         )  # fmt: skip
 
     def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[int], list[float]]:

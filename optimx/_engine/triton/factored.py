@@ -19,7 +19,7 @@ class FactoredTritonBucket(TritonBucket):
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        factored, transposed, moment = self.key.structure
+        factored, transposed, moment = self.key.variant
         size = self.table.size
         params, _, states, _ = self.members
         shapes = [_matrices(param, factored, transposed) for param in params]
@@ -50,7 +50,7 @@ class FactoredTritonBucket(TritonBucket):
 
     def _sum(self, partials: Tensor, grad_scale: Tensor | None, control: Tensor | None, warmup: bool) -> None:
         dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
-        factored = self.key.structure[0]
+        factored = self.key.variant[0]
         self._sums = [adafactor.Sums.of(table, dtype, factored) for table in self._matrices]
         first = 0
         for table, sums in zip(self._matrices, self._sums, strict=True):
@@ -68,7 +68,7 @@ class FactoredTritonBucket(TritonBucket):
         for table, sums in zip(self._matrices, self._sums, strict=True):
             adafactor.adafactor_(
                 self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
-                structure=self.key.structure, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
+                variant=self.key.variant, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
                 warmup=warmup,
             )  # fmt: skip
         if not warmup:
