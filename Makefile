@@ -20,9 +20,9 @@ help:
 	@echo "make host        what the host pays for a step on a GPU, without a GPU: stub driver"
 	@echo "make lint        ruff and mypy"
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
-	@echo "make report      a page and charts of all results, and the README's tables"
+	@echo "make report      a page and charts of all results, and the tables of README and docs"
 	@echo "make demo        train a small GPT twice, with torch.optim and with optimx"
-	@echo "make plots       draw the README's picture of all schedules"
+	@echo "make plots       draw the documentation's picture of all schedules"
 	@echo "make docs        build the documentation in site/"
 	@echo "make gpu-smoke   every optimizer once on a GPU, then kernels and test_gpu: 4 minutes"
 	@echo "make gpu-test    all tests that need a GPU: 8 minutes"
@@ -86,7 +86,7 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python -m bench.convergence
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

@@ -1,4 +1,4 @@
-"""Pictures for the README: every schedule as a small multiple. `make plots`, or `python -m bench.plots [FILE]`."""
+"""A picture of every schedule as a small multiple: `make plots`, or `python -m bench.plots [FILE]`."""
 
 from __future__ import annotations
 

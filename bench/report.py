@@ -1,8 +1,8 @@
-"""A page and charts from saved results: ``python -m bench.report [FOLDER ...] [--readme README.md]``.
+"""A page and charts from saved results: ``python -m bench.report [FOLDER ...] [--readme FILE ...]``.
 
 Reads the JSON in each folder (default: every folder in bench/results) and writes ``report.md`` and PNG charts beside
-it. With ``--readme``, what stands in that file between ``<!-- bench FOLDER -->`` and ``<!-- bench end -->`` is written
-anew from the folder's results.
+it. With ``--readme``, what stands in those files between ``<!-- bench FOLDER PART -->`` and ``<!-- bench end -->`` is
+written anew from the folder's results; :data:`PARTS` has the parts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,13 @@ TITLES = {
     "groups.png": "Cost against the number of parameter groups: 465 tensors, a learning rate a group",
     "scaling.png": "Cost against the number of parameters (8 tensors) and of tensors (64 elements each)",
 }
+MODELS_COLUMNS = (
+    f"Milliseconds of a step: default, foreach and fused are torch.optim's implementations. The ratio is {FUSED} over "
+    f"{OURS}, so above 1.00x {OURS} is faster."
+)
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-BLOCK = re.compile(r"(<!-- bench (?!end)(\S+) -->\n).*?(<!-- bench end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- bench (?!end)(\S+) ?(\S*) -->\n).*?(<!-- bench end -->)", re.DOTALL)
 
 LEGEND = """\
 ratio: the baseline's median over this one's, so above 1.00x is faster; the baseline is the one with 1.00x. p20 and p80:
@@ -57,14 +63,14 @@ def report(results: Results, charts: Sequence[str]) -> str:
         LEGEND,
         "",
     ]
-    tables = {"models.png": models_table(results), "scaling.png": laws_table(results)}
+    tables = {"models.png": models_lines(results), "scaling.png": markdown_rows(laws_table(results))}
     for name, title in TITLES.items():
-        # without matplotlib there is a table and no chart; a head alone is no table
+        # without matplotlib there is a table and no chart
         chart, table = name in charts, tables.get(name, [])
-        if chart or len(table) > 1:
+        if chart or table:
             lines += [f"## {title}", ""]
             lines += [f"![{title}]({name})", ""] if chart else []
-            lines += [*markdown_table(table), ""] if len(table) > 1 else []
+            lines += [*table, ""] if table else []
     if results.convergence:
         lines += ["## Convergence", "", *convergence_lines(results.convergence), ""]
         lines += ["![Loss curves, stock and optimx](convergence.png)", ""] if "convergence.png" in charts else []
@@ -74,13 +80,25 @@ def report(results: Results, charts: Sequence[str]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def markdown_rows(table: list[list[str]]) -> list[str]:
+    """A table in Markdown, or nothing where there is only its head."""
+    return markdown_table(table) if len(table) > 1 else []
+
+
+def models_lines(results: Results) -> list[str]:
+    """The table of AdamW's cases and what its columns are."""
+    rows = markdown_rows(models_table(results))
+    return [*rows, "", *textwrap.wrap(MODELS_COLUMNS, 120)] if rows else []
+
+
 def models_table(results: Results) -> list[list[str]]:
-    """AdamW's cases in a line each: milliseconds of torch's implementations and of ours."""
+    """AdamW's cases in a line each: milliseconds of torch's implementations and of ours. It fits into 80 columns."""
     cases = [
         (case, rows) for case, rows in results.cases("step", "step-") if any(row.contestant == OURS for row in rows)
     ]
     stock = [name for name in STOCK if any(row.contestant == name for _, rows in cases for row in rows)]
-    table = [["AdamW, ms a step", "tensors", "parameters", *stock, OURS, f"over {FUSED}"]]
+    heads = [name.removeprefix("torch ") for name in stock]
+    table = [["AdamW, ms", "tensors", "params", *heads, OURS, "ratio"]]
     for case, rows in cases:
         by_name = {row.contestant: row for row in rows}
         ours = by_name[OURS]
@@ -100,6 +118,19 @@ def ms(row: Row | None) -> str:
 
 def times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def host_table(results: Results) -> list[list[str]]:
+    """What AdamW's step costs the host on the stub driver, in microseconds: a line for each number of tensors."""
+    cases = results.cases("host", "host-stub-")
+    names = list(dict.fromkeys(row.contestant for _, rows in cases for row in rows))
+    table = [["AdamW, µs of the host", *names]]
+    for _, rows in cases:
+        medians = {row.contestant: row.median_ms for row in rows}
+        cells = ("-" if (median := medians.get(name)) is None else number(1000 * median) for name in names)
+        count = rows[0].tensors
+        table.append([f"{count} tensor{'s' if count > 1 else ''}", *cells])
+    return table
 
 
 def laws_table(results: Results) -> list[list[str]]:
@@ -133,14 +164,14 @@ def convergence_lines(convergence: dict[str, Any]) -> list[str]:
 
 def targets_line(verdicts: Sequence[Verdict]) -> str:
     held, missed = (sum(verdict.holds == answer for verdict in verdicts) for answer in ("yes", "no"))
-    return f"Of {len(verdicts)} targets {held} are met and {missed} missed; a target is what the project set itself."
+    return f"{held} of {len(verdicts)} targets are met and {missed} are missed. The project set the targets itself."
 
 
 def targets_table(results: Results, only_missed: bool = False) -> list[list[str]]:
     table = [["case", "contestant", "target", "measured", "met", "command"]]
     for question in results.questions.values():
         for verdict in question.verdicts:
-            if only_missed and verdict.holds == "yes":
+            if only_missed and verdict.holds != "no":
                 continue
             measured = "" if verdict.measured is None else number(verdict.measured)
             holds = "**no**" if verdict.holds == "no" else verdict.holds
@@ -172,31 +203,68 @@ def asked(question: str) -> str:
     return text.replace("\n", " ").replace("  ", "\n\n")
 
 
-def readme_block(results: Results) -> str:
-    """What the README shows of a folder."""
-    folder = f"bench/results/{results.folder.name}"
-    lines = markdown_table(models_table(results))
-    for name in ("models.png", "optimizers.png"):
-        if (results.folder / name).exists():
-            lines += ["", f"![{TITLES[name]}]({folder}/{name})", "", f"{TITLES[name]}."]
-    lines += ["", f"{targets_line(results.verdicts)} All rows: [report]({folder}/report.md)."]
+def models_part(results: Results, folder: str) -> list[str]:
+    return [
+        *models_lines(results),
+        *chart_part("models.png")(results, folder),
+        "",
+        f"All rows are in the [report]({folder}/report.md).",
+    ]
+
+
+def chart_part(name: str) -> Callable[[Results, str], list[str]]:
+    """A part that is one chart and its caption, or nothing where the chart was not drawn."""
+
+    def part(results: Results, folder: str) -> list[str]:
+        drawn = (results.folder / name).exists()
+        return ["", f"![{TITLES[name]}]({folder}/{name})", "", f"{TITLES[name]}."] if drawn else []
+
+    return part
+
+
+def missed_part(results: Results, folder: str) -> list[str]:
     missed = [row[:4] for row in targets_table(results, only_missed=True)]
-    if len(missed) > 1:
-        lines += ["", "Missed:", "", *markdown_table(missed)]
-    return "\n".join(lines) + "\n"
+    return [targets_line(results.verdicts), "", *markdown_rows(missed)]
 
 
-def write_readme(path: Path, folders: Path) -> None:
-    """Write the blocks of a README anew.
+def host_part(results: Results, folder: str) -> list[str]:
+    return [*markdown_table(host_table(results)), "", f"All rows are in the [report]({folder}/report.md)."]
+
+
+def host_summary_part(results: Results, folder: str) -> list[str]:
+    """The first two columns of the table in a sentence: torch's part of the step, and ours."""
+    (_, theirs, ours, *_), *rows = host_table(results)
+    pairs = ", ".join(f"{row[1]} / {row[2]} µs for {row[0]}" for row in rows)
+    return textwrap.wrap(f'An AdamW step costs the host, with "{theirs}" / with {ours}: {pairs}.', 120)
+
+
+#: What a block of a page can show of a folder. Each gets the results and the folder's path relative to the page.
+PARTS: dict[str, Callable[[Results, str], list[str]]] = {
+    "models": models_part,
+    "optimizers": chart_part("optimizers.png"),
+    "missed": missed_part,
+    "host": host_part,
+    "host-summary": host_summary_part,
+}
+
+
+def with_blocks(page: Path, folders: Path) -> str:
+    """The text of a page with its blocks written anew.
 
     Raises:
         FileNotFoundError: A block names a folder without results.
+        ValueError: A block names no part.
     """
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + readme_block(load(folders / match[2])) + match[3]
+        start, folder, part, end = match.groups()
+        if part not in PARTS:
+            raise ValueError(f"a block in {page} should name one of {', '.join(PARTS)}, but names: '{part}'")
+        results = load(folders / folder)
+        where = Path(os.path.relpath(results.folder, page.parent)).as_posix()
+        return start + "\n" + "\n".join(PARTS[part](results, where)).strip() + "\n\n" + end
 
-    path.write_text(BLOCK.sub(replace, path.read_text()))
+    return BLOCK.sub(replace, page.read_text())
 
 
 def write(folder: Path) -> None:
@@ -215,15 +283,15 @@ def write(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="A page and charts from saved results.")
     parser.add_argument("folders", nargs="*", type=Path, help="folders of results (default: all in bench/results)")
-    parser.add_argument("--readme", type=Path, help="file in which to write blocks of results anew")
+    parser.add_argument("--readme", nargs="+", type=Path, default=[], help="pages whose blocks to write anew")
     options = parser.parse_args(arguments)
     folders = options.folders or sorted(path for path in RESULTS.iterdir() if path.is_dir())
     try:
         for folder in folders:
             write(folder)
-        if options.readme:
-            write_readme(options.readme, RESULTS)
-    except FileNotFoundError as error:
+        for page in options.readme:
+            page.write_text(with_blocks(page, RESULTS))
+    except (FileNotFoundError, ValueError) as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,8 +1,8 @@
 """What the site takes from the code, so that it cannot get stale.
 
-A line ``<!-- NAME ARGUMENTS -->`` on a page becomes what :data:`GENERATORS` makes of it: a section of the README or of
-CONTRIBUTING.md, a table of the config's dataclasses or of a registry, the memory of an optimizer. The pages of
-``bench/results`` become pages of the site.
+A line ``<!-- NAME ARGUMENTS -->`` on a page becomes what :data:`GENERATORS` makes of it: a section of CONTRIBUTING.md,
+a table of the config's dataclasses or of a registry, the memory of an optimizer. The pages of ``bench/results`` become
+pages of the site, and links to them lead there.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ from optimx.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
-#: Of the files in it that become part of the site.
+#: Endings of the files in that folder that become part of the site.
 SUFFIXES = (".md", ".png", ".svg", ".json")
-DIRECTIVE = re.compile(r"^<!-- (.+) -->$", re.MULTILINE)
+#: A directive; the marks of ``bench.report``, which writes what is between them, are none.
+DIRECTIVE = re.compile(r"^<!-- (?!bench )(.+) -->$", re.MULTILINE)
+#: A link to a result, as it is on the disk, from a page in ``docs``.
+RESULT_LINK = re.compile(r"(?<=\]\()\.\./bench/results/")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -50,7 +53,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def expand(markdown: str) -> str:
-    """A page with the generated parts in place of their directives.
+    """A page with the generated parts in place of their directives, and links to results as the site has them.
 
     Raises:
         KeyError: There is no such generator, section or name.
@@ -60,7 +63,7 @@ def expand(markdown: str) -> str:
         name, *arguments = shlex.split(match[1])
         return GENERATORS[name](*arguments)
 
-    return DIRECTIVE.sub(replace, markdown)
+    return RESULT_LINK.sub("benchmarks/", DIRECTIVE.sub(replace, markdown))
 
 
 def results() -> list[Path]:
@@ -68,18 +71,10 @@ def results() -> list[Path]:
     return sorted(path for path in RESULTS.rglob("*") if path.suffix in SUFFIXES)
 
 
-def section(file: str, heading: str) -> str:
-    """The text below a second-level heading of a Markdown file at the root. Links out of the site become paths."""
-    parts = re.split(r"^## (.+)\n", (ROOT / file).read_text(), flags=re.MULTILINE)
-    text = dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
-    # marks of what a program writes there
-    text = DIRECTIVE.sub("", text)
-    # in links and in the attributes of HTML
-    text = re.sub(r'(\]\(|")docs/', r"\1", text)
-    endings = "|".join(map(re.escape, SUFFIXES))
-    text = re.sub(rf'(\]\(|")bench/results/([^)"]+(?:{endings})[)"])', r"\1benchmarks/\2", text)
-    links = re.compile(r"\[([^\]]+)\]\(((?:tests|bench)(?:/[^)]*)?)\)")
-    return links.sub(lambda link: f"`{link[2]}`" if link[1] == link[2] else f"{link[1]} (`{link[2]}`)", text)
+def section(heading: str) -> str:
+    """The text below a second-level heading of CONTRIBUTING.md, which has no links."""
+    parts = re.split(r"^## (.+)\n", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))[heading].strip()
 
 
 def fields(name: str) -> str:
@@ -110,7 +105,7 @@ def without_default(meaning: str) -> tuple[str, str]:
 
 
 def conditions(hint: Any) -> list[str]:
-    """Those of an annotation and of what it is made of."""
+    """The conditions on an annotation and on its arguments, as text."""
     own = [rule.text for rule in getattr(hint, "__metadata__", ()) if isinstance(rule, Condition)]
     parts = (part for part in typing.get_args(hint) if not isinstance(part, Condition))
     return [*own, *(text for part in parts for text in conditions(part))]
@@ -141,13 +136,13 @@ def costs() -> str:
 
 
 def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
-    """Of labels, names of optimizers and their arguments."""
+    """A table with a row for each label, optimizer's name and arguments."""
     cells = [(label, *(f"{number:.3g}" for number in cost_of(name, arguments))) for label, name, arguments in rows]
     return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), cells)
 
 
 def optimizers() -> list[str]:
-    """Those that are optimx's own classes."""
+    """Names of the optimizers that are optimx's own classes."""
     return [
         name for name in optimx.__all__
         if isinstance(thing := getattr(optimx, name), type) and issubclass(thing, torch.optim.Optimizer)
@@ -156,7 +151,10 @@ def optimizers() -> list[str]:
 
 
 def cost_of(name: str, arguments: dict[str, Any]) -> tuple[float, float, float]:
-    """Of a 1024 x 1024 matrix: the state is weighed after a step; the traffic follows from it."""
+    """State and traffic in bytes a parameter of a 1024 x 1024 matrix.
+
+    The state is weighed after a step, and the traffic of a step without and with clipping follows from it.
+    """
     param = torch.nn.Parameter(torch.ones(1024, 1024))
     param.grad = torch.ones_like(param)
     optimizer = getattr(optimx, name)([param], **arguments)
@@ -181,13 +179,13 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "SGD": {"default": {}, "`momentum=0.9`": {"momentum": 0.9}},
 }
-#: Bytes of other walks. LAMB reads parameter, gradient and averages once more, for the lengths; Adafactor reads the
-#: gradient for its sums, and gradient and parameter for the length of the step.
+#: Bytes that are read a second time. LAMB reads parameter, gradient and averages once more, for the lengths; Adafactor
+#: reads the gradient for its sums, and gradient and parameter for the length of the step.
 READ_AGAIN = {"LAMB": 16, "Adafactor": 12}
 
 
 def names(kind: str) -> str:
-    """What configs and the command line can name."""
+    """A list or table of what configs and the command line can name."""
     if kind == "presets":
         rows = [(f"`{name}`", preset.summary, preset.source) for name, preset in PRESETS.items()]
         return table(("preset", "for", "source of its numbers"), rows)
@@ -196,7 +194,7 @@ def names(kind: str) -> str:
 
 
 def schedules() -> str:
-    """What ``optimx.lr_scheduler`` has beside torch's names, and the first line of what each says of itself."""
+    """A table of what ``optimx.lr_scheduler`` has beside torch's names, with the first line of each docstring."""
     rows = []
     for name in lr_scheduler.__all__:
         thing = getattr(lr_scheduler, name)

@@ -28,7 +28,7 @@ def test_every_directive_becomes_something(page: str) -> None:
         assert "<!--" not in made
 
 
-@pytest.mark.parametrize("directive", ["cots AdamW", "cost AdanW", "section README.md Nowhere", "fields GroupConfig"])
+@pytest.mark.parametrize("directive", ["cots AdamW", "cost AdanW", "section Nowhere", "fields GroupConfig"])
 def test_unknown_names_are_errors(directive: str) -> None:
     with pytest.raises((KeyError, AttributeError)):
         hooks.expand(f"<!-- {directive} -->")
@@ -82,19 +82,18 @@ def test_every_public_class_and_function_is_somewhere() -> None:
     assert ours - documented == set()
 
 
-def test_links_of_a_section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "README.md").write_text("""# A
-## B
-![p](docs/p.png) [r](bench/results/m/r.md) ![q](bench/results/m/q.png) <img src="bench/results/m/q.png">
-[tests/x.py](tests/x.py) [all](bench/results) [page](docs/page.md) [out](https://example.org)
-## C
-no
-""")
-    monkeypatch.setattr(hooks, "ROOT", tmp_path)
-    assert hooks.section("README.md", "B").splitlines() == [
-        '![p](p.png) [r](benchmarks/m/r.md) ![q](benchmarks/m/q.png) <img src="benchmarks/m/q.png">',
-        "`tests/x.py` all (`bench/results`) [page](page.md) [out](https://example.org)",
-    ]
+def test_links_to_results_are_those_of_the_site() -> None:
+    page = """![p](p.png) [r](../bench/results/m/r.md) ![q](../bench/results/m/q.png)
+<!-- bench m models -->
+[page](page.md) [out](https://example.org)
+<!-- bench end -->
+"""
+    assert hooks.expand(page) == page.replace("../bench/results/", "benchmarks/")
+
+
+def test_contributing_has_no_links_that_the_site_lacks() -> None:
+    for directive in hooks.DIRECTIVE.findall(PAGES["contributing.md"]):
+        assert "](" not in hooks.expand(f"<!-- {directive} -->")
 
 
 def test_docstrings_as_markdown() -> None:

@@ -20,7 +20,8 @@ BLOCKS = {
     for page, text in PAGES.items()
     for i, (_, code) in enumerate(re.findall(r"^( *)```python\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE))
 }
-(CONFIG,) = re.findall(r"```toml\n(.*?)```", PAGES["README.md"], re.DOTALL)
+(CONFIG,) = re.findall(r"```toml\n(.*?)```", PAGES["docs/config.md"], re.DOTALL)
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")
 
 
 @pytest.mark.parametrize("code", BLOCKS.values(), ids=BLOCKS)
@@ -35,14 +36,27 @@ def test_python_blocks_run(
     assert capsys.readouterr().out
 
 
+def anchors(text: str) -> set[str]:
+    """What a link can name in a page: its headings, as GitHub and mkdocs write them."""
+    text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", [*PAGES, "CONTRIBUTING.md", "bench/README.md"])
-def test_paths_exist(page: str) -> None:
+def test_links_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text()
-    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+    for path, anchor in LINK.findall(text):
+        target = (ROOT / page).parent / path if path else ROOT / page
+        assert target.exists(), path
+        assert not anchor or anchor in anchors(target.read_text()), f"{path}#{anchor}"
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(PAGES["README.md"].split()) <= 1300
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for text in (*PAGES.values(), (ROOT / "CONTRIBUTING.md").read_text()):
-        assert set(re.findall(r"`make ([a-z]+)`", text)) <= targets
+        assert set(re.findall(r"(?:`|^)make ([a-z-]+)(?=`| +#)", text, re.MULTILINE)) <= targets

@@ -1,8 +1,7 @@
-"""The page made from saved results: its numbers are those of the JSON, and the README's are those of the page."""
+"""The page made from saved results: its numbers are those of the JSON, and so are those of other pages' blocks."""
 
 import json
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def test_the_page_has_every_row_and_every_target(folder):
         assert f"| {case} | {OURS} |" in page
     assert "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |" in page
     assert "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 | **no** | `python -m bench step` |" in page
-    assert "Of 2 targets 1 are met and 1 missed" in page
+    assert "1 of 2 targets are met and 1 are missed" in page
     assert "| step-vit-b16 | apex | - |" in page
     for lines in page.split("\n\n"):
         if lines.startswith("|"):
@@ -115,7 +114,7 @@ def test_one_question_is_enough(folder, question):
     assert report.main([str(folder)]) == 0
     page = (folder / "report.md").read_text()
     assert f"## {question.capitalize()}" in page
-    assert ("over torch fused |" in page) == (question == "step")
+    assert ("| ratio |\n" in page) == (question == "step")
     assert ("typical error" in page) == (question == "scaling")
 
 
@@ -127,27 +126,71 @@ def test_a_baseline_that_failed_has_no_bars(folder):
     assert "models.png" in (folder / "report.md").read_text()
 
 
-def test_the_readme_has_the_numbers_of_the_folder_it_names(folder, tmp_path, monkeypatch):
+def block(part: str) -> str:
+    return f"before\n<!-- bench some-machine {part} -->\nold numbers\n<!-- bench end -->\nafter\n"
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("models", "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |\n\nMilliseconds of a step"),
+        ("models", "](results/some-machine/models.png)\n"),
+        ("models", "[report](results/some-machine/report.md).\n\n<!-- bench end -->"),
+        ("optimizers", "-->\n\n![Every optimizer"),
+        ("missed", "1 of 2 targets are met and 1 are missed"),
+        ("missed", "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 |\n\n<!-- bench end -->"),
+        ("host", "| 1 tensor | 20 | 30 | - |\n| 8 tensors | 40 | 50 | 60 |\n"),
+        ("host-summary", '"torch fused" / with optimx: 20 / 30 µs for 1 tensor, 40 / 50 µs for 8 tensors.\n'),
+    ],
+)
+def test_a_block_has_the_numbers_of_the_folder_it_names(folder, tmp_path, monkeypatch, part, expected):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
+    columns = zip((FUSED, OURS, f"{OURS} max_grad_norm"), ((0.02, 0.04), (0.03, 0.05), (None, 0.06)), strict=True)
+    medians = [(name, *pair) for name, pair in columns]
+    host = [row("host-stub-1", name, first, tensors=1) for name, first, _ in medians]
+    save(folder, "host", [*host, *(row("host-stub-8", name, second, tensors=8) for name, _, second in medians)])
     readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench some-machine -->\nold numbers\n<!-- bench end -->\nafter\n")
+    readme.write_text(block(part))
     assert report.main([str(folder), "--readme", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith("before\n<!-- bench some-machine -->\n| AdamW")
-    assert text.endswith("<!-- bench end -->\nafter\n")
+    assert text.startswith(f"before\n<!-- bench some-machine {part} -->\n")
+    assert text.endswith("\n<!-- bench end -->\nafter\n")
+    assert expected in text
     assert "old numbers" not in text
-    assert "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 |" in text
     assert "speed >= 1x" not in text, "only what is missed"
     # again, and nothing changes
     assert report.main([str(folder), "--readme", str(readme)]) == 0
     assert readme.read_text() == text
 
 
-def test_the_projects_readme_is_up_to_date(tmp_path):
-    readme = tmp_path / "README.md"
-    shutil.copy(report.HERE.parent / "README.md", readme)
-    report.write_readme(readme, report.RESULTS)
-    assert readme.read_text() == (report.HERE.parent / "README.md").read_text(), "run `make report`"
+def test_blocks_of_several_pages_are_written(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", folder.parent)
+    pages = [tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"]
+    pages[1].parent.mkdir()
+    for page in pages:
+        page.write_text(block("models"))
+    assert report.main([str(folder), "--readme", *map(str, pages)]) == 0
+    assert "](results/some-machine/report.md)" in pages[0].read_text()
+    assert "](../results/some-machine/report.md)" in pages[1].read_text()
+
+
+@pytest.mark.parametrize("part", ["modles", ""])
+def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, capsys, part):
+    monkeypatch.setattr(report, "RESULTS", folder.parent)
+    page = tmp_path / "README.md"
+    page.write_text(block(part))
+    assert report.main([str(folder), "--readme", str(page)]) == 2
+    assert f"should name one of models, optimizers, missed, host, host-summary, but names: '{part}'" in (
+        capsys.readouterr().err
+    )
+    assert page.read_text() == block(part)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_projects_pages_are_up_to_date(page):
+    path = report.HERE.parent / page
+    assert report.BLOCK.search(path.read_text())
+    assert report.with_blocks(path, report.RESULTS) == path.read_text(), "run `make report`"
 
 
 def test_a_folder_without_results_is_an_error(tmp_path, capsys):
