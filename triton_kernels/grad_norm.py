@@ -232,7 +232,7 @@ def finish_(
         check_finite: Write ``found_inf`` from what :func:`norm_` saw, instead of reading it.
         warmup: Compile, launch nothing.
     """
-    launcher = _finish_launcher(
+    launcher = finish_launcher(
         norm.dtype, norm_type, max_norm is not None, clamp, grad_scale is not None, found_inf is not None, check_finite
     )
     launch(
@@ -243,7 +243,7 @@ def finish_(
 
 
 @cache
-def _finish_launcher(
+def finish_launcher(
     dtype: torch.dtype,
     norm_type: float,
     clip: bool,

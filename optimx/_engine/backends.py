@@ -129,16 +129,17 @@ def triton_problem() -> str | None:
         from triton.runtime import driver
 
         from ..triton_kernels.device import OPTIONS
-        from ..triton_kernels.grad_norm import _finish_kernel
+        from ..triton_kernels.grad_norm import finish_launcher
 
+        launcher = finish_launcher(torch.float32, 2.0, True, True, False, False, False)
         pointers = {"partials_ptr": "*fp64", "grad_scale_ptr": "*fp32", "found_inf_ptr": "*fp32", "norm_ptr": "*fp32",
                     "control_ptr": "*fp64"}  # fmt: skip
-        constants = {"NORM_TYPE": 2, "CLIP": True, "CLAMP": True, "HAS_SCALE": False, "HAS_FOUND_INF": False,
-                     "CHECK_FINITE": False, "BLOCK_SIZE": 128}  # fmt: skip
-        signature = {**pointers, "n_partials": "i32", "max_norm": "fp32", **dict.fromkeys(constants, "constexpr")}
-        signature = {p.name: signature[p.name] for p in _finish_kernel.params}
+        types = {**pointers, "n_partials": "i32", "max_norm": "fp32"}
+        names = [param.name for param in launcher.kernel.params]
+        signature = {name: types.get(name, "constexpr") for name in names}
+        constants = {name: launcher.options[name] for name in names if name not in types}
         target = driver.active.get_current_target() if torch.cuda.is_available() else GPUTarget("cuda", 90, 32)
-        triton.compile(ASTSource(_finish_kernel, signature, constants), target=target, options=OPTIONS)
+        triton.compile(ASTSource(launcher.kernel, signature, constants), target=target, options=OPTIONS)
     # whatever goes wrong in a compiler is the answer
     except Exception as error:
         return f"{type(error).__name__}: {error}"
