@@ -11,6 +11,9 @@ from torch.optim import *  # noqa: F403
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
 from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from ._engine.rule import UpdateRule
+from ._engine.step import MultiTensorStep
+from ._loop import FormulaLoop
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -42,9 +45,12 @@ __all__ = sorted(
         "Build",
         "Config",
         "ConfigError",
+        "FormulaLoop",
         "GradScaler",
         "LAMB",
         "Lion",
+        "MultiTensorStep",
+        "UpdateRule",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",

@@ -1,13 +1,15 @@
-"""What our own optimizers share, of which torch has no class: checked arguments, and the plain loop over parameters."""
+"""What optimizers share of which torch has no class: checked arguments, and the plain loop over parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from ._engine.rule import UpdateRule
 
 
 def check_at_least_zero(**values: Any) -> None:
@@ -47,3 +49,53 @@ def as_number(value: Any) -> Any:
 def as_real(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Complex tensors as pairs of real numbers, which torch's optimizers take to be independent."""
     return tuple(torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors)
+
+
+class FormulaLoop(Optimizer):
+    """The step of a rule, one parameter after the other, by its formula: on any device, in any layout.
+
+    It goes where torch's class would be, after :class:`MultiTensorStep` among the bases, in an optimizer that torch
+    does not have. What no bucket takes falls back to it.
+
+    Raises:
+        RuntimeError: In a step, a gradient is sparse or a parameter is complex.
+    """
+
+    rule: ClassVar[UpdateRule]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._step(param, param.grad, group)
+        return loss
+
+    def _step(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        rule, state = self.rule, self.state[param]
+        if grad.layout is not torch.strided or param.is_complex():
+            kind = "complex parameters" if param.is_complex() else "sparse gradients"
+            raise RuntimeError(f"{type(self).__name__} does not support {kind}")
+        variant = rule.variant_of(rule.group_variant(group), param)
+        for name in rule.counts:
+            if name not in state:
+                device = param.device if rule.counts_on_device or group.get("capturable") else "cpu"
+                state[name] = torch.full((), rule.new_count(name, group), dtype=torch.float32, device=device)
+        for name in rule.state_names(variant):
+            if name not in state:
+                state[name] = rule.new_state(name, param, group, self.defaults)
+        values = rule.values_for(tuple(map(float, rule.values(group))), param.dtype)
+        row, counts = rule.prepare(values, tuple(float(state[name]) for name in rule.counts))
+        dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
+        roles = [param, *(state[name] for name in rule.state_names(variant))]
+        p, *states = (role.detach().to(dtype, copy=True).reshape(-1) for role in roles)
+        g = grad.to(dtype).reshape(-1) * row[0]
+        rule.formula(variant, row, p, g, states, tuple(torch.empty_like(p) for _ in range(3)))
+        for role, new in zip(roles, (p, *states), strict=True):
+            role.copy_(new.view(role.shape))
+        for name, count in zip(rule.counts, counts, strict=True):
+            state[name].fill_(count)

@@ -150,6 +150,5 @@ class LAMB(MultiTensorStep, LAMBLoop):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
             "max_trust_ratio": max_trust_ratio, "always_adapt": always_adapt, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults)
-        self._init_step(max_grad_norm, capturable=capturable)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable)
         self.normalize_grads = normalize_grads

@@ -109,5 +109,4 @@ class Lion(MultiTensorStep, LionLoop):
         check_at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
-        self._init_step(max_grad_norm, capturable=capturable)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable)

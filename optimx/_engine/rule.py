@@ -23,7 +23,7 @@ class UpdateRule:
     here for a CPU, as :meth:`operator` or :meth:`formula`. :meth:`prepare` is for both.
 
     Attributes:
-        module: Name of the module in ``triton_kernels``.
+        module: Name of the kernels' module: of one in ``triton_kernels``, or a name with a dot of one of your own.
         counts: Scalar states, the step count first; may be empty.
         counts_on_device: They are where the parameter is, also without ``capturable``.
         walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"trust_ratio"``, a pass, a
@@ -136,8 +136,9 @@ class UpdateRule:
 
     @functools.cached_property
     def kernels(self) -> Any:
-        """The module of ``triton_kernels``; imports triton."""
-        return importlib.import_module(f"{__package__.partition('.')[0]}.triton_kernels.{self.module}")
+        """The module; imports triton."""
+        own = "." in self.module
+        return importlib.import_module(self.module if own else f"optimx.triton_kernels.{self.module}")
 
 
 def l2_gradient(g: Tensor, p: Tensor, l2: float, out: Tensor) -> Tensor:

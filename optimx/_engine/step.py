@@ -25,7 +25,11 @@ from .states import own_states, settle_scalars
 
 
 class MultiTensorStep(EngineOptimizer):
-    """Mixin with the step. The torch class comes after it: ``class AdamW(MultiTensorStep, torch.optim.AdamW)``."""
+    """Mixin with the step, which updates all groups together.
+
+    A torch class comes after it among the bases, ``class AdamW(MultiTensorStep, torch.optim.AdamW)``, or
+    :class:`FormulaLoop` where torch has none; :attr:`rule` says what a step is.
+    """
 
     _is_copy: bool
 
@@ -36,9 +40,27 @@ class MultiTensorStep(EngineOptimizer):
         after = cls.__mro__[cls.__mro__.index(MultiTensorStep) + 1 :]
         cls._stock_step = _compat.without_hooks(next(vars(base)["step"] for base in after if "step" in vars(base)))
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        """As :class:`torch.optim.Optimizer`: a subclass may pass over its base class's own ``__init__``."""
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        *,
+        max_grad_norm: float | None = None,
+        capturable: bool = False,
+    ) -> None:
+        """As :class:`torch.optim.Optimizer`: a subclass may pass over its base class's own ``__init__``.
+
+        Args:
+            params: Parameters, or groups of them.
+            defaults: Settings of groups that do not have their own.
+            max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None).
+            capturable: The step may be recorded in a CUDA graph (default: False).
+
+        Raises:
+            ValueError: ``max_grad_norm`` is not > 0.
+        """
         Optimizer.__init__(self, params, defaults)
+        self._init_step(max_grad_norm, capturable=capturable)
 
     def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False) -> None:
         """To be called at the end of a subclass's ``__init__``."""
