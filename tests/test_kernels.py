@@ -222,8 +222,10 @@ def test_repeatable(triton_backend: torch.device, case: Case, kwargs: dict) -> N
     assert torch.equal(*results)
 
 
-#: Several chunks each, with a tail and without; the second two are alike but for what becomes of them.
-MIXED = [(300,), (2, 130), (384,), (384,), (40,), (129,)]
+#: Chunks of several wide blocks, and narrow blocks of several rows.
+MIXED_SIZE = LaunchSize(chunk_size=512, block_size=512)
+#: Several chunks each, with a tail and without, and a tail alone; two are alike but for what becomes of them.
+MIXED = [(1300,), (2, 515), (1536,), (1536,), (40,), (513,)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=lambda d: str(d).removeprefix("torch."))
@@ -238,7 +240,7 @@ def test_alignment_is_of_each_tensor_and_changes_no_bit(
         shifts[role][tensor] = 1 + role
     results = []
     for these in (0, shifts):
-        launch = Launch(case, kwargs, triton_backend, dtype, these, poison=7.0, shapes=MIXED)
+        launch = Launch(case, kwargs, triton_backend, dtype, these, 7.0, MIXED, MIXED_SIZE)
         launch()
         assert is_untouched(launch.around, 7.0)
         results.append(launch.everything())
@@ -254,14 +256,16 @@ def test_without_a_gradient_a_tensor_is_left_alone(
     missing = (0, 2, 4)
     results, before = [], []
     for these in ((), missing):
-        launch = Launch(case, kwargs, triton_backend, torch.float32, shift, poison, MIXED, missing=these)
+        launch = Launch(case, kwargs, triton_backend, torch.float32, shift, poison, MIXED, MIXED_SIZE, these)
         before = [t.clone() for t in launch.everything()]
         launch()
         assert is_untouched(launch.around, poison)
         results.append(launch.everything())
     for i, (there, without, first) in enumerate(zip(*results, before, strict=True)):
         assert torch.equal(without, first if i % len(MIXED) in missing else there), i
-    launch = Launch(case, kwargs, triton_backend, torch.float32, shapes=MIXED, missing=range(len(MIXED)))
+    launch = Launch(
+        case, kwargs, triton_backend, torch.float32, shapes=MIXED, size=MIXED_SIZE, missing=range(len(MIXED))
+    )
     before = [t.clone() for t in launch.everything()]
     launch()
     assert all(map(torch.equal, launch.everything(), before))
@@ -570,7 +574,7 @@ def test_norm_and_scale_without_some_gradients(triton_backend: torch.device) -> 
     grads, around = in_poison(MIXED, device, torch.float32, 0, [0, 1, 0, 0, 3, 0])
     there = [g for i, g in enumerate(grads) if i not in missing]
     expected = [g.clone() if i in missing else g * 0.25 for i, g in enumerate(grads)]
-    table = TensorTable([g.numel() for g in grads], [], [], device, SIZE)
+    table = TensorTable([g.numel() for g in grads], [], [], device, MIXED_SIZE)
     where, factor = addresses(grads, device, missing), torch.tensor(0.25, dtype=torch.float64, device=device)
     for norm_type in grad_norm.NORM_TYPES:
         partials = torch.full((2, table.n_chunks), float("nan"), dtype=torch.float64, device=device)

@@ -22,17 +22,18 @@ COMMAND = "python -m tests.audit.report"
 LEGEND = """\
 A cell reads: widths in bits of the vector loads / stores (`-`: none), registers of a thread (AMD: vector registers),
 instructions for an element where they are counted, then what is not 0 of shared memory and spills, in bytes. Where
-dtypes differ, the narrow tensors move 64 bits at a time: 128 would take a detour through shared memory. Unaligned
-variants and the kernels without blocks of elements (`*_prepare`, `lamb_ratio`, `finish`) have nothing to widen.
+dtypes differ, the narrow tensors move 64 bits at a time: 128 would take a detour through shared memory. Adafactor's
+unaligned variants and the kernels without blocks of elements (`*_prepare`, `lamb_ratio`, `finish`) have nothing to
+widen.
 **Bold**: past a limit of the audit.
 
 Every variant of Adam is here; of the other algorithms, those that `tests/audit/variants.py` says are enough.
 """
-REGISTERS = """Registers of a thread at most, where accesses are aligned; in parentheses those of float64.
+REGISTERS = """Registers of a thread at most (Adafactor: where accesses are aligned); in parentheses those of float64.
 """
 INSTRUCTIONS = """Machine instructions that a thread executes for an element of a full chunk, at most; in parentheses
 those of float64. `tests/audit/walk.py` says what counts, `tests/audit/budgets.py` has the limits. Not counted: variants
-with control (it is read before the walk), unaligned ones, and where there is no walk (Adafactor's vectors and small
+with control (it is read before the walk), and of Adafactor's, unaligned ones and those without a walk (vectors, small
 matrices).
 """
 

@@ -39,8 +39,8 @@ class Sizes:
     def grads(self) -> torch.Tensor:
         return addresses(self.n_tensors)
 
-    def scalar(self) -> torch.Tensor:
-        return torch.empty(1 + self.shift)[self.shift]
+    def scalar(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(1 + self.shift, dtype=dtype)[self.shift]
 
     def partials(self, n: int) -> torch.Tensor:
         """Room for the results of ``n`` programs, behind those of others."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from optimx.triton_kernels.device import TRITON_DTYPE
 from triton.runtime.jit import JITFunction
 
@@ -73,6 +74,8 @@ def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) ->
     for (kernel, name), values in seen.items():
         if any(isinstance(value, bool) for value in values):
             assert values == {False, True}, (kernel, name)
+        elif name == "NORM_DTYPE":
+            assert values == {tl.float32, tl.float64}, (kernel, name)
         elif name.endswith("_DTYPE"):
             assert values == set(TRITON_DTYPE.values()), (kernel, name)
         elif name == "DTYPES":

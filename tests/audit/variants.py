@@ -61,13 +61,11 @@ class Algorithm:
         module: Of ``triton_kernels``.
         structures: For each variant of its ``update``, by name, the structure and the number of states.
         n_counts: Number of scalar states.
-        threads: See :data:`THREADS`.
     """
 
     module: ModuleType
     structures: dict[str, tuple[tuple[bool, ...], int]]
     n_counts: int = 1
-    threads: int = THREADS
 
     @property
     def name(self) -> str:
@@ -90,8 +88,7 @@ ALGORITHMS = (
         },
     ),
     Algorithm(adagrad, {"": ((), 1)}),
-    # for sm_100, ptxas takes 68 registers in 16 bits without control, and 64 with it; 896 threads have 56 KB in flight
-    Algorithm(adadelta, {"": ((), 2)}, threads=896),
+    Algorithm(adadelta, {"": ((), 2)}),
     Algorithm(adamax, {"": ((), 2)}),
     Algorithm(nadam, {"": ((), 2)}, n_counts=2),
     Algorithm(radam, {"": ((), 2)}),
@@ -211,7 +208,7 @@ def _update_variants() -> Iterator[Variant]:
                 call,
                 reads=[p, g, *states],
                 writes=[p, *states],
-                threads=_threads([p, g, *states], algorithm.threads),
+                threads=_threads([p, g, *states]),
                 # control is read before the walk
                 counted=not control,
             )
@@ -247,7 +244,9 @@ def _lamb_variants() -> Iterator[Variant]:
             _name(name, control=control),
             call,
             reads=dtypes,
-            threads=_threads(dtypes),
+            # what sums up has narrow blocks as large as the wide ones: for sm_80, ptxas takes 71 registers in 16 bits,
+            # 64 elsewhere; 896 threads have 56 KB in flight
+            threads=_threads(dtypes, 896),
             shared=SHARED_REDUCTION,
             counted=not control,
         )
@@ -360,16 +359,21 @@ def _norm_variants() -> Iterator[Variant]:
 
 def _finish_variants() -> Iterator[Variant]:
     clips = {"": (None, True), "clip": (1.0, True), "normalize": (1.0, False)}
-    flags = product(grad_norm.NORM_TYPES, clips, (False, True), ("", "found_inf", "check_finite"))
-    for norm_type, clip, scaled, skip in flags:
-        # normalizing is by the 2-norm; of the others, which differ in the reduction alone, one variant each
-        if norm_type != 2 and (clip, scaled, skip) != ("clip", True, "check_finite"):
+    dtypes = (torch.float32, torch.float64)
+    flags = product(dtypes, grad_norm.NORM_TYPES, clips, (False, True), ("", "found_inf", "check_finite"))
+    for dtype, norm_type, clip, scaled, skip in flags:
+        # normalizing is by the 2-norm; of the others, which differ in the reduction alone, and in another dtype of the
+        # result, one variant each
+        usual = dtype is torch.float32 and norm_type == 2
+        if not usual and (clip, scaled, skip) != ("clip", True, "check_finite"):
             continue
         max_norm, clamp = clips[clip]
 
-        def call(size: Sizes, norm_type=norm_type, max_norm=max_norm, clamp=clamp, scaled=scaled, skip=skip) -> None:
+        def call(
+            size: Sizes, dtype=dtype, norm_type=norm_type, max_norm=max_norm, clamp=clamp, scaled=scaled, skip=skip
+        ) -> None:
             grad_norm.finish_(
-                numbers(2, size.n_tensors), size.scalar(), numbers(3),
+                numbers(2, size.n_tensors), size.scalar(dtype), numbers(3),
                 norm_type=norm_type, max_norm=max_norm, clamp=clamp,
                 grad_scale=size.scalar() if scaled else None, found_inf=size.scalar() if skip else None,
                 check_finite=skip == "check_finite",
@@ -377,7 +381,7 @@ def _finish_variants() -> Iterator[Variant]:
 
         yield Variant(
             "finish",
-            _name(f"{norm_type:g}", skip, clip, scaled=scaled),
+            _name(f"{norm_type:g}", skip, clip, scaled=scaled, float64=dtype is torch.float64),
             call,
             threads=THREADS_FLOAT64,
             shared=SHARED_REDUCTION,
