@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ._checks import check_instance
 from ._table import aligned
 from .config import Config, ScheduleConfig
 from .config.errors import Problems
@@ -154,8 +155,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
         ConfigError: Everything that is wrong with the config, a line each.
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module but is: {type(model).__name__}")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
     problems = Problems()
     config: Config = read(Config, load(cfg, overrides, TREES), "", problems)
     scale = 1.0 if config.batch_scaling is None else config.batch_scaling.factor

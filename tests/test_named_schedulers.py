@@ -888,11 +888,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "warmup_factor should be in .* but is: 2",
     ),
-    "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr', the nearest is '1-sqrt'"),
+    "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr'; did you mean '1-sqrt'"),
     "convention": (
         lambda: WarmupLinearLR(make_optimizer(), 1, 3, convention="titan"),
         ValueError,
-        "'titan', the nearest is 'torchtitan'",
+        "'titan'; did you mean 'torchtitan'",
     ),
     "eta-min": (lambda: SGDR(make_optimizer(), 3, eta_min=0.5), ValueError, "should be <= 0.1, the lr of .* is: 0.5"),
     "T_0": (lambda: SGDR(make_optimizer(), 0), ValueError, "T_0 should be >= 1 but is: 0"),
@@ -924,7 +924,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "base_lrs should be given to the torch scheduler",
     ),
     "greedy-factor": (lambda: GreedyLR(make_optimizer(), factor=1.0), ValueError, r"factor should be in \(0, 1\)"),
-    "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim', the nearest is 'min'"),  # type: ignore
+    "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim'; did you mean 'min'"),  # type: ignore
     "greedy-after": (
         lambda: WarmupLR((o := make_optimizer()), GreedyLR(o), 3),
         ValueError,

@@ -11,8 +11,9 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, S
 from pathlib import Path
 from typing import Any
 
+from .._checks import nearest
 from ..registry import normalized
-from .errors import ConfigError, Problem, nearest
+from .errors import ConfigError, Problem
 from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
 
 __all__ = ["Tagged", "load", "merge", "parse_value", "read_file"]

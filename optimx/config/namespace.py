@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
+from .._checks import nearest
 from ..registry import OPTIMIZERS
-from .errors import ConfigError, Problem, nearest
+from .errors import ConfigError, Problem
 from .sections import OptimizerConfig
 from .values import parameters_of
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.errors import MISSING, ConfigError, Problem, nearest
+from .._checks import nearest
+from ..config.errors import MISSING, ConfigError, Problem
 from ..config.loading import Tagged
 from .projects import PROJECTS, look_alike, recognised, unknown_keys
 from .source import Conversion, Source, refused

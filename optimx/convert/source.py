@@ -9,7 +9,8 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from ..config.errors import ConfigError, Problem, nearest
+from .._checks import nearest
+from ..config.errors import ConfigError, Problem
 from ..config.loading import Tagged
 
 __all__ = ["NOTHING", "Conversion", "Source", "assumptions", "epochs", "given", "refused"]

@@ -9,7 +9,6 @@ import typing as _typing
 from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
-from ._schedule import Absolute, Schedule
 from .adafactor_schedule import AdafactorSchedule
 from .endless import Constant, Exponential, InverseSqrt, InverseTime, MultiStep, NaturalExponential, Noam, Piecewise
 from .greedy import GreedyLR
@@ -29,8 +28,9 @@ from .named_warmups import (
 )
 from .phases import CONVENTIONS, Convention, Cooldown, Hold, Phases, Product, Warmup
 from .restarts import Cyclic, OneCycle, Restarts
+from .schedule import Absolute, Schedule
 from .schedule_lr import ScheduleLR
-from .schedules import (
+from .shapes import (
     REX,
     Cosine,
     CosineWithHardRestarts,

@@ -6,17 +6,8 @@ import math
 from bisect import bisect_right
 from dataclasses import KW_ONLY, dataclass, replace
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    check_above,
-    check_at_least,
-    check_length,
-    check_milestones,
-    check_ratio,
-    check_steps,
-    resolve,
-)
+from .._checks import above, at_least, within
+from .schedule import Absolute, Schedule, check_length, check_milestones, check_ratio, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,7 @@ class _Rated(_Endless, abstract=True):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("decay_steps", self.decay_steps, 0)
+        above(0).check("decay_steps", self.decay_steps)
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
@@ -81,8 +72,7 @@ class Exponential(_Rated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma should be in (0, 1] but is: {self.gamma}")
+        within("(0, 1]").check("gamma", self.gamma)
 
     def curve(self, x: float) -> float:
         return self.gamma**x
@@ -101,7 +91,7 @@ class NaturalExponential(_Rated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("rate", self.rate, 0)
+        at_least(0).check("rate", self.rate)
 
     def curve(self, x: float) -> float:
         return math.exp(-self.rate * x)
@@ -120,7 +110,7 @@ class InverseTime(_Rated):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("rate", self.rate, 0)
+        at_least(0).check("rate", self.rate)
 
     def curve(self, x: float) -> float:
         return 1.0 / (1.0 + self.rate * x)
@@ -140,7 +130,7 @@ class InverseSqrt(_Endless):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("timescale", self.timescale, 0)
+        above(0).check("timescale", self.timescale)
 
     def factor(self, step: float) -> float:
         return math.sqrt(self.timescale / (self.timescale + step))
@@ -171,7 +161,7 @@ class Noam(_Endless):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self, "warmup_steps", "d_model", least=1)
-        check_above("scale", self.scale, 0)
+        above(0).check("scale", self.scale)
 
     def factor(self, step: float) -> float:
         n = step + 1.0
@@ -200,7 +190,7 @@ class Constant(_Endless):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least("level", self.level, 0)
+        at_least(0).check("level", self.level)
 
     def factor(self, step: float) -> float:
         return self.level
@@ -225,7 +215,7 @@ class MultiStep(_Endless):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_milestones(self)
-        check_above("gamma", self.gamma, 0)
+        above(0).check("gamma", self.gamma)
 
     def factor(self, step: float) -> float:
         return self.gamma ** bisect_right(self.milestones, step)
@@ -256,7 +246,7 @@ class Piecewise(_Endless):
                 f"levels should be {len(self.milestones) + 1}, one more than milestones, but is: {list(self.levels)}"
             )
         for i, level in enumerate(self.levels):
-            check_at_least(f"levels[{i}]", level, 0)
+            at_least(0).check(f"levels[{i}]", level)
 
     def factor(self, step: float) -> float:
         return self.levels[bisect_right(self.milestones, step)]

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, as_steps, check_ratio, one_of
+from .._checks import as_steps, one_of
 from .endless import InverseTime, NaturalExponential, Piecewise
 from .phases import CONVENTIONS
+from .schedule import Absolute, check_ratio
 from .schedule_lr import ScheduleLR
-from .schedules import REX, LinearCosine, Tanh
+from .shapes import REX, LinearCosine, Tanh
 
 
 class LinearCosineLR(ScheduleLR):

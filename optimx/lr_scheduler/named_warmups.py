@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, Schedule, as_steps, check_above, check_at_least, check_ratio, one_of
+from .._checks import above, as_steps, at_least, one_of
 from .endless import Constant, Exponential, InverseSqrt, MultiStep, Noam
 from .phases import Convention, Hold, Phases, Warmup
 from .restarts import Restarts
+from .schedule import Absolute, Schedule, check_ratio
 from .schedule_lr import ScheduleLR
-from .schedules import DECAYS, Cosine, Decay, Linear, Polynomial
+from .shapes import DECAYS, Cosine, Decay, Linear, Polynomial
 from .warmup_lr import as_warmup
 
 
@@ -347,8 +348,8 @@ class SGDR(ScheduleLR):
         **options: Any,
     ) -> None:
         first = as_steps("T_0", T_0, least=1)
-        check_above("T_mult", T_mult, 0)
-        check_at_least("eta_min", eta_min, 0)
+        above(0).check("T_mult", T_mult)
+        at_least(0).check("eta_min", eta_min)
         warmup = as_warmup(warmup_steps)
         cosine = Cosine(first, Absolute(eta_min) if eta_min else 0.0)
         cycle: Schedule = cosine

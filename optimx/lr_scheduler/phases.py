@@ -10,20 +10,9 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_steps,
-    check_above,
-    check_length,
-    check_ratio,
-    check_schedules,
-    check_steps,
-    one_of,
-    resolve,
-    serialisable,
-)
-from .schedules import DECAYS
+from .._checks import above, as_steps, one_of
+from .schedule import Absolute, Schedule, check_length, check_ratio, check_schedules, check_steps, resolve, serialisable
+from .shapes import DECAYS
 
 
 @serialisable
@@ -108,7 +97,7 @@ class Warmup(Schedule):
         one_of("shape", self.shape, (*_RAMPS, "exponential"))
         check_ratio("start", self.start)
         if self.shape in ("exponential", "constant"):
-            check_above(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0), 0)
+            above(0).check(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0))
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         return self.ramp(step, peak, CONVENTIONS["every-step"])

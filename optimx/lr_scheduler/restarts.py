@@ -7,17 +7,8 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from typing import Literal
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_steps,
-    check_above,
-    check_at_least,
-    check_ratio,
-    check_steps,
-    one_of,
-    resolve,
-)
+from .._checks import above, as_steps, at_least, one_of, within
+from .schedule import Absolute, Schedule, check_ratio, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,8 @@ class Restarts(Schedule):
         if not isinstance(self.cycle, Schedule) or self.cycle.steps is None:
             raise TypeError(f"cycle should be a schedule that has a length but is: {self.cycle!r}")
         as_steps("steps of the first cycle", self.cycle.steps, least=1)
-        check_above("mult", self.mult, 0)
-        if not 0 < self.peak_decay <= 1:
-            raise ValueError(f"peak_decay should be in (0, 1] but is: {self.peak_decay}")
+        above(0).check("mult", self.mult)
+        within("(0, 1]").check("peak_decay", self.peak_decay)
         check_steps(self, "cycles", least=1)
         if self.lengths is not None:
             if self.mult != 1 or self.cycles is not None:
@@ -151,10 +141,9 @@ class OneCycle(Schedule):
     def __post_init__(self) -> None:
         check_steps(self, "steps", least=1)
         most = 0.5 if self.three_phase else 1.0
-        if not 0 <= self.pct_start <= most:
-            raise ValueError(f"pct_start should be in [0, {most}] but is: {self.pct_start}")
-        check_at_least("div_factor", self.div_factor, 1)
-        check_at_least("final_div_factor", self.final_div_factor, 1)
+        within(f"[0, {most}]").check("pct_start", self.pct_start)
+        at_least(1).check("div_factor", self.div_factor)
+        at_least(1).check("final_div_factor", self.final_div_factor)
         one_of("anneal_strategy", self.anneal_strategy, ("cos", "linear"))
 
     @cached_property
@@ -210,8 +199,7 @@ class Cyclic(Schedule):
         check_steps(self, "steps")
         check_ratio("floor", self.floor)
         one_of("mode", self.mode, ("triangular", "triangular2", "exp_range"))
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma should be in (0, 1] but is: {self.gamma}")
+        within("(0, 1]").check("gamma", self.gamma)
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         if self.steps is not None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ._field import current_lrs, write
-from ._schedule import Schedule, as_steps
+from .._checks import as_steps
+from .field import current_lrs, write
 from .greedy import GreedyLR
 from .phases import Convention, Hold, Phases, Warmup
+from .schedule import Schedule
 from .schedule_lr import ScheduleLR
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from typing import Any, TypeVar
+
+from .._checks import Condition, as_number, as_steps, at_least, one_of, within
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -35,7 +34,7 @@ class Absolute:
     value: float
 
     def __post_init__(self) -> None:
-        check_at_least("value", self.value, 0)
+        at_least(0).check("value", self.value)
 
 
 class Schedule:
@@ -148,22 +147,15 @@ def resolve(value: float | Absolute, base: float) -> float:
     return value.value if isinstance(value, Absolute) else value * base
 
 
-def one_of(what: str, name: Any, names: Iterable[str]) -> str:
-    """The name; ValueError with the nearest one if it is none of them."""
-    known = sorted(names)
-    if name in known:
-        return name
-    near = get_close_matches(str(name), known, 1, 0.4)
-    hint = f", the nearest is {near[0]!r}" if near else ""
-    raise ValueError(f"{what} should be one of {', '.join(known)} but is: {name!r}{hint}")
-
-
 def check_steps(schedule: Any, *names: str, least: int = 0) -> None:
     """Make these fields ints of at least ``least``; None stays None."""
     for name in names:
         value = getattr(schedule, name)
         if value is not None:
             object.__setattr__(schedule, name, as_steps(name, value, least))
+
+
+_LENGTH = Condition("should be 0 or >= 1 (they are steps, not a part of the training)", lambda steps: not 0 < steps < 1)
 
 
 def check_length(schedule: Any) -> None:
@@ -176,51 +168,18 @@ def check_length(schedule: Any) -> None:
     if schedule.steps is None:
         return
     steps = as_number("steps", schedule.steps)
-    check_at_least("steps", steps, 0)
-    if 0 < steps < 1:
-        raise ValueError(f"steps should be 0 or >= 1 (they are steps, not a part of the training) but is: {steps}")
+    at_least(0).check("steps", steps)
+    _LENGTH.check("steps", steps)
     object.__setattr__(schedule, "steps", steps)
 
 
-def as_steps(name: str, value: Any, least: int = 0) -> int:
-    """A number of steps as an int; ValueError below ``least``, TypeError if it is no whole number."""
-    steps = as_number(name, value)
-    if isinstance(steps, float):
-        raise TypeError(f"{name} should be a whole number but is: {value!r}")
-    check_at_least(name, steps, least)
-    return steps
-
-
-def as_number(name: str, value: Any) -> int | float:
-    """A finite number, of any type: an int if it is whole, as a quotient or ``1e4`` may be; TypeError for others."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        pass
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    # a tensor of several numbers
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise TypeError(f"{name} should be a number but is: {value!r}")
-    return int(number) if number.is_integer() else number
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} should be >= {least} but is: {value}")
-
-
-def check_above(name: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise ValueError(f"{name} should be > {bound} but is: {value}")
+_RATIO = Condition("should be in [0, 1], a ratio of each group's own lr (or Absolute),", within("[0, 1]").holds)
 
 
 def check_ratio(name: str, value: float | Absolute) -> None:
     """A floor or a start: at most the peak, so a ratio is in [0, 1]."""
-    if not isinstance(value, Absolute) and not 0 <= value <= 1:
-        raise ValueError(f"{name} should be in [0, 1], a ratio of each group's own lr (or Absolute), but is: {value}")
+    if not isinstance(value, Absolute):
+        _RATIO.check(name, value)
 
 
 def check_milestones(schedule: Any) -> None:

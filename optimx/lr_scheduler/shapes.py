@@ -5,16 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_number,
-    check_above,
-    check_at_least,
-    check_length,
-    check_ratio,
-    resolve,
-)
+from .._checks import above, as_number, at_least, within
+from .schedule import Absolute, Schedule, check_length, check_ratio, resolve
 
 
 @dataclass(frozen=True)
@@ -79,9 +71,9 @@ class Cosine(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("power", self.power, 0)
-        check_above("num_cycles", self.num_cycles, 0)
-        check_above("k", self.k, 0)
+        above(0).check("power", self.power)
+        above(0).check("num_cycles", self.num_cycles)
+        above(0).check("k", self.k)
 
     def shape(self, p: float) -> float:
         # rounding may leave the cosine below 0, which has no root
@@ -105,7 +97,7 @@ class CosineWithHardRestarts(Decay):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "cycles", as_number("cycles", self.cycles))
-        check_above("cycles", self.cycles, 0)
+        above(0).check("cycles", self.cycles)
 
     def shape(self, p: float) -> float:
         if p >= 1.0:
@@ -130,7 +122,7 @@ class Polynomial(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("power", self.power, 0)
+        above(0).check("power", self.power)
 
     def shape(self, p: float) -> float:
         return (1.0 - p) ** self.power
@@ -151,7 +143,7 @@ class OneMinusPower(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("power", self.power, 0)
+        above(0).check("power", self.power)
 
     def shape(self, p: float) -> float:
         return 1.0 - p**self.power
@@ -180,8 +172,7 @@ class NormalizedExponential(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate should be in (0, 1) but is: {self.rate}")
+        within("(0, 1)").check("rate", self.rate)
 
     def shape(self, p: float) -> float:
         return (self.rate**p - self.rate) / (1.0 - self.rate)
@@ -203,7 +194,7 @@ class Tanh(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("upper", self.upper, self.lower)
+        above(self.lower).check("upper", self.upper)
 
     def shape(self, p: float) -> float:
         # tanh never reaches 1
@@ -238,9 +229,9 @@ class LinearCosine(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("num_cycles", self.num_cycles, 0)
-        check_at_least("alpha", self.alpha, 0)
-        check_at_least("beta", self.beta, 0)
+        above(0).check("num_cycles", self.num_cycles)
+        at_least(0).check("alpha", self.alpha)
+        at_least(0).check("beta", self.beta)
 
     def shape(self, p: float) -> float:
         return (self.alpha + 1.0 - p) * 0.5 * (1.0 + math.cos(2.0 * math.pi * self.num_cycles * p)) + self.beta
