@@ -19,6 +19,7 @@ from .config.loading import load
 from .config.values import read
 from .explain import Explanation, explain
 from .lr_scheduler import ScheduleLR
+from .lr_scheduler.warmup_lr import WarmupAroundLR
 from .param_groups import GroupsDescription, describe
 from .presets import TREES
 from .resolve import attempt, plan_groups, plan_optimizer, plan_schedule
@@ -185,7 +186,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
 
 def is_function_of_step(scheduler: LRScheduler | None) -> TypeGuard[ScheduleLR]:
     """Whether its values can be foretold: :class:`ScheduleLR`, but around no scheduler of torch's."""
-    return isinstance(scheduler, ScheduleLR) and getattr(scheduler, "after", None) is None
+    return isinstance(scheduler, ScheduleLR) and not isinstance(scheduler, WarmupAroundLR)
 
 
 def _before_any_schedule(group: Mapping[str, Any]) -> dict[str, Any]:

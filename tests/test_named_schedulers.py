@@ -848,6 +848,23 @@ def test_base_lrs_of_those_that_work_out_learning_rates_otherwise() -> None:
         assert refusing.base_lrs == before
 
 
+def test_warmups_of_two_kinds() -> None:
+    """What is around a torch scheduler is a class of its own: the other one knows nothing of it."""
+    around = WarmupLR(optimizer := make_optimizer([1.0]), after=torchs.ExponentialLR(optimizer, 0.5), warmup_steps=2)
+    plain = WarmupLR(make_optimizer([1.0]), Linear(3), 2)
+    assert isinstance(around, WarmupLR)
+    assert type(around) is not type(plain) is WarmupLR
+    assert plain.after is None
+    assert plain.warmup_steps == around.warmup_steps == 2
+    assert type(copy.deepcopy(around)) is type(pickle.loads(pickle.dumps(around))) is type(around)
+
+    class Mine(WarmupLR):
+        pass
+
+    with pytest.raises(TypeError, match=r"^after should be a Schedule but is: ExponentialLR$"):
+        Mine(optimizer, torchs.ExponentialLR(optimizer, 0.5), 2)
+
+
 def test_greedy_resumes() -> None:
     metrics = [4, 3, 2, 2, 2, 2, 2, 5, 4, 3, 2, 1]
     whole = greedy_numbers([*map(float, metrics)])

@@ -602,6 +602,30 @@ def test_gallery_has_every_schedule(tmp_path: Path) -> None:
     assert (tmp_path / "gallery.png").stat().st_size > 100_000
 
 
+@pytest.mark.parametrize(
+    ("case", "general", "given"),
+    [
+        (OneMinusSqrt(7, 0.1), OneMinusPower(7, 0.1, power=0.5), {"steps", "floor"}),
+        (NaturalExponential(0.3, decay_steps=2), Exponential(math.exp(-0.3), decay_steps=2), {"rate", "decay_steps"}),
+        (Hold(5), Constant(steps=5), {"steps"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_cases_of_other_shapes(case: Schedule, general: Schedule, given: set[str]) -> None:
+    """They have the other's numbers, but a name of their own, and no more arguments than it needs."""
+    assert isinstance(case, type(general))
+    assert case != general
+    assert values(case, 10) == pytest.approx(values(general, 10), rel=1e-14)
+    fixed = {field.name for field in dataclasses.fields(case) if not field.init}
+    assert fixed
+    assert given <= case.to_dict().keys()
+    assert not fixed & case.to_dict().keys()
+    assert not any(f"{name}=" in repr(case) for name in fixed)
+    assert Schedule.from_dict(case.to_dict()) == pickle.loads(pickle.dumps(case)) == case
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        type(case)(**dict.fromkeys(given | fixed, 1))
+
+
 # bad input
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {

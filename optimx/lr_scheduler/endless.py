@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from .._checks import above, at_least, within
 from .schedule import Absolute, Schedule, check_length, check_milestones, check_ratio, check_steps, resolve
@@ -79,7 +79,7 @@ class Exponential(_Rated):
 
 
 @dataclass(frozen=True)
-class NaturalExponential(_Rated):
+class NaturalExponential(Exponential):
     """``exp(-rate * step / decay_steps)``.
 
     Args:
@@ -87,6 +87,7 @@ class NaturalExponential(_Rated):
         decay_steps, staircase, steps, floor: As for :class:`Exponential`.
     """
 
+    gamma: float = field(default=1.0 / math.e, init=False, repr=False)
     rate: float
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class NaturalExponential(_Rated):
         at_least(0).check("rate", self.rate)
 
     def curve(self, x: float) -> float:
-        return math.exp(-self.rate * x)
+        return super().curve(self.rate * x)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .._checks import as_number, at_least, one_of, within
+from .conventions import CONVENTIONS, Convention
 from .endless import Constant, InverseSqrt
 from .greedy import GreedyLR
-from .phases import CONVENTIONS, Convention, Phases, Warmup
+from .phases import Phases, Warmup
 from .schedule import Schedule
 from .schedule_lr import ScheduleLR
 from .shapes import Cosine, CosineWithHardRestarts, Decay, Linear, OneMinusSqrt, Polynomial

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch.optim import Optimizer
 
 from .._checks import as_steps, one_of
+from .conventions import CONVENTIONS
 from .endless import InverseTime, NaturalExponential, Piecewise
-from .phases import CONVENTIONS
 from .schedule import Absolute, check_ratio
 from .schedule_lr import ScheduleLR
 from .shapes import REX, LinearCosine, Tanh

@@ -121,7 +121,8 @@ def _walk(value: Any) -> Iterator[Any]:
 
 def _encode(value: Any) -> Any:
     if is_dataclass(value):
-        return {"type": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+        own = {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {"type": type(value).__name__, **own}
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     # numpy's and torch's numbers are no plain ones
@@ -133,7 +134,7 @@ def _decode(value: Any) -> Any:
         arguments = {name: _decode(item) for name, item in value.items()}
         cls = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
         for name in arguments:
-            one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls)])
+            one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls) if field.init])
         try:
             return cls(**arguments)
         except TypeError as error:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from .._checks import as_number, as_steps, at_least, check_instance, one_of
+from ._plot import plot_groups
 from .field import BaseLRs, Field, current_lrs, per_group
 from .schedule import Schedule
 
@@ -163,8 +164,6 @@ class ScheduleLR(LRScheduler):
             n: Number of steps (default: None, to just past the schedule's end, which it has to have).
             field: Which hyperparameter (default: ``"lr"``).
         """
-        from ._plot import plot_groups
-
         if n is None:
             schedules = self._fields[one_of("field", field, self._fields)].schedules
             each = (schedules,) if isinstance(schedules, Schedule) else schedules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 
 from .._checks import above, as_number, at_least, within
 from .schedule import Absolute, Schedule, check_length, check_ratio, resolve
@@ -150,11 +150,10 @@ class OneMinusPower(Decay):
 
 
 @dataclass(frozen=True)
-class OneMinusSqrt(Decay):
+class OneMinusSqrt(OneMinusPower):
     """``1 - sqrt(p)``, the cooldown of https://arxiv.org/abs/2405.18392."""
 
-    def shape(self, p: float) -> float:
-        return 1.0 - math.sqrt(p)
+    power: float = field(default=0.5, init=False, repr=False)
 
 
 @dataclass(frozen=True)
