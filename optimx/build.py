@@ -22,7 +22,7 @@ from .lr_scheduler import ScheduleLR
 from .lr_scheduler.warmup_lr import WarmupAroundLR
 from .param_groups import GroupsDescription, describe
 from .presets import TREES
-from .resolve import attempt, plan_groups, plan_optimizer, plan_schedule
+from .resolve import attempt, resolve_groups, resolve_optimizer, resolve_schedule
 
 __all__ = ["Build", "BuildExplanation", "build", "is_function_of_step"]
 
@@ -162,9 +162,9 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     scale = 1.0 if config.batch_scaling is None else config.batch_scaling.factor
     optimizer = groups = schedule = None
     with problems.collected():
-        optimizer = plan_optimizer(config.optimizer, model, scale)
+        optimizer = resolve_optimizer(config.optimizer, model, scale)
     with problems.collected():
-        groups = plan_groups(config.groups, model, optimizer, scale)
+        groups = resolve_groups(config.groups, model, optimizer, scale)
     rehearse = None
     if optimizer is not None and groups is not None:
         rehearse = partial(optimizer.rehearse, groups[0])
@@ -172,7 +172,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     section = config.schedule
     if section is not None and section != ScheduleConfig(steps_per_epoch=section.steps_per_epoch):
         with problems.collected():
-            schedule = plan_schedule(section, rehearse, [problem.path for problem in problems])
+            schedule = resolve_schedule(section, rehearse, [problem.path for problem in problems])
     problems.raise_if_any()
     assert optimizer is not None
     assert groups is not None

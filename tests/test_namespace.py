@@ -320,7 +320,8 @@ def test_tensor_table_needs_no_triton() -> None:
 #: Python 3.10 has no tomllib.
 EXTRAS = {
     "optimx/_backend.py": ("triton",),
-    "optimx/config/loading.py": ("omegaconf", "tomli", "tomllib", "yaml"),
+    "optimx/config/files.py": ("tomli", "tomllib", "yaml"),
+    "optimx/config/loading.py": ("omegaconf",),
     "optimx/lr_scheduler/_plot.py": ("matplotlib",),
 }
 
@@ -398,6 +399,44 @@ def test_engine_does_not_know_algorithms(path: Path) -> None:
         assert names & public == set()
     if path.stem not in ("__init__", "cli"):
         assert "build" not in names
+
+
+#: From the ground up; what is in several rooms is in the last of them.
+ROOMS = (
+    ("_checks",),
+    ("lr_scheduler", "param_groups"),
+    ("config", "registry"),
+    ("convert",),
+    ("config.loading", "presets", "resolve"),
+    ("build",),
+    ("__init__", "__main__", "cli"),
+)
+
+
+def room_of(module: str) -> int | None:
+    """The number of the room that a module below ``optimx`` is in; None for the engine and its optimizers."""
+    rooms = [i for i, names in enumerate(ROOMS) if any(f"{module}.".startswith(f"{name}.") for name in names)]
+    return max(rooms, default=None)
+
+
+IN_ROOMS = {".".join(path.relative_to(ROOT / "optimx").with_suffix("").parts): path for path in OPTIMX}
+IN_ROOMS = {name.removesuffix(".__init__"): path for name, path in IN_ROOMS.items() if room_of(name) is not None}
+
+
+@pytest.mark.parametrize("module", IN_ROOMS)
+def test_imports_are_a_ladder(module: str) -> None:
+    """A room imports what is below it or in it, always at the top of a file."""
+    path = IN_ROOMS[module]
+    package = [*path.relative_to(ROOT / "optimx").parts[:-1]]
+    tree = parse(path)
+    within = {id(n) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for n in ast.walk(node)}
+    for node, name in imports(tree):
+        if name.startswith("."):
+            assert id(node) not in within, f"line {node.lineno}"  # type: ignore[attr-defined]
+            above = len(name) - len(name.lstrip(".")) - 1
+            target = ".".join([*package[: len(package) - above], name.lstrip(".")])
+            room = room_of(target)
+            assert room is None or room <= (room_of(module) or 0), f"{module} imports {target}"
 
 
 @each_case

@@ -57,6 +57,11 @@ class ConfigError(ValueError):
         lines = [str(problem) for problem in self.problems]
         super().__init__(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
 
+    @classmethod
+    def of(cls, path: str, rule: str, value: Any, nearest: str | None = None) -> ConfigError:
+        """One of a single :class:`Problem`."""
+        return cls([Problem(path, rule, value, nearest)])
+
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
 
