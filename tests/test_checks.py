@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch import nn
 import optimx
 from optimx._checks import FINITE, Condition, above, at_least, check_number, told, within
 from optimx.convert import convert
-from optimx.lr_scheduler import Exponential, Linear, Phases, Schedule
+from optimx.lr_scheduler import Exponential, Linear, Phases, Restarts, Schedule
 from optimx.param_groups import Rule, param_groups
 
 PACKAGE = Path(optimx.__file__).parent
@@ -60,6 +62,24 @@ def test_conditions(condition: Condition, good: tuple[float, ...], bad: tuple[fl
     for value in bad:
         with pytest.raises(ValueError, match=re.escape(f"x {condition.text} but is: {value}")):
             condition.check("x", value)
+
+
+@dataclass(frozen=True)
+class Halves(Schedule):
+    """A schedule of somebody else, in a few lines."""
+
+    steps: int
+    rate: Annotated[float, above(0)] = 1.0
+
+    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
+        return peak * 0.5 ** (self.rate * step)
+
+
+def test_a_schedule_is_checked_by_its_annotations() -> None:
+    with pytest.raises(ValueError, match=r"^rate should be > 0 but is: -1$"):
+        Halves(3, -1)
+    # and resized by its steps, so that it can be repeated
+    assert [Restarts(Halves(2))(step) for step in range(4)] == [1.0, 0.5, 1.0, 0.5]
 
 
 def test_numbers() -> None:

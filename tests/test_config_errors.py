@@ -139,7 +139,7 @@ WRONG: dict[str, tuple[Any, list[str]]] = {
     ),
     "argument": (
         {"schedule": {"name": "cosine", "total": 10, "power": -1.0}},
-        [r"schedule.power \(value: -1.0\) is refused: power should be > 0"],
+        [r"schedule.power should be > 0 but is: -1.0"],
     ),
     "torchs": (
         {"schedule": {"name": "StepLR", "total": 5, "floor": 0.1, "gama": 0.5}},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
 
 from .._checks import above, at_least, within
-from .schedule import Absolute, Schedule, check_length, check_milestones, check_ratio, check_steps, resolve
+from .schedule import Ratio, Schedule, check_length, check_milestones, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,11 @@ class _Endless(Schedule, abstract=True):
 
     _: KW_ONLY
     steps: int | None = None
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def factor(self, step: float) -> float:
         raise NotImplementedError
@@ -30,19 +31,12 @@ class _Endless(Schedule, abstract=True):
             step = min(step, max(self.steps - tail, 0))
         return max(peak * self.factor(step + lead), resolve(self.floor, base))
 
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
-
 
 @dataclass(frozen=True)
 class _Rated(_Endless, abstract=True):
     _: KW_ONLY
-    decay_steps: float = 1.0
+    decay_steps: Annotated[float, above(0)] = 1.0
     staircase: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("decay_steps", self.decay_steps)
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
@@ -68,11 +62,7 @@ class Exponential(_Rated):
         floor: Ratio of each group's own learning rate, or :class:`Absolute`, where it stops (default: 0).
     """
 
-    gamma: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("(0, 1]").check("gamma", self.gamma)
+    gamma: Annotated[float, within("(0, 1]")]
 
     def curve(self, x: float) -> float:
         return self.gamma**x
@@ -88,11 +78,7 @@ class NaturalExponential(Exponential):
     """
 
     gamma: float = field(default=1.0 / math.e, init=False, repr=False)
-    rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(0).check("rate", self.rate)
+    rate: Annotated[float, at_least(0)]
 
     def curve(self, x: float) -> float:
         return super().curve(self.rate * x)
@@ -107,11 +93,7 @@ class InverseTime(_Rated):
         decay_steps, staircase, steps, floor: As for :class:`Exponential`.
     """
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(0).check("rate", self.rate)
+    rate: Annotated[float, at_least(0)]
 
     def curve(self, x: float) -> float:
         return 1.0 / (1.0 + self.rate * x)
@@ -127,11 +109,7 @@ class InverseSqrt(_Endless):
         floor: Ratio of each group's own learning rate, or :class:`Absolute`, where it stops (default: 0).
     """
 
-    timescale: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("timescale", self.timescale)
+    timescale: Annotated[float, above(0)] = 10_000.0
 
     def factor(self, step: float) -> float:
         return math.sqrt(self.timescale / (self.timescale + step))
@@ -157,12 +135,11 @@ class Noam(_Endless):
     warmup_steps: int
     _: KW_ONLY
     d_model: int | None = None
-    scale: float = 1.0
+    scale: Annotated[float, above(0)] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self, "warmup_steps", "d_model", least=1)
-        above(0).check("scale", self.scale)
 
     def factor(self, step: float) -> float:
         n = step + 1.0
@@ -187,11 +164,7 @@ class Constant(_Endless):
 
     overlaps = False
 
-    level: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least(0).check("level", self.level)
+    level: Annotated[float, at_least(0)] = 1.0
 
     def factor(self, step: float) -> float:
         return self.level
@@ -211,12 +184,11 @@ class MultiStep(_Endless):
     overlaps = False
 
     milestones: tuple[int, ...]
-    gamma: float = 0.1
+    gamma: Annotated[float, above(0)] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_milestones(self)
-        above(0).check("gamma", self.gamma)
 
     def factor(self, step: float) -> float:
         return self.gamma ** bisect_right(self.milestones, step)

@@ -13,7 +13,7 @@ from .conventions import Convention
 from .endless import Constant, Exponential, InverseSqrt, MultiStep, Noam
 from .phases import Phases, Warmup
 from .restarts import Restarts
-from .schedule import Absolute, Schedule, check_ratio
+from .schedule import RATIO, Absolute, Schedule
 from .schedule_lr import ScheduleLR
 from .shapes import Cosine, Decay, Linear, Polynomial
 from .warmup_lr import as_warmup
@@ -38,7 +38,7 @@ class _WarmupDecayLR(ScheduleLR):
         total = as_steps("total_steps", total_steps)
         if warmup.steps > total:
             raise ValueError(f"warmup_steps should be <= total_steps, {total}, but is: {warmup.steps}")
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         # DeepSpeed's cosine counts differently from its linear decay
         if convention == "deepspeed" and self.decay is Cosine:
             convention = "deepspeed-cosine"
@@ -140,7 +140,7 @@ class WarmupExponentialLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         decay = Exponential(gamma, decay_steps=decay_steps, staircase=staircase, floor=min_lr_ratio)
         super().__init__(optimizer, Phases((as_warmup(warmup_steps), decay), convention), **options)
 
@@ -168,7 +168,7 @@ class WarmupMultiStepLR(ScheduleLR):
         warmup_method: str = "linear",
         **options: Any,
     ) -> None:
-        check_ratio("warmup_factor", warmup_factor)
+        RATIO.check("warmup_factor", warmup_factor)
         warmup = Warmup(as_steps("warmup_iters", warmup_iters), warmup_method, warmup_factor)
         super().__init__(optimizer, Phases((warmup, MultiStep(tuple(milestones), gamma)), "product"), **options)
 

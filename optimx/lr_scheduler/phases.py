@@ -12,7 +12,7 @@ from itertools import accumulate
 from .._checks import above, as_steps, one_of
 from .conventions import CONVENTIONS, Convention
 from .endless import Constant
-from .schedule import Absolute, Schedule, check_length, check_ratio, check_schedules, check_steps, resolve
+from .schedule import Absolute, Ratio, Schedule, check_length, check_schedules, check_steps, resolve
 from .shapes import DECAYS
 
 
@@ -37,12 +37,12 @@ class Warmup(Schedule):
 
     steps: int
     shape: str = "linear"
-    start: float | Absolute = 0.0
+    start: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
         one_of("shape", self.shape, (*_RAMPS, "exponential"))
-        check_ratio("start", self.start)
+        super().__post_init__()
         if self.shape in ("exponential", "constant"):
             above(0).check(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0))
 
@@ -64,9 +64,6 @@ class Warmup(Schedule):
         if self.shape == "exponential":
             return start * (target / start) ** x if start > 0 else target
         return start + (target - start) * _RAMPS[self.shape](x, end - begin)
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 #: From 0 at x = 0 to 1 at x = 1, over a number of steps.
@@ -109,20 +106,17 @@ class Cooldown(Schedule):
 
     steps: int
     shape: str = "linear"
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         one_of("shape", self.shape, DECAYS)
         object.__setattr__(self, "steps", as_steps("steps", self.steps))
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         # below the floor already: it stays there
         floor = Absolute(min(resolve(self.floor, base), peak))
         return DECAYS[self.shape](self.steps, floor).at(step, peak, base, lead, tail)
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)

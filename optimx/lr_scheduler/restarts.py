@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
 from .._checks import above, as_steps, at_least, one_of, within
-from .schedule import Absolute, Schedule, check_ratio, check_steps, resolve
+from .schedule import Ratio, Schedule, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Restarts(Schedule):
 
     cycle: Schedule
     _: KW_ONLY
-    mult: float = 1
-    peak_decay: float = 1.0
+    mult: Annotated[float, above(0)] = 1
+    peak_decay: Annotated[float, within("(0, 1]")] = 1.0
     cycles: int | None = None
     lengths: tuple[int, ...] | None = None
 
@@ -42,8 +42,7 @@ class Restarts(Schedule):
         if not isinstance(self.cycle, Schedule) or self.cycle.steps is None:
             raise TypeError(f"cycle should be a schedule that has a length but is: {self.cycle!r}")
         as_steps("steps of the first cycle", self.cycle.steps, least=1)
-        above(0).check("mult", self.mult)
-        within("(0, 1]").check("peak_decay", self.peak_decay)
+        super().__post_init__()
         check_steps(self, "cycles", least=1)
         if self.lengths is not None:
             if self.mult != 1 or self.cycles is not None:
@@ -133,8 +132,8 @@ class OneCycle(Schedule):
     steps: int
     _: KW_ONLY
     pct_start: float = 0.3
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
+    div_factor: Annotated[float, at_least(1)] = 25.0
+    final_div_factor: Annotated[float, at_least(1)] = 1e4
     anneal_strategy: Literal["cos", "linear"] = "cos"
     three_phase: bool = False
 
@@ -142,8 +141,7 @@ class OneCycle(Schedule):
         check_steps(self, "steps", least=1)
         most = 0.5 if self.three_phase else 1.0
         within(f"[0, {most}]").check("pct_start", self.pct_start)
-        at_least(1).check("div_factor", self.div_factor)
-        at_least(1).check("final_div_factor", self.final_div_factor)
+        super().__post_init__()
         one_of("anneal_strategy", self.anneal_strategy, ("cos", "linear"))
 
     @cached_property
@@ -162,9 +160,6 @@ class OneCycle(Schedule):
                 x = p if self.anneal_strategy == "linear" else 0.5 * (1.0 - math.cos(math.pi * p))
                 return peak * (low + (high - low) * x)
         return peak * self._points[-1][1]
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -189,17 +184,16 @@ class Cyclic(Schedule):
     step_size_up: int = 2000
     step_size_down: int | None = None
     _: KW_ONLY
-    floor: float | Absolute = 0.1
+    floor: Ratio = 0.1
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    gamma: float = 1.0
+    gamma: Annotated[float, within("(0, 1]")] = 1.0
     steps: int | None = None
 
     def __post_init__(self) -> None:
         check_steps(self, "step_size_up", "step_size_down", least=1)
         check_steps(self, "steps")
-        check_ratio("floor", self.floor)
+        super().__post_init__()
         one_of("mode", self.mode, ("triangular", "triangular2", "exp_range"))
-        within("(0, 1]").check("gamma", self.gamma)
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         if self.steps is not None:
@@ -214,6 +208,3 @@ class Cyclic(Schedule):
             height *= self.gamma**step
         floor = resolve(self.floor, base)
         return floor + (max(peak, floor) - floor) * height
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, get_type_hints
 
-from .._checks import Condition, as_number, as_steps, at_least, one_of, within
+from .._checks import Condition, as_number, as_steps, at_least, one_of
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -37,6 +38,15 @@ class Absolute:
         at_least(0).check("value", self.value)
 
 
+#: What a floor or a start is: at most the peak.
+RATIO = Condition(
+    "should be in [0, 1], a ratio of each group's own lr (or Absolute),",
+    lambda value: isinstance(value, Absolute) or bool(0 <= value <= 1),
+)
+#: A floor or a start.
+Ratio = Annotated[float | Absolute, RATIO]
+
+
 class Schedule:
     """A function of the step: ``schedule(step)`` is the factor on a group's own learning rate.
 
@@ -54,6 +64,11 @@ class Schedule:
     def __init_subclass__(cls, abstract: bool = False) -> None:
         if not abstract:
             serialisable(cls)
+
+    def __post_init__(self) -> None:
+        """Check what the fields' annotations say: ``Annotated[float, above(0)]``."""
+        for name, condition in _conditions(type(self)):  # type: ignore[arg-type]
+            condition.check(name, getattr(self, name))
 
     def __call__(self, step: float) -> float:
         """The factor at a step, counted from 0. (:class:`Absolute` values count as those of a group whose lr is 1.)"""
@@ -77,7 +92,9 @@ class Schedule:
 
     def resized(self, steps: int) -> Schedule:
         """This schedule over another number of steps."""
-        raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
+        if "steps" not in getattr(self, "__dataclass_fields__", ()):
+            raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
+        return replace(self, steps=steps)  # type: ignore[type-var]
 
     def __rshift__(self, after: Schedule) -> Schedule:
         # by name, as from_dict() finds it: the classes of composites know this one, not the other way round
@@ -107,6 +124,17 @@ class Schedule:
     def absolutes(self) -> list[Absolute]:
         """Every :class:`Absolute` within."""
         return [value for value in _walk(self) if isinstance(value, Absolute)]
+
+
+@lru_cache
+def _conditions(cls: type) -> list[tuple[str, Condition]]:
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    # one of somebody's own may be annotated for type checkers only
+    except NameError:
+        return []
+    told = [(name, item) for name, hint in hints.items() for item in getattr(hint, "__metadata__", ())]
+    return [(name, item) for name, item in told if isinstance(item, Condition)]
 
 
 def _walk(value: Any) -> Iterator[Any]:
@@ -172,15 +200,6 @@ def check_length(schedule: Any) -> None:
     at_least(0).check("steps", steps)
     _LENGTH.check("steps", steps)
     object.__setattr__(schedule, "steps", steps)
-
-
-_RATIO = Condition("should be in [0, 1], a ratio of each group's own lr (or Absolute),", within("[0, 1]").holds)
-
-
-def check_ratio(name: str, value: float | Absolute) -> None:
-    """A floor or a start: at most the peak, so a ratio is in [0, 1]."""
-    if not isinstance(value, Absolute):
-        _RATIO.check(name, value)
 
 
 def check_milestones(schedule: Any) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
 
 from .._checks import above, as_number, at_least, within
-from .schedule import Absolute, Schedule, check_length, check_ratio, resolve
+from .schedule import Ratio, Schedule, check_length, resolve
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class Decay(Schedule, abstract=True):
     """
 
     steps: int
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def shape(self, p: float) -> float:
         """1 at progress 0, 0 at progress 1 (unless the shape's own arguments say otherwise)."""
@@ -39,9 +40,6 @@ class Decay(Schedule, abstract=True):
         floor = resolve(self.floor, base)
         # a peak that restarts have lowered stops at the floor
         return floor + (max(peak, floor) - floor) * self.shape(p)
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -65,15 +63,9 @@ class Cosine(Decay):
     """
 
     _: KW_ONLY
-    power: float = 1.0
-    num_cycles: float = 0.5
-    k: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("power", self.power)
-        above(0).check("num_cycles", self.num_cycles)
-        above(0).check("k", self.k)
+    power: Annotated[float, above(0)] = 1.0
+    num_cycles: Annotated[float, above(0)] = 0.5
+    k: Annotated[float, above(0)] = 1.0
 
     def shape(self, p: float) -> float:
         # rounding may leave the cosine below 0, which has no root
@@ -118,11 +110,7 @@ class Polynomial(Decay):
     """
 
     _: KW_ONLY
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("power", self.power)
+    power: Annotated[float, above(0)] = 1.0
 
     def shape(self, p: float) -> float:
         return (1.0 - p) ** self.power
@@ -139,11 +127,7 @@ class OneMinusPower(Decay):
     """
 
     _: KW_ONLY
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("power", self.power)
+    power: Annotated[float, above(0)] = 2.0
 
     def shape(self, p: float) -> float:
         return 1.0 - p**self.power
@@ -167,11 +151,7 @@ class NormalizedExponential(Decay):
     """
 
     _: KW_ONLY
-    rate: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("(0, 1)").check("rate", self.rate)
+    rate: Annotated[float, within("(0, 1)")] = 0.1
 
     def shape(self, p: float) -> float:
         return (self.rate**p - self.rate) / (1.0 - self.rate)
@@ -222,15 +202,9 @@ class LinearCosine(Decay):
     """
 
     _: KW_ONLY
-    num_cycles: float = 0.5
-    alpha: float = 0.0
-    beta: float = 0.001
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        above(0).check("num_cycles", self.num_cycles)
-        at_least(0).check("alpha", self.alpha)
-        at_least(0).check("beta", self.beta)
+    num_cycles: Annotated[float, above(0)] = 0.5
+    alpha: Annotated[float, at_least(0)] = 0.0
+    beta: Annotated[float, at_least(0)] = 0.001
 
     def shape(self, p: float) -> float:
         return (self.alpha + 1.0 - p) * 0.5 * (1.0 + math.cos(2.0 * math.pi * self.num_cycles * p)) + self.beta

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .._checks import as_steps, one_of
 from .conventions import Convention
 from .phases import Hold, Phases, Warmup
-from .schedule import Absolute, Schedule, check_ratio
+from .schedule import RATIO, Absolute, Schedule
 from .schedule_lr import ScheduleLR
 from .shapes import DECAYS
 from .warmup_lr import as_warmup
@@ -47,7 +47,7 @@ class WSDLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         warmup = as_warmup(warmup_steps)
         if convention == "hf" and not isinstance(warmup_steps, Warmup):
             warmup = replace(warmup, start=min_lr_ratio)
