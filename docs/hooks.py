@@ -25,7 +25,8 @@ from mkdocs.structure.pages import Page
 import optimx
 from docs.docstrings import as_markdown
 from optimx import lr_scheduler
-from optimx.config.values import Condition, describe_type
+from optimx._checks import Condition
+from optimx.config.values import describe_type
 from optimx.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._checks import at_least, within
 from ._engine.rule import UpdateRule
 
 
@@ -17,8 +18,7 @@ def check_at_least_zero(**values: Any) -> None:
     for name, value in values.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"{name} should have one element but has: {value.numel()}")
-        if not value >= 0:
-            raise ValueError(f"{name} should be >= 0 but is: {value}")
+        at_least(0).check(name, value)
 
 
 def check_betas(betas: Sequence[float]) -> None:
@@ -26,8 +26,7 @@ def check_betas(betas: Sequence[float]) -> None:
     if len(betas) != 2:
         raise ValueError(f"betas should be two numbers but is: {betas}")
     for i, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{i}] should be in [0, 1) but is: {beta}")
+        within("[0, 1)").check(f"betas[{i}]", beta)
 
 
 def each_parameter(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from torch.optim import Adafactor as TorchAdafactor
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._checks import one_of, within
 from ._engine.layout import memory_order, same_layout
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adafactor"]
 
+#: Whose definition of the algorithm it is.
+VARIANTS = ("torch", "hf")
 #: Settings that torch has not, and their values if a group does not have them: torch's definition.
 EXTRAS: dict[str, Any] = {
     "variant": "torch",
@@ -280,7 +282,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
     ) -> None:
-        _check_variant(variant)
+        one_of("variant", variant, VARIANTS)
         d = _one_name("clip_threshold", clip_threshold, "d", d, 1.0)
         beta2_decay = _one_name("decay_rate", decay_rate, "beta2_decay", beta2_decay, -0.8)
         if relative_step is None:
@@ -293,8 +295,8 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             raise ValueError(f"lr should be None with variant='hf' and relative_step=True but is: {lr}")
         if warmup_init and not relative_step:
             raise ValueError("warmup_init should be False with relative_step=False but is: True")
-        if beta1 is not None and not 0.0 <= beta1 < 1.0:
-            raise ValueError(f"beta1 should be in [0, 1) but is: {beta1}")
+        if beta1 is not None:
+            within("[0, 1)").check("beta1", beta1)
         if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
             raise ValueError(f"state_dtype should be a floating-point torch.dtype but is: {state_dtype}")
         TorchAdafactor.__init__(self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
@@ -319,7 +321,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
                 raise ValueError(f"{alias} should be {name} in a parameter group but is: {given[alias]}")
         if given.get("lr", 0.0) is None:
             raise ValueError("lr should be a number in a parameter group but is: None")
-        _check_variant(given.get("variant", "torch"))
+        one_of("variant", given.get("variant", "torch"), VARIANTS)
         super().add_param_group(param_group)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -365,12 +367,6 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
                 "relative_step=True: use optimx.lr_scheduler.AdafactorSchedule"
             )
         return self._step_size(param_group)
-
-
-def _check_variant(variant: Any) -> None:
-    if variant not in ("torch", "hf"):
-        nearest = (*get_close_matches(str(variant), ("torch", "hf"), 1, 0.0), "torch")[0]
-        raise ValueError(f"variant should be 'torch' or 'hf' but is: {variant!r} (nearest: '{nearest}')")
 
 
 def _one_name(alias: str, given: float | None, name: str, value: float, default: float) -> float:

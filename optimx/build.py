@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ._checks import check_instance
 from ._table import aligned
 from .config import Config, ScheduleConfig
 from .config.errors import Problems
@@ -18,9 +19,10 @@ from .config.loading import load
 from .config.values import read
 from .explain import Explanation, explain
 from .lr_scheduler import ScheduleLR
+from .lr_scheduler.warmup_lr import WarmupAroundLR
 from .param_groups import GroupsDescription, describe
 from .presets import TREES
-from .resolve import attempt, plan_groups, plan_optimizer, plan_schedule
+from .resolve import attempt, resolve_groups, resolve_optimizer, resolve_schedule
 
 __all__ = ["Build", "BuildExplanation", "build", "is_function_of_step"]
 
@@ -154,16 +156,15 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
         ConfigError: Everything that is wrong with the config, a line each.
         TypeError: ``model`` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module but is: {type(model).__name__}")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
     problems = Problems()
     config: Config = read(Config, load(cfg, overrides, TREES), "", problems)
     scale = 1.0 if config.batch_scaling is None else config.batch_scaling.factor
     optimizer = groups = schedule = None
     with problems.collected():
-        optimizer = plan_optimizer(config.optimizer, model, scale)
+        optimizer = resolve_optimizer(config.optimizer, model, scale)
     with problems.collected():
-        groups = plan_groups(config.groups, model, optimizer, scale)
+        groups = resolve_groups(config.groups, model, optimizer, scale)
     rehearse = None
     if optimizer is not None and groups is not None:
         rehearse = partial(optimizer.rehearse, groups[0])
@@ -171,7 +172,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     section = config.schedule
     if section is not None and section != ScheduleConfig(steps_per_epoch=section.steps_per_epoch):
         with problems.collected():
-            schedule = plan_schedule(section, rehearse, [problem.path for problem in problems])
+            schedule = resolve_schedule(section, rehearse, [problem.path for problem in problems])
     problems.raise_if_any()
     assert optimizer is not None
     assert groups is not None
@@ -185,7 +186,7 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
 
 def is_function_of_step(scheduler: LRScheduler | None) -> TypeGuard[ScheduleLR]:
     """Whether its values can be foretold: :class:`ScheduleLR`, but around no scheduler of torch's."""
-    return isinstance(scheduler, ScheduleLR) and getattr(scheduler, "after", None) is None
+    return isinstance(scheduler, ScheduleLR) and not isinstance(scheduler, WarmupAroundLR)
 
 
 def _before_any_schedule(group: Mapping[str, Any]) -> dict[str, Any]:

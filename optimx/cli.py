@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from . import __version__
 from ._engine import backends
 from ._table import aligned
 from .build import build, is_function_of_step
 from .config import ConfigError
-from .config.errors import Problem
-from .config.loading import load, read_file
+from .config.files import read_file
+from .config.loading import load
 from .config.writing import to_toml
 from .convert import convert
 from .presets import PRESETS, TREES
@@ -109,8 +110,6 @@ class _BadInput(Exception):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from . import __version__
-
     parser = _Parser(prog="optimx", description=__doc__)
     parser.add_argument("--version", action="version", version=f"optimx {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -164,8 +163,6 @@ def _steps(text: str) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from . import __version__
-
     problem = backends.triton_problem()
     versions = [
         ("optimx", __version__),
@@ -210,9 +207,7 @@ def _plot(arguments: argparse.Namespace) -> None:
     built = build(model, tree)
     if not is_function_of_step(built.scheduler):
         kind = "there is none" if built.scheduler is None else f"{type(built.scheduler).__name__} is none"
-        raise ConfigError(
-            [Problem("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))]
-        )
+        raise ConfigError.of("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))
     if arguments.steps is None and getattr(built.scheduler.schedule, "steps", None) is None:
         raise _BadInput("the schedule has no end: tell how many steps to draw, as --steps 1000 does")
     try:

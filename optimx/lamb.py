@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._checks import above
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -142,8 +143,8 @@ class LAMB(MultiTensorStep, LAMBLoop):
     ) -> None:
         check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
-        if max_trust_ratio is not None and not max_trust_ratio > 0:
-            raise ValueError(f"max_trust_ratio should be > 0 but is: {max_trust_ratio}")
+        if max_trust_ratio is not None:
+            above(0).check("max_trust_ratio", max_trust_ratio)
         if normalize_grads and max_grad_norm is not None:
             raise ValueError(f"max_grad_norm should be None with normalize_grads=True but is: {max_grad_norm}")
         defaults = {

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .config.errors import ConfigError, Problem, nearest
+from ._checks import nearest
+from .config.errors import ConfigError, Problem
 
 __all__ = ["OPTIMIZERS", "SCHEDULERS", "Registry", "list_optimizers", "list_schedulers", "matches", "normalized",
            "register_optimizer", "register_scheduler"]  # fmt: skip

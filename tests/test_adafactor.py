@@ -468,7 +468,7 @@ def test_added_groups_have_the_settings() -> None:
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "variant": ({"variant": "tf"}, "variant should be 'torch' or 'hf' but is: 'tf'"),
+    "variant": ({"variant": "tf"}, "variant should be one of hf, torch but is: 'tf'"),
     "beta1": ({"beta1": 1.0}, "beta1 should be in \\[0, 1\\) but is: 1.0"),
     "two_names": ({"d": 1.5, "clip_threshold": 2.0}, "clip_threshold should be d \\(1.5\\), its other name"),
     "decay": ({"beta2_decay": -0.5, "decay_rate": -0.6}, "decay_rate should be beta2_decay \\(-0.5\\)"),

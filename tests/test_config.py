@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optimx
+from optimx._checks import FINITE, above
 from optimx.config import (
     BatchScalingConfig,
     Config,
@@ -29,7 +30,7 @@ from optimx.config import (
 )
 from optimx.config.errors import MISSING, Problems
 from optimx.config.loading import load, merge
-from optimx.config.values import above, at_least, check_arguments, convert, read
+from optimx.config.values import check_arguments, convert, read
 
 TREE = {
     "optimizer": {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.95]},
@@ -348,10 +349,10 @@ def test_fitting_values(value: Any, hint: Any, expected: Any) -> None:
         ("ab", list[str], "x should be a list but is: 'ab'"),
         ("mix", Literal["min", "max"], r"x should be one of 'min', 'max' but is: 'mix'; did you mean '(min|max)'\?"),
         (0, Annotated[float, above(0)], "x should be > 0 but is: 0"),
-        (float("inf"), Annotated[float, at_least(0)], "x should be >= 0 and finite but is: inf"),
+        (float("inf"), Annotated[float, FINITE], "x should be >= 0 and finite but is: inf"),
         ("a", float | int | None, "x should be a number or a whole number but is: 'a'"),
         ([1, "a"], float | list[float], r"x\[1\] should be a number but is: 'a'"),
-        (-1, Annotated[float, at_least(0)] | torch.Tensor | None, "x should be >= 0 and finite but is: -1"),
+        (-1, Annotated[float, FINITE] | torch.Tensor | None, "x should be >= 0 and finite but is: -1"),
         (3, Callable[[], None], "x should be a callable but is: 3"),
         (3, dict[str, Any], "x should be a table but is: 3"),
         (3, torch.Tensor, "x should be a tensor but is: 3"),
@@ -418,13 +419,13 @@ def test_all_problems_at_once() -> None:
         "9 problems:",
         "  optimizer.lr should be >= 0 and finite but is: -1",
         "  optimizer.max_grad_norm should be a number but is: 'x'",
-        "  groups.layer_decay should be > 0 and <= 1 but is: 1.5",
+        "  groups.layer_decay should be in (0, 1] but is: 1.5",
         "  groups.layr (value: 2) is no key of groups (freeze, include_frozen, layer_decay, layer_preset, layers, "
         "min_lr_scale, no_decay, rules); did you mean 'layers'?",
         "  groups.rules[1] should be a table but is: 5",
         "  shedule (value: {}) is no key of a config (batch_scaling, groups, optimizer, preset, schedule); "
         "did you mean 'schedule'?",
-        "  batch_scaling.batch should be >= 1 and finite but is: 0",
+        "  batch_scaling.batch should be >= 1 but is: 0",
         "  batch_scaling.rule should be one of 'linear', 'sqrt' but is: 'sqr'; did you mean 'sqrt'?",
         "  batch_scaling.reference is missing",
     ]

@@ -13,7 +13,7 @@ from torch import nn
 
 import optimx
 from optimx import ConfigError
-from optimx.config.loading import read_file
+from optimx.config.files import read_file
 from optimx.config.writing import to_toml
 from optimx.convert import convert
 from optimx.lr_scheduler import get_scheduler

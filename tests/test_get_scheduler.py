@@ -280,15 +280,15 @@ def test_an_enum() -> None:
 
 
 BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
-    "name": (("cosin", 1, 2), ValueError, "'cosin', the nearest is 'cosine'"),
+    "name": (("cosin", 1, 2), ValueError, "'cosin'; did you mean 'cosine'"),
     "no-warmup": (("linear", None, 2), ValueError, "num_warmup_steps should be given for 'linear' but is: None"),
     "no-training": (("linear", 1), ValueError, "num_training_steps should be given for 'linear' but is: None"),
     "negative": (("linear", -1, 3), ValueError, "num_warmup_steps should be >= 0 but is: -1"),
     "string": (("linear", "1", 3), TypeError, "num_warmup_steps should be a number but is: '1'"),
     "part-of-a-step": (("polynomial", 2, 2.5), ValueError, "should be <= 0 or >= 1 but is: 0.5"),
-    "argument": (("cosine", 1, 3, {"num_cycle": 1}), ValueError, "'num_cycle', the nearest is 'num_cycles'"),
+    "argument": (("cosine", 1, 3, {"num_cycle": 1}), ValueError, "'num_cycle'; did you mean 'num_cycles'"),
     "hidden-argument": (("cosine_with_min_lr", 1, 3, {"lr": 1}), ValueError, "but is: 'lr'"),
-    "plateau-argument": (("reduce_lr_on_plateau", 1, 3, {"patienc": 1}), ValueError, "the nearest is 'patience'"),
+    "plateau-argument": (("reduce_lr_on_plateau", 1, 3, {"patienc": 1}), ValueError, "did you mean 'patience'"),
     "no-decay-steps": (("warmup_stable_decay", 1, 3), ValueError, "should have 'num_decay_steps'"),
     "no-stable-steps": (("warmup_stable_decay", 1, None, {"num_decay_steps": 3}), ValueError, "both are: None"),
     "negative-decay": (("warmup_stable_decay", 1, 3, {"num_decay_steps": -3}), ValueError, ">= 0 but is: -3"),
@@ -298,7 +298,7 @@ BAD: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     "decay-type": (
         ("warmup_stable_decay", 1, 9, {"num_decay_steps": 3, "decay_type": "cosin"}),
         ValueError,
-        "'cosin', the nearest is 'cosine'",
+        "'cosin'; did you mean 'cosine'",
     ),
 }
 

@@ -27,7 +27,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 #: From below. A name stands for its module, and for all modules of a package that no other floor names.
 FLOORS = [
     [KERNELS],
-    ["optimx._compat", "optimx._table", "optimx._torch_names", "optimx.presets", "optimx.swa_utils"],
+    ["optimx._checks", "optimx._compat", "optimx._table", "optimx._torch_names", "optimx.swa_utils"],
     [f"optimx._engine.{name}" for name in ("layout", "rule", "backends", "scalars", "optimizer")],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [f"optimx._engine.{name}" for name in ("placement", "states", "plan", "grad_norm", "fallback")],
@@ -40,7 +40,7 @@ FLOORS = [
         )),
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
     ],
-    ["optimx.config", "optimx.registry", "optimx.convert", "optimx.resolve"],
+    ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx", "optimx.cli", "optimx.__main__"],
 ]  # fmt: skip
 
@@ -158,7 +158,8 @@ def test_tensor_table_needs_no_triton() -> None:
 #: Python 3.10 has no tomllib.
 EXTRAS = {
     "optimx/_engine/backends.py": ("triton",),
-    "optimx/config/loading.py": ("omegaconf", "tomli", "tomllib", "yaml"),
+    "optimx/config/files.py": ("tomli", "tomllib", "yaml"),
+    "optimx/config/loading.py": ("omegaconf",),
     "optimx/lr_scheduler/_plot.py": ("matplotlib",),
 }
 

@@ -848,6 +848,23 @@ def test_base_lrs_of_those_that_work_out_learning_rates_otherwise() -> None:
         assert refusing.base_lrs == before
 
 
+def test_warmups_of_two_kinds() -> None:
+    """What is around a torch scheduler is a class of its own: the other one knows nothing of it."""
+    around = WarmupLR(optimizer := make_optimizer([1.0]), after=torchs.ExponentialLR(optimizer, 0.5), warmup_steps=2)
+    plain = WarmupLR(make_optimizer([1.0]), Linear(3), 2)
+    assert isinstance(around, WarmupLR)
+    assert type(around) is not type(plain) is WarmupLR
+    assert plain.after is None
+    assert plain.warmup_steps == around.warmup_steps == 2
+    assert type(copy.deepcopy(around)) is type(pickle.loads(pickle.dumps(around))) is type(around)
+
+    class Mine(WarmupLR):
+        pass
+
+    with pytest.raises(TypeError, match=r"^after should be a Schedule but is: ExponentialLR$"):
+        Mine(optimizer, torchs.ExponentialLR(optimizer, 0.5), 2)
+
+
 def test_greedy_resumes() -> None:
     metrics = [4, 3, 2, 2, 2, 2, 2, 5, 4, 3, 2, 1]
     whole = greedy_numbers([*map(float, metrics)])
@@ -888,11 +905,11 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         ValueError,
         "warmup_factor should be in .* but is: 2",
     ),
-    "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr', the nearest is '1-sqrt'"),
+    "decay": (lambda: WSDLR(make_optimizer(), 1, 2, 3, "1-sqr"), ValueError, "'1-sqr'; did you mean '1-sqrt'"),
     "convention": (
         lambda: WarmupLinearLR(make_optimizer(), 1, 3, convention="titan"),
         ValueError,
-        "'titan', the nearest is 'torchtitan'",
+        "'titan'; did you mean 'torchtitan'",
     ),
     "eta-min": (lambda: SGDR(make_optimizer(), 3, eta_min=0.5), ValueError, "should be <= 0.1, the lr of .* is: 0.5"),
     "T_0": (lambda: SGDR(make_optimizer(), 0), ValueError, "T_0 should be >= 1 but is: 0"),
@@ -924,7 +941,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "base_lrs should be given to the torch scheduler",
     ),
     "greedy-factor": (lambda: GreedyLR(make_optimizer(), factor=1.0), ValueError, r"factor should be in \(0, 1\)"),
-    "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim', the nearest is 'min'"),  # type: ignore
+    "greedy-mode": (lambda: GreedyLR(make_optimizer(), "mim"), ValueError, "'mim'; did you mean 'min'"),  # type: ignore
     "greedy-after": (
         lambda: WarmupLR((o := make_optimizer()), GreedyLR(o), 3),
         ValueError,

@@ -864,37 +864,37 @@ ERRORS = {
     "frozen": (frozen, {}, ValueError, "should have parameters to train but has none: 24 are frozen"),
     "empty": (nn.ReLU, {}, ValueError, "should have parameters to train but has none: 0 are frozen"),
     "all-frozen-by-name": (Model, {"freeze": ["*"]}, ValueError, "should have parameters to train but has none"),
-    "lr": (Model, {"lr": -1}, ValueError, "lr should be finite and >= 0 but is: -1"),
-    "lr-nan": (Model, {"lr": float("nan")}, ValueError, "lr should be finite and >= 0 but is: nan"),
+    "lr": (Model, {"lr": -1}, ValueError, "lr should be >= 0 and finite but is: -1"),
+    "lr-nan": (Model, {"lr": float("nan")}, ValueError, "lr should be >= 0 and finite but is: nan"),
     "lr-type": (Model, {"lr": "0.1"}, TypeError, "lr should be a number but is: '0.1'"),
     "lr-bool": (Model, {"lr": True}, TypeError, "lr should be a number but is: True"),
     "lr-tensor": (Model, {"lr": torch.ones(2)}, ValueError, "lr should have one element but has: 2"),
-    "weight-decay": (Model, {"weight_decay": -0.1}, ValueError, "weight_decay should be finite and >= 0 but is: -0.1"),
+    "weight-decay": (Model, {"weight_decay": -0.1}, ValueError, "weight_decay should be >= 0 and finite but is: -0.1"),
     "no-decay": (Model, {"no_decay": "atuo"}, ValueError, "no_decay should be 'auto', 'embeddings', None or a list"),
     "no-decay-item": (Model, {"no_decay": [3]}, TypeError, r"no_decay\[0\] should be a glob or a regular expression"),
-    "no-decay-match": (Model, {"no_decay": ["nrom.*"]}, ValueError, r"no_decay\[0\] 'nrom.\*' matches no parameter: "
-                       r"did you mean 'norm.\*'"),
-    "no-decay-taken-back": (Model, {"no_decay": ["auto", "!hed.*"]}, ValueError, r"no_decay\[1\] 'hed.\*' matches no"),
+    "no-decay-match": (Model, {"no_decay": ["nrom.*"]}, ValueError, r"no_decay\[0\] should fit a parameter but is: "
+                       r"'nrom.\*'; did you mean 'norm.\*'"),
+    "no-decay-taken-back": (Model, {"no_decay": ["auto", "!hed.*"]}, ValueError, r"no_decay\[1\] should fit .*'hed"),
     "layer-decay-0": (Model, {"lr": 0.1, "layer_decay": 0}, ValueError, r"layer_decay should be in \(0, 1\] but is: 0"),
     "layer-decay-2": (Model, {"lr": 0.1, "layer_decay": 2}, ValueError, r"layer_decay should be in \(0, 1\] but is: 2"),
     "layer-decay-no-lr": (Model, {"layer_decay": 0.5}, ValueError, "lr should be given with layer_decay but is: None"),
     "layers-alone": (Model, {"layers": from_input}, ValueError, "layer_decay should be given with layers"),
     "min-alone": (Model, {"min_lr_scale": 0.1}, ValueError, "layer_decay should be given with min_lr_scale"),
-    "min": (Model, {**DECAY, "min_lr_scale": 2}, ValueError, "min_lr_scale should be <= 1 but is: 2"),
-    "preset": (Model, {"layer_preset": "biet"}, ValueError, "layer_preset should be one of beit, mae, timm, electra"),
+    "min": (Model, {**DECAY, "min_lr_scale": 2}, ValueError, r"min_lr_scale should be in \[0, 1\] but is: 2"),
+    "preset": (Model, {"layer_preset": "biet"}, ValueError, "layer_preset should be one of beit, electra, .*'beit'"),
     "linear": (lambda: nn.Linear(2, 2), DECAY, ValueError, "needs several layers but all parameters are in one, by the "
                "model's protocol or structure: give layers="),
     "one-block": (lambda: Model(1), DECAY, ValueError, "all parameters are in one"),
     "one-layer": (Model, {**DECAY, "layers": lambda name: 3}, ValueError, "are in one, by what was given as layers"),
     "layers-value": (Model, {**DECAY, "layers": lambda name: None}, ValueError, r"layers\('token'\) should be an int"),
     "layers-type": (Model, {**DECAY, "layers": "blocks.*"}, TypeError, "layers should be a function, a list"),
-    "layers-match": (Model, {**DECAY, "layers": ["blocsk.*"]}, ValueError, r"layers\[0\] 'blocsk.\*' matches no"),
+    "layers-match": (Model, {**DECAY, "layers": ["blocsk.*"]}, ValueError, r"layers\[0\] should fit a parameter"),
     "layers-capture": (Model, {**DECAY, "layers": ["re:^(.)"]}, ValueError, "should capture numbers but captures"),
     "two-protocols": (TwoMatchers, DECAY, ValueError, "several parts of the model number layers of their own: a, b"),
-    "freeze": (Model, {"freeze": ["heads.*"]}, ValueError, r"freeze 'heads.\*' matches no parameter: did you mean "
-               r"'head.\*'"),
-    "rule-match": (Model, {"rules": [{"match": "haed.weight", "lr": 1}]}, ValueError, r"rules\[0\].match 'haed.weight' "
-                   "matches no parameter: did you mean 'head.weight'"),
+    "freeze": (Model, {"freeze": ["heads.*"]}, ValueError, r"freeze should fit a parameter but is: 'heads.\*'; did "
+               r"you mean 'head.\*'"),
+    "rule-match": (Model, {"rules": [{"match": "haed.weight", "lr": 1}]}, ValueError, r"rules\[0\].match should fit "
+                   "a parameter but is: 'haed.weight'; did you mean 'head.weight' or"),
     "rule-regex": (Model, {"rules": [{"match": "re:(", "lr": 1}]}, ValueError, r"rules\[0\]: match should be a regular "
                    r"expression after 're:' but is: 're:\('"),
     "rule-empty": (Model, {"rules": [{"match": "", "lr": 1}]}, ValueError, r"rules\[0\]: match should not be empty"),
@@ -903,16 +903,17 @@ ERRORS = {
     "rule-type": (Model, {"rules": ["head"]}, TypeError, r"rules\[0\] should be a Rule or a mapping but is: 'head'"),
     "rules-type": (Model, {"rules": {"match": "*"}}, TypeError, "rules should be a list but is"),
     "rule-nothing": (Model, {"rules": [{"match": "*"}]}, ValueError, r"rules\[0\]: the rule for '\*' should set"),
-    "rule-lr": (Model, {"rules": [{"match": "*", "lr": -1}]}, ValueError, r"rules\[0\]: lr should be finite and >= 0"),
+    "rule-lr": (Model, {"rules": [{"match": "*", "lr": -1}]}, ValueError, r"rules\[0\]: lr should be >= 0 and finite"),
     "rule-lr-twice": (Model, {"rules": [{"match": "*", "lr": 1, "lr_mult": 2}]}, ValueError, "lr and lr_mult should"),
     "rule-wd-twice": (Model, {"rules": [{"match": "*", "weight_decay": 1, "wd_mult": 2}]}, ValueError, "wd_mult sh"),
     "rule-no-lr": (Model, {"rules": [{"match": "*", "lr_mult": 2}]}, ValueError, r"with rules\[0\].lr_mult but is"),
     "rule-no-wd": (Model, {"rules": [{"match": "*", "wd_mult": 2}]}, ValueError, r"with rules\[0\].wd_mult but is"),
     "rule-freeze": (Model, {"rules": [{"match": "*", "lr": 1, "freeze": True}]}, ValueError, "should set nothing else"),
     "rule-freeze-type": (Model, {"rules": [{"match": "*", "freeze": 1}]}, TypeError, "freeze should be True or False"),
-    "rule-misspelled": (Model, {"rules": [{"match": "*", "lr_mul": 2}]}, ValueError, "'lr_mul', did you mean 'lr_m"),
-    "rule-lr-scale": (Model, {"rules": [{"match": "*", "lr_scale": 2}]}, ValueError, "set 'lr_scale': did you mean "
-                      "'lr_mult'"),
+    "rule-misspelled": (Model, {"rules": [{"match": "*", "lr_mul": 2}]}, ValueError, r"lr_mul \(value: 2\) is no "
+                        "setting of a rule; did you mean 'lr_mult'"),
+    "rule-lr-scale": (Model, {"rules": [{"match": "*", "lr_scale": 2}]}, ValueError, "no setting of a rule; did you "
+                      "mean 'lr_mult'"),
     "rule-others": (Model, {"rules": [{"match": "*", "others": {"eps": 1}}]}, ValueError, r"did you mean '\*\*others'"),
     "rule-exempt": (Model, {"rules": [{"match": "*.bias", "weight_decay": 0.1}]}, ValueError, r"rules\[0\] sets weight "
                     "decay for parameters that no_decay exempts, such as 'blocks.0.fc1.bias': add '!blocks.0.fc1.b"),

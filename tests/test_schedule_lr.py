@@ -527,10 +527,10 @@ def test_plot(tmp_path: Path) -> None:
 
 
 BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
-    "optimizer": (lambda: ScheduleLR(None, Hold()), TypeError, "should be an Optimizer but is: NoneType"),  # type: ignore
+    "optimizer": (lambda: ScheduleLR(None, Hold()), TypeError, "should be a torch.optim.Optimizer but is: NoneType"),  # type: ignore
     "schedule": (lambda: ScheduleLR(make_optimizer(), lambda step: 1.0), TypeError, "Schedule, or several, but is"),  # type: ignore
-    "field": (lambda: ScheduleLR(make_optimizer(), {"weight_deca": Hold()}), ValueError, "nearest is 'weight_decay'"),
-    "betas": (lambda: ScheduleLR(make_optimizer(), {"betas": Hold()}), ValueError, r"nearest is 'betas\[\d\]'"),
+    "field": (lambda: ScheduleLR(make_optimizer(), {"weight_deca": Hold()}), ValueError, "did you mean 'weight_decay'"),
+    "betas": (lambda: ScheduleLR(make_optimizer(), {"betas": Hold()}), ValueError, r"did you mean 'betas\[\d\]'"),
     "no-field": (lambda: ScheduleLR(make_optimizer(), {}), ValueError, "one field or more"),
     "twice": (
         lambda: ScheduleLR(make_optimizer(), {"momentum": Hold(), "betas[0]": Hold()}),
@@ -541,7 +541,7 @@ BAD: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "policy": (
         lambda: ScheduleLR(make_optimizer(), Hold(), on_mismatch="new"),  # type: ignore[arg-type]
         ValueError,
-        "'new', the nearest is 'use_new'",
+        "'new'; did you mean 'use_new'",
     ),
     "floor": (
         lambda: ScheduleLR(make_optimizer(), Linear(3, Absolute(0.5))),

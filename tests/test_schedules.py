@@ -602,6 +602,30 @@ def test_gallery_has_every_schedule(tmp_path: Path) -> None:
     assert (tmp_path / "gallery.png").stat().st_size > 100_000
 
 
+@pytest.mark.parametrize(
+    ("case", "general", "given"),
+    [
+        (OneMinusSqrt(7, 0.1), OneMinusPower(7, 0.1, power=0.5), {"steps", "floor"}),
+        (NaturalExponential(0.3, decay_steps=2), Exponential(math.exp(-0.3), decay_steps=2), {"rate", "decay_steps"}),
+        (Hold(5), Constant(steps=5), {"steps"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_cases_of_other_shapes(case: Schedule, general: Schedule, given: set[str]) -> None:
+    """They have the other's numbers, but a name of their own, and no more arguments than it needs."""
+    assert isinstance(case, type(general))
+    assert case != general
+    assert values(case, 10) == pytest.approx(values(general, 10), rel=1e-14)
+    fixed = {field.name for field in dataclasses.fields(case) if not field.init}
+    assert fixed
+    assert given <= case.to_dict().keys()
+    assert not fixed & case.to_dict().keys()
+    assert not any(f"{name}=" in repr(case) for name in fixed)
+    assert Schedule.from_dict(case.to_dict()) == pickle.loads(pickle.dumps(case)) == case
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        type(case)(**dict.fromkeys(given | fixed, 1))
+
+
 # bad input
 
 BAD: dict[str, tuple[Callable[[], object], str]] = {
@@ -614,10 +638,10 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "negative-floor": (lambda: Exponential(0.9, floor=-0.1), "floor should be in .* but is: -0.1"),
     "start-above-peak": (lambda: Warmup(3, start=2), "start should be in .* but is: 2"),
     "negative-absolute": (lambda: Absolute(-1), "value should be >= 0 but is: -1"),
-    "unknown-warmup": (lambda: Warmup(3, "cosin"), "'cosin', the nearest is 'cosine'"),
+    "unknown-warmup": (lambda: Warmup(3, "cosin"), "'cosin'; did you mean 'cosine'"),
     "exponential-from-zero": (lambda: Warmup(3, "exponential"), "start of .* should be > 0 but is: 0"),
-    "unknown-cooldown": (lambda: Cooldown(3, "1-sqr"), "'1-sqr', the nearest is '1-sqrt'"),
-    "unknown-convention": (lambda: Phases((Hold(),), "torchtitn"), "'torchtitn', the nearest is 'torchtitan'"),
+    "unknown-cooldown": (lambda: Cooldown(3, "1-sqr"), "'1-sqr'; did you mean '1-sqrt'"),
+    "unknown-convention": (lambda: Phases((Hold(),), "torchtitn"), "'torchtitn'; did you mean 'torchtitan'"),
     "bad-convention": (lambda: Convention("two"), "warmup_from should be one of one, zero but is: 'two'"),  # type: ignore
     "unsorted-milestones": (lambda: MultiStep((5, 3)), r"increasing but is: \[5, 3\]"),
     "equal-milestones": (lambda: Piecewise((3, 3), (1, 1, 1)), r"increasing but is: \[3, 3\]"),
@@ -639,9 +663,9 @@ BAD: dict[str, tuple[Callable[[], object], str]] = {
     "short-cycle": (lambda: Restarts(Warmup(3) >> Cosine(3), mult=0.5), "should be >= 0 but is: -2"),
     "pct-start": (lambda: OneCycle(10, pct_start=1.5), r"pct_start should be in \[0, 1.0\] but is: 1.5"),
     "pct-start-three": (lambda: OneCycle(10, pct_start=0.6, three_phase=True), r"pct_start should be in \[0, 0.5\]"),
-    "cyclic-mode": (lambda: Cyclic(3, mode="triangle"), "'triangle', the nearest is 'triangular'"),  # type: ignore
-    "unknown-type": (lambda: Schedule.from_dict({"type": "Cosin", "steps": 3}), "'Cosin', the nearest is 'Cosine'"),
-    "unknown-field": (lambda: Schedule.from_dict({"type": "Cosine", "step": 3}), "'step', the nearest is 'steps'"),
+    "cyclic-mode": (lambda: Cyclic(3, mode="triangle"), "'triangle'; did you mean 'triangular'"),  # type: ignore
+    "unknown-type": (lambda: Schedule.from_dict({"type": "Cosin", "steps": 3}), "'Cosin'; did you mean 'Cosine'"),
+    "unknown-field": (lambda: Schedule.from_dict({"type": "Cosine", "step": 3}), "'step'; did you mean 'steps'"),
     "missing-field": (lambda: Schedule.from_dict({"type": "Cosine"}), "'steps'"),
     "no-type": (lambda: Schedule.from_dict({"steps": 3}), "type should be one of .* but is: None"),
     "no-schedule": (lambda: Schedule.from_dict({"type": "Absolute", "value": 3}), "a schedule should have a 'type'"),

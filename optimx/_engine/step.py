@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat
+from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .optimizer import EngineOptimizer
 from .states import own_states, settle_scalars
@@ -65,8 +66,7 @@ class MultiTensorStep(EngineOptimizer):
     def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False) -> None:
         """To be called at the end of a subclass's ``__init__``."""
         if max_grad_norm is not None:
-            if not max_grad_norm > 0.0:
-                raise ValueError(f"max_grad_norm should be > 0 but is: {max_grad_norm}")
+            above(0).check("max_grad_norm", max_grad_norm)
             if any(map(_compat.is_flat_shard, chain.from_iterable(group["params"] for group in self.param_groups))):
                 raise ValueError(flat_shards_message(max_grad_norm))
             self.max_grad_norm = max_grad_norm

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-__all__ = ["MISSING", "ConfigError", "Problem", "Problems", "join", "nearest"]
+from .._checks import nearest, told
+
+__all__ = ["MISSING", "ConfigError", "Problem", "Problems", "join"]
 
 
 class _Missing(Enum):
@@ -21,9 +21,6 @@ class _Missing(Enum):
 
 #: The value of what is not there.
 MISSING = _Missing.MISSING
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,7 @@ class Problem:
     def __str__(self) -> str:
         if self.value is MISSING:
             return f"{self.path} {self.rule}"
-        value = _repr.repr(self.value)
-        text = f"{self.rule} but is: {value}" if self.rule.startswith("should") else f"(value: {value}) {self.rule}"
-        hint = f"; did you mean {self.nearest!r}?" if self.nearest is not None else ""
-        return f"{self.path} {text}{hint}"
+        return told(self.path, self.rule, self.value, self.nearest)
 
 
 class ConfigError(ValueError):
@@ -62,6 +56,11 @@ class ConfigError(ValueError):
         self.problems = tuple(problems)
         lines = [str(problem) for problem in self.problems]
         super().__init__(lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems:", *lines]))
+
+    @classmethod
+    def of(cls, path: str, rule: str, value: Any, nearest: str | None = None) -> ConfigError:
+        """One of a single :class:`Problem`."""
+        return cls([Problem(path, rule, value, nearest)])
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[tuple[Problem, ...]]]:
         return type(self), (self.problems,)
@@ -90,12 +89,6 @@ class Problems(list[Problem]):
     def raise_if_any(self) -> None:
         if self:
             raise ConfigError(self)
-
-
-def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The one of ``known`` that is most like ``name``, if one is (``cutoff``: from 0, anything, to 1, the same)."""
-    close = difflib.get_close_matches(name, list(known), 1, cutoff)
-    return close[0] if close else None
 
 
 def join(path: str, key: str) -> str:

@@ -7,15 +7,18 @@ import json
 import os
 import re
 import types
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._checks import nearest
+from ..convert.projects import recognised
 from ..registry import normalized
-from .errors import ConfigError, Problem, nearest
+from .errors import ConfigError
+from .files import Tagged, read_file
 from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
 
-__all__ = ["Tagged", "load", "merge", "parse_value", "read_file"]
+__all__ = ["load", "merge", "parse_value"]
 
 
 def load(
@@ -45,7 +48,7 @@ def load(
         for path, value in pairs:
             _set(tree, path, _plain(value, path))
     except RecursionError as error:
-        raise _error("cfg", "should not contain itself", cfg) from error
+        raise ConfigError.of("cfg", "should not contain itself", cfg) from error
     tree = _over_preset(_expand(tree), presets or {})
     if is_namespace(cfg):
         drop_foreign(tree, cfg, paths)
@@ -88,19 +91,16 @@ def _tree(cfg: Any) -> Any:
         return _omegaconf(cfg)
     if isinstance(cfg, Mapping) or (dataclasses.is_dataclass(cfg) and not isinstance(cfg, type)):
         return cfg
-    raise _error("cfg", "should be a table, a Config, a namespace, a path or the name of a preset", cfg)
+    raise ConfigError.of("cfg", "should be a table, a Config, a namespace, a path or the name of a preset", cfg)
 
 
 def _check_own(tree: Any, cfg: Any) -> None:
     """ConfigError for a config of another project that can be converted."""
-    # it imports this module
-    from ..convert.projects import recognised
-
     project = recognised(tree) if not {*SECTIONS} & tree.keys() else None
     if project is not None:
         what = os.fspath(cfg) if isinstance(cfg, (str, os.PathLike)) else "FILE"
         rule = f"should be a config of optimx, but its keys are {project}'s (`optimx convert {what}` makes one of it)"
-        raise _error("cfg", rule, cfg)
+        raise ConfigError.of("cfg", rule, cfg)
 
 
 def _plain(value: Any, path: str) -> Any:
@@ -112,12 +112,12 @@ def _plain(value: Any, path: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise _error(path, "should have strings as keys", key)
+                raise ConfigError.of(path, "should have strings as keys", key)
         return {str(key): _plain(item, f"{path}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item, f"{path}[{i}]") for i, item in enumerate(value)]
     if isinstance(value, Tagged):
-        raise _error(path, f"should be YAML without the tag {value.tag}", value.value)
+        raise ConfigError.of(path, f"should be YAML without the tag {value.tag}", value.value)
     return value
 
 
@@ -147,105 +147,7 @@ def _omegaconf(cfg: Any) -> Any:
     try:
         return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, structured_config_mode=SCMode.DICT)
     except OmegaConfBaseException as error:
-        raise _error("cfg", f"should resolve ({error})", cfg) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Tagged:
-    """What a YAML file has under a tag that nothing but its own project can make something of.
-
-    Attributes:
-        tag: Such as ``"!!python/object/apply:eval"``.
-        value: The text, list or table under it.
-    """
-
-    tag: str
-    value: Any
-
-
-def read_file(path: Path) -> dict[str, Any] | Tagged:
-    """The table in a TOML, YAML or JSON file. No key is there twice; 1e-3 is a number in YAML too.
-
-    What has a tag that is not YAML's own is a :class:`Tagged`, the whole table too: nothing of it is run.
-
-    Raises:
-        ConfigError: It cannot be read, has another suffix or form, or is no table.
-    """
-    readers: dict[str, Callable[[str], Any]] = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml, ".json": _json}
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise _error("cfg", f"should end with {', '.join(readers)} or be the name of a preset", str(path))
-    try:
-        tree = reader(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise _error("cfg", f"should be a file that can be read ({error.strerror})", str(path)) from error
-    except ImportError as error:
-        message = f"should not need {error.name}, which is not installed (pip install 'torch-optimx[config]'),"
-        raise _error("cfg", message, str(path)) from error
-    # the parsers' own errors, and text that is not UTF-8
-    except ValueError as error:
-        raise _error(
-            "cfg", f"should be {path.suffix[1:].upper()} ({' '.join(str(error).split())})", str(path)
-        ) from error
-    # YAML's nothing
-    tree = {} if tree is None else tree
-    if not isinstance(tree, (dict, Tagged)):
-        raise _error(str(path), "should be a table", tree)
-    return tree
-
-
-def _toml(text: str) -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        import tomli as tomllib  # python 3.10
-
-    return tomllib.loads(text)
-
-
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_without_duplicates)
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """YAML 1.2's numbers (in 1.1, 1e-3 is a string), no key twice, and tags of any project."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            self.flatten_mapping(node)
-            pairs = [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
-            return _without_duplicates(pairs)
-
-        def construct_tagged(self, node: Any) -> Any:
-            if isinstance(node, yaml.ScalarNode):
-                value = self.construct_scalar(node)
-            else:
-                mapping = isinstance(node, yaml.MappingNode)
-                value = self.construct_mapping(node) if mapping else self.construct_sequence(node, deep=True)
-            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            return value if tag == "!!python/tuple" else Tagged(tag, value)
-
-    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    Loader.add_constructor(None, Loader.construct_tagged)
-    try:
-        return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
-
-
-def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    table: dict[Any, Any] = {}
-    for key, value in pairs:
-        # such as a list, or a table
-        if not isinstance(key, Hashable):
-            raise ValueError(f"keys should be strings but one is: {key!r}")
-        if key in table:
-            raise ValueError(f"the key {key!r} is there twice")
-        table[key] = value
-    return table
+        raise ConfigError.of("cfg", f"should resolve ({error})", cfg) from error
 
 
 def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, Any]]:
@@ -253,10 +155,10 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, 
         yield from overrides.items()
         return
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
-        raise _error("overrides", 'should be {"optimizer.lr": 0.1} or ["optimizer.lr=0.1"]', overrides)
+        raise ConfigError.of("overrides", 'should be {"optimizer.lr": 0.1} or ["optimizer.lr=0.1"]', overrides)
     for override in overrides:
         if not isinstance(override, str) or "=" not in override:
-            raise _error("overrides", 'should be like "optimizer.lr=0.1"', override)
+            raise ConfigError.of("overrides", 'should be like "optimizer.lr=0.1"', override)
         path, _, text = override.partition("=")
         yield path.strip(), parse_value(text.strip())
 
@@ -265,13 +167,13 @@ def _set(tree: dict[str, Any], path: Any, value: Any) -> None:
     """``tree["groups"]["rules"][0]["lr"] = value`` for ``"groups.rules[0].lr"``; tables on the way are made."""
     keys = re.sub(r"\[(\d+)\]", r".\1", path).split(".") if isinstance(path, str) else []
     if not keys or not all(keys):
-        raise _error("overrides", 'should have paths like "optimizer.lr" or "groups.rules[0].lr"', path)
+        raise ConfigError.of("overrides", 'should have paths like "optimizer.lr" or "groups.rules[0].lr"', path)
     at: Any = tree
     for i, key in enumerate(keys):
         last = i == len(keys) - 1
         if isinstance(at, list):
             if not key.isdigit() or int(key) >= len(at):
-                raise _error(path, f"should count from 0 to {len(at) - 1} at {key!r}", value)
+                raise ConfigError.of(path, f"should count from 0 to {len(at) - 1} at {key!r}", value)
             if last:
                 at[int(key)] = value
             at = at[int(key)]
@@ -282,7 +184,7 @@ def _set(tree: dict[str, Any], path: Any, value: Any) -> None:
                 at[key] = {}
             at = at[key]
         else:
-            raise _error(path, f"should lead to a table, but there is {at!r} before {key!r},", value)
+            raise ConfigError.of(path, f"should lead to a table, but there is {at!r} before {key!r},", value)
 
 
 def _over_preset(tree: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -291,9 +193,5 @@ def _over_preset(tree: dict[str, Any], presets: Mapping[str, Mapping[str, Any]])
         return tree
     if not isinstance(name, str) or name not in presets:
         near = nearest(name, presets) if isinstance(name, str) else None
-        raise ConfigError([Problem("preset", f"should be one of {', '.join(sorted(presets))}", name, near)])
+        raise ConfigError.of("preset", f"should be one of {', '.join(sorted(presets))}", name, near)
     return merge(presets[name], tree)
-
-
-def _error(path: str, rule: str, value: Any) -> ConfigError:
-    return ConfigError([Problem(path, rule, value)])

@@ -9,8 +9,9 @@ from collections.abc import Collection, Iterator, Mapping
 from numbers import Real
 from typing import Any
 
+from .._checks import nearest
 from ..registry import OPTIMIZERS
-from .errors import ConfigError, Problem, nearest
+from .errors import ConfigError
 from .sections import OptimizerConfig
 from .values import parameters_of
 
@@ -67,7 +68,7 @@ def read_namespace(namespace: Any, overridden: Collection[str], presets: Collect
         if dot and section in SECTIONS:
             yield name, value
         elif near := _misspelled(section, SECTIONS if dot else NAMES):
-            raise ConfigError([Problem(name, "is no attribute that a config has", value, near)])
+            raise ConfigError.of(name, "is no attribute that a config has", value, near)
 
 
 def drop_foreign(tree: dict[str, Any], namespace: Any, overridden: Collection[str]) -> None:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from torch import Tensor
 
+from .._checks import FINITE, Condition, above, at_least, within
 from ..lr_scheduler import Absolute
-from .values import Condition, above, at_least
 
 __all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
 
@@ -47,8 +47,8 @@ class OptimizerConfig:
     """
 
     name: str | Callable[..., Any] = "adamw"
-    lr: Annotated[float, at_least(0)] | Tensor | None = None
-    weight_decay: Annotated[float, at_least(0)] | Tensor | None = None
+    lr: Annotated[float, FINITE] | Tensor | None = None
+    weight_decay: Annotated[float, FINITE] | Tensor | None = None
     max_grad_norm: Annotated[float, above(0)] | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -72,10 +72,10 @@ class GroupsConfig:
     """
 
     no_decay: str | tuple[str, ...] | None = "auto"
-    layer_decay: Annotated[float, Condition("should be > 0 and <= 1", lambda value: 0 < value <= 1)] | None = None
+    layer_decay: Annotated[float, within("(0, 1]")] | None = None
     layers: Any = None
     layer_preset: str = "beit"
-    min_lr_scale: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] = 0.0
+    min_lr_scale: Annotated[float, within("[0, 1]")] = 0.0
     rules: tuple[dict[str, Any], ...] = ()
     freeze: tuple[str, ...] = ()
     include_frozen: bool = False
@@ -109,9 +109,7 @@ class ScheduleConfig:
     phases: tuple[dict[str, Any], ...] = ()
     total: Duration | None = None
     warmup: Duration | dict[str, Any] | None = None
-    floor: Annotated[float, Condition("should be >= 0 and <= 1", lambda value: 0 <= value <= 1)] | Absolute | None = (
-        None
-    )
+    floor: Annotated[float, within("[0, 1]")] | Absolute | None = None
     interval: Duration | None = None
     steps_per_epoch: Annotated[int, at_least(1)] | None = None
     convention: str | None = None

@@ -9,39 +9,15 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
 
-from .errors import MISSING, Problem, Problems, join, nearest
+from .._checks import Condition, nearest
+from .errors import MISSING, Problem, Problems, join
 
-__all__ = ["Condition", "above", "at_least", "check_arguments", "convert", "describe_type", "hints_of",
-           "parameters_of", "read"]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Condition:
-    """A condition on a value of the right type, for ``Annotated[float, Condition(...)]``.
-
-    Attributes:
-        text: ``"should be > 0"``.
-        holds: Whether it does.
-    """
-
-    text: str
-    holds: Callable[[Any], bool]
-
-
-def at_least(minimum: float) -> Condition:
-    """Finite and >= ``minimum``."""
-    return Condition(f"should be >= {minimum:g} and finite", lambda value: bool(minimum <= value < math.inf))
-
-
-def above(minimum: float) -> Condition:
-    """> ``minimum``, perhaps infinite."""
-    return Condition(f"should be > {minimum:g}", lambda value: bool(value > minimum))
+__all__ = ["check_arguments", "convert", "describe_type", "hints_of", "parameters_of", "read"]
 
 
 def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:

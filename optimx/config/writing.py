@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import date, datetime, time
 from typing import Any
 
-from .errors import ConfigError, Problem, join
+from .errors import ConfigError, join
 
 __all__ = ["to_toml"]
 
@@ -40,7 +40,7 @@ def _lines(table: Mapping[Any, Any], path: str) -> list[str]:
 
 def _key(key: Any, path: str) -> str:
     if not isinstance(key, str):
-        raise ConfigError([Problem(path or "cfg", "should have strings as keys", key)])
+        raise ConfigError.of(path or "cfg", "should have strings as keys", key)
     return key if _BARE_KEY.fullmatch(key) else _string(key, path)
 
 
@@ -58,13 +58,13 @@ def _value(value: Any, path: str) -> str:
         return repr(value)
     if isinstance(value, (date, datetime)) or (isinstance(value, time) and value.tzinfo is None):
         return value.isoformat()
-    raise ConfigError([Problem(path, "should be of a type that TOML has", value)])
+    raise ConfigError.of(path, "should be of a type that TOML has", value)
 
 
 def _string(text: str, path: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError([Problem(path, "should be text that UTF-8 has", text)]) from error
+        raise ConfigError.of(path, "should be text that UTF-8 has", text) from error
     # JSON lets this one stand as it is
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..config.errors import MISSING, ConfigError, Problem, nearest
-from ..config.loading import Tagged
+from .._checks import nearest
+from ..config.errors import MISSING, ConfigError, Problem
+from ..config.files import Tagged
 from .projects import PROJECTS, look_alike, recognised, unknown_keys
 from .source import Conversion, Source, refused
 
@@ -17,7 +18,7 @@ def convert(theirs: Mapping[str, Any] | Tagged, project: str | None = None) -> C
     """A config of another project as one of ours.
 
     Args:
-        theirs: Its values by name, as its own files have them; what :func:`~optimx.config.loading.read_file` returns.
+        theirs: Its values by name, as its own files have them; what :func:`~optimx.config.files.read_file` returns.
         project: ``"timm"``, ``"detectron2"`` or ``"hf"`` (default: None, told by the names).
 
     Raises:
@@ -44,7 +45,7 @@ def _project(theirs: Any, project: str | None) -> str:
     """The project that is told, or that the keys tell; ConfigError if it is none of ours."""
     names = ", ".join(PROJECTS)
     if project is not None and project not in PROJECTS:
-        raise ConfigError([Problem("project", f"should be one of {names}", project, nearest(project, PROJECTS))])
+        raise ConfigError.of("project", f"should be one of {names}", project, nearest(project, PROJECTS))
     if not isinstance(theirs, Mapping):
         raise refused("theirs", "should be a table", theirs)
     if other := look_alike(theirs):

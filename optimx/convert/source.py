@@ -9,8 +9,9 @@ from decimal import Decimal
 from numbers import Real
 from typing import Any
 
-from ..config.errors import ConfigError, Problem, nearest
-from ..config.loading import Tagged
+from .._checks import nearest
+from ..config.errors import ConfigError
+from ..config.files import Tagged
 
 __all__ = ["NOTHING", "Conversion", "Source", "assumptions", "epochs", "given", "refused"]
 
@@ -122,4 +123,4 @@ def refused(path: str, rule: str, value: Any, near: str | None = None) -> Config
     """What to raise for a value."""
     if isinstance(value, Tagged):
         rule, value = f"{rule}, not what YAML's tag {value.tag} makes,", value.value
-    return ConfigError([Problem(path, rule, value, near)])
+    return ConfigError.of(path, rule, value, near)

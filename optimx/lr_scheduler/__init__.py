@@ -9,15 +9,14 @@ import typing as _typing
 from torch.optim import lr_scheduler as _torch
 from torch.optim.lr_scheduler import *  # noqa: F403
 
-from ._schedule import Absolute, Schedule
 from .adafactor_schedule import AdafactorSchedule
+from .conventions import CONVENTIONS, Convention
 from .endless import Constant, Exponential, InverseSqrt, InverseTime, MultiStep, NaturalExponential, Noam, Piecewise
 from .greedy import GreedyLR
 from .hugging_face import get_scheduler
 from .named_decays import REXLR, InverseTimeLR, LinearCosineLR, NaturalExpLR, PiecewiseConstantLR, TanhLR
 from .named_warmups import (
     SGDR,
-    WSDLR,
     InverseSqrtLR,
     NoamLR,
     WarmupConstantLR,
@@ -27,10 +26,11 @@ from .named_warmups import (
     WarmupMultiStepLR,
     WarmupPolynomialLR,
 )
-from .phases import CONVENTIONS, Convention, Cooldown, Hold, Phases, Product, Warmup
+from .phases import Cooldown, Hold, Phases, Product, Warmup
 from .restarts import Cyclic, OneCycle, Restarts
+from .schedule import Absolute, Schedule
 from .schedule_lr import ScheduleLR
-from .schedules import (
+from .shapes import (
     REX,
     Cosine,
     CosineWithHardRestarts,
@@ -44,6 +44,7 @@ from .schedules import (
 )
 from .staircase import Staircase
 from .warmup_lr import PlateauWithWarmup, WarmupLR
+from .wsd_lr import WSDLR
 
 if not _typing.TYPE_CHECKING:
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._field import BaseLRs
+from .field import BaseLRs
 
 
 class AdafactorSchedule(LRScheduler):

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    check_above,
-    check_at_least,
-    check_length,
-    check_milestones,
-    check_ratio,
-    check_steps,
-    resolve,
-)
+from .._checks import above, at_least, within
+from .schedule import Ratio, Schedule, check_length, check_milestones, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -25,11 +17,11 @@ class _Endless(Schedule, abstract=True):
 
     _: KW_ONLY
     steps: int | None = None
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def factor(self, step: float) -> float:
         raise NotImplementedError
@@ -39,19 +31,12 @@ class _Endless(Schedule, abstract=True):
             step = min(step, max(self.steps - tail, 0))
         return max(peak * self.factor(step + lead), resolve(self.floor, base))
 
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
-
 
 @dataclass(frozen=True)
 class _Rated(_Endless, abstract=True):
     _: KW_ONLY
-    decay_steps: float = 1.0
+    decay_steps: Annotated[float, above(0)] = 1.0
     staircase: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("decay_steps", self.decay_steps, 0)
 
     @property
     def overlaps(self) -> bool:  # type: ignore[override]
@@ -77,19 +62,14 @@ class Exponential(_Rated):
         floor: Ratio of each group's own learning rate, or :class:`Absolute`, where it stops (default: 0).
     """
 
-    gamma: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma should be in (0, 1] but is: {self.gamma}")
+    gamma: Annotated[float, within("(0, 1]")]
 
     def curve(self, x: float) -> float:
         return self.gamma**x
 
 
 @dataclass(frozen=True)
-class NaturalExponential(_Rated):
+class NaturalExponential(Exponential):
     """``exp(-rate * step / decay_steps)``.
 
     Args:
@@ -97,14 +77,11 @@ class NaturalExponential(_Rated):
         decay_steps, staircase, steps, floor: As for :class:`Exponential`.
     """
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("rate", self.rate, 0)
+    gamma: float = field(default=1.0 / math.e, init=False, repr=False)
+    rate: Annotated[float, at_least(0)]
 
     def curve(self, x: float) -> float:
-        return math.exp(-self.rate * x)
+        return super().curve(self.rate * x)
 
 
 @dataclass(frozen=True)
@@ -116,11 +93,7 @@ class InverseTime(_Rated):
         decay_steps, staircase, steps, floor: As for :class:`Exponential`.
     """
 
-    rate: float
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("rate", self.rate, 0)
+    rate: Annotated[float, at_least(0)]
 
     def curve(self, x: float) -> float:
         return 1.0 / (1.0 + self.rate * x)
@@ -136,11 +109,7 @@ class InverseSqrt(_Endless):
         floor: Ratio of each group's own learning rate, or :class:`Absolute`, where it stops (default: 0).
     """
 
-    timescale: float = 10_000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("timescale", self.timescale, 0)
+    timescale: Annotated[float, above(0)] = 10_000.0
 
     def factor(self, step: float) -> float:
         return math.sqrt(self.timescale / (self.timescale + step))
@@ -166,12 +135,11 @@ class Noam(_Endless):
     warmup_steps: int
     _: KW_ONLY
     d_model: int | None = None
-    scale: float = 1.0
+    scale: Annotated[float, above(0)] = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_steps(self, "warmup_steps", "d_model", least=1)
-        check_above("scale", self.scale, 0)
 
     def factor(self, step: float) -> float:
         n = step + 1.0
@@ -196,11 +164,7 @@ class Constant(_Endless):
 
     overlaps = False
 
-    level: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least("level", self.level, 0)
+    level: Annotated[float, at_least(0)] = 1.0
 
     def factor(self, step: float) -> float:
         return self.level
@@ -220,12 +184,11 @@ class MultiStep(_Endless):
     overlaps = False
 
     milestones: tuple[int, ...]
-    gamma: float = 0.1
+    gamma: Annotated[float, above(0)] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_milestones(self)
-        check_above("gamma", self.gamma, 0)
 
     def factor(self, step: float) -> float:
         return self.gamma ** bisect_right(self.milestones, step)
@@ -256,7 +219,7 @@ class Piecewise(_Endless):
                 f"levels should be {len(self.milestones) + 1}, one more than milestones, but is: {list(self.levels)}"
             )
         for i, level in enumerate(self.levels):
-            check_at_least(f"levels[{i}]", level, 0)
+            at_least(0).check(f"levels[{i}]", level)
 
     def factor(self, step: float) -> float:
         return self.levels[bisect_right(self.milestones, step)]

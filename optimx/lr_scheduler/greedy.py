@@ -8,8 +8,8 @@ from typing import Any, Literal, SupportsFloat
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._field import current_lrs, per_group, write
-from ._schedule import as_steps, check_at_least, one_of
+from .._checks import as_steps, at_least, check_instance, one_of, within
+from .field import current_lrs, per_group, write
 
 
 class GreedyLR(LRScheduler):
@@ -58,12 +58,10 @@ class GreedyLR(LRScheduler):
         reset_start: int = 500,
     ) -> None:
         # not super().__init__(): its first step has no metric
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer should be an Optimizer but is: {type(optimizer).__name__}")
-        if not 0 < factor < 1:
-            raise ValueError(f"factor should be in (0, 1) but is: {factor}")
-        check_at_least("threshold", threshold, 0)
-        check_at_least("eps", eps, 0)
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
+        within("(0, 1)").check("factor", factor)
+        at_least(0).check("threshold", threshold)
+        at_least(0).check("eps", eps)
         groups = optimizer.param_groups
         self.optimizer = optimizer
         self.mode = one_of("mode", mode, ("min", "max"))

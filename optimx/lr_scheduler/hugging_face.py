@@ -11,12 +11,14 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ._schedule import Schedule, as_number, check_at_least, one_of
+from .._checks import as_number, at_least, one_of, within
+from .conventions import CONVENTIONS, Convention
 from .endless import Constant, InverseSqrt
 from .greedy import GreedyLR
-from .phases import CONVENTIONS, Convention, Phases, Warmup
+from .phases import Phases, Warmup
+from .schedule import Schedule
 from .schedule_lr import ScheduleLR
-from .schedules import Cosine, CosineWithHardRestarts, Decay, Linear, OneMinusSqrt, Polynomial
+from .shapes import Cosine, CosineWithHardRestarts, Decay, Linear, OneMinusSqrt, Polynomial
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def _cosine_with_restarts(warmup: Any, training: Any, num_cycles: float = 1) -> 
 
 
 def _polynomial(warmup: Any, training: Any, lr: float, lr_end: float = 1e-7, power: float = 1.0) -> Schedule:
-    if not 0 <= lr_end < lr:
-        raise ValueError(f"lr_end should be in [0, {lr}), below the optimizer's lr, but is: {lr_end}")
+    # below the optimizer's own
+    within(f"[0, {lr})").check("lr_end", lr_end)
     left = max(training - warmup, 0)
     if 0 < left < 1:
         raise ValueError(f"num_training_steps - num_warmup_steps should be <= 0 or >= 1 but is: {left}")
@@ -180,7 +182,7 @@ def _warmup_stable_decay(
 
 def _number(name: str, value: Any) -> Any:
     number = as_number(name, value)
-    check_at_least(name, number, 0)
+    at_least(0).check(name, number)
     return number
 
 

@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, as_steps, check_ratio, one_of
+from .._checks import as_steps, one_of
+from .conventions import CONVENTIONS
 from .endless import InverseTime, NaturalExponential, Piecewise
-from .phases import CONVENTIONS
+from .schedule import RATIO, Absolute
 from .schedule_lr import ScheduleLR
-from .schedules import REX, LinearCosine, Tanh
+from .shapes import REX, LinearCosine, Tanh
 
 
 class LinearCosineLR(ScheduleLR):
@@ -125,7 +126,7 @@ class TanhLR(ScheduleLR):
         upper: float = 3.0,
         **options: Any,
     ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         steps = as_steps("total_steps", total_steps)
         super().__init__(optimizer, Tanh(steps, min_lr_ratio, lower=lower, upper=upper), **options)
 
@@ -143,5 +144,5 @@ class REXLR(ScheduleLR):
     def __init__(
         self, optimizer: Optimizer, total_steps: int, min_lr_ratio: float | Absolute = 0.0, **options: Any
     ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         super().__init__(optimizer, REX(as_steps("total_steps", total_steps), min_lr_ratio), **options)

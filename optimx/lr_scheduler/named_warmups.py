@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from torch.optim import Optimizer
 
-from ._schedule import Absolute, Schedule, as_steps, check_above, check_at_least, check_ratio, one_of
+from .._checks import above, as_steps, at_least
+from .conventions import Convention
 from .endless import Constant, Exponential, InverseSqrt, MultiStep, Noam
-from .phases import Convention, Hold, Phases, Warmup
+from .phases import Phases, Warmup
 from .restarts import Restarts
+from .schedule import RATIO, Absolute, Schedule
 from .schedule_lr import ScheduleLR
-from .schedules import DECAYS, Cosine, Decay, Linear, Polynomial
+from .shapes import Cosine, Decay, Linear, Polynomial
 from .warmup_lr import as_warmup
 
 
 class _WarmupDecayLR(ScheduleLR):
-    """A warmup, then a decay with a horizon; ``shape`` are arguments of the decay."""
+    """A warmup, then a decay with a horizon."""
 
-    decay: ClassVar[type[Decay]]
+    decay: Callable[[int, float | Absolute], Decay]
 
     def __init__(
         self,
@@ -32,15 +32,17 @@ class _WarmupDecayLR(ScheduleLR):
         min_lr_ratio: float | Absolute = 0.0,
         *,
         convention: str | Convention = "every-step",
-        shape: Mapping[str, float] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         warmup = as_warmup(warmup_steps)
         total = as_steps("total_steps", total_steps)
         if warmup.steps > total:
             raise ValueError(f"warmup_steps should be <= total_steps, {total}, but is: {warmup.steps}")
-        check_ratio("min_lr_ratio", min_lr_ratio)
-        decay = self.decay(total - warmup.steps, min_lr_ratio, **shape)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
+        # DeepSpeed's cosine counts differently from its linear decay
+        if convention == "deepspeed" and self.decay is Cosine:
+            convention = "deepspeed-cosine"
+        decay = self.decay(total - warmup.steps, min_lr_ratio)
         super().__init__(optimizer, Phases((warmup, decay), convention), **options)
 
 
@@ -62,20 +64,6 @@ class WarmupCosineLR(_WarmupDecayLR):
 
     decay = Cosine
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int | Warmup,
-        total_steps: int,
-        min_lr_ratio: float | Absolute = 0.0,
-        *,
-        convention: str | Convention = "every-step",
-        **options: Any,
-    ) -> None:
-        if convention == "deepspeed":
-            convention = "deepspeed-cosine"
-        super().__init__(optimizer, warmup_steps, total_steps, min_lr_ratio, convention=convention, **options)
-
 
 class WarmupLinearLR(_WarmupDecayLR):
     """A warmup, then a straight line down to the floor. Arguments as for :class:`WarmupCosineLR`."""
@@ -90,8 +78,6 @@ class WarmupPolynomialLR(_WarmupDecayLR):
         power: > 0 (default: 1).
     """
 
-    decay = Polynomial
-
     def __init__(
         self,
         optimizer: Optimizer,
@@ -103,10 +89,8 @@ class WarmupPolynomialLR(_WarmupDecayLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
-        shape = {"power": power}
-        super().__init__(
-            optimizer, warmup_steps, total_steps, min_lr_ratio, convention=convention, shape=shape, **options
-        )
+        self.decay = partial(Polynomial, power=power)
+        super().__init__(optimizer, warmup_steps, total_steps, min_lr_ratio, convention=convention, **options)
 
 
 class WarmupConstantLR(ScheduleLR):
@@ -156,7 +140,7 @@ class WarmupExponentialLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
+        RATIO.check("min_lr_ratio", min_lr_ratio)
         decay = Exponential(gamma, decay_steps=decay_steps, staircase=staircase, floor=min_lr_ratio)
         super().__init__(optimizer, Phases((as_warmup(warmup_steps), decay), convention), **options)
 
@@ -184,7 +168,7 @@ class WarmupMultiStepLR(ScheduleLR):
         warmup_method: str = "linear",
         **options: Any,
     ) -> None:
-        check_ratio("warmup_factor", warmup_factor)
+        RATIO.check("warmup_factor", warmup_factor)
         warmup = Warmup(as_steps("warmup_iters", warmup_iters), warmup_method, warmup_factor)
         super().__init__(optimizer, Phases((warmup, MultiStep(tuple(milestones), gamma)), "product"), **options)
 
@@ -236,81 +220,6 @@ class NoamLR(ScheduleLR):
         super().__init__(optimizer, Noam(warmup_steps, d_model=d_model, scale=scale), **options)
 
 
-class WSDLR(ScheduleLR):
-    """Warmup, stable, decay (https://arxiv.org/abs/2404.06395).
-
-    Args:
-        optimizer: Any torch optimizer.
-        warmup_steps: Length of a linear warmup from zero, or a :class:`Warmup`.
-        stable_steps: Steps at each group's own learning rate after the warmup; None for a stable phase that needs no
-            horizon: it lasts until :meth:`start_decay`.
-        decay_steps: Length of the decay.
-        decay: ``"1-sqrt"`` (default), ``"linear"``, ``"cosine"``, ``"polynomial"``, ``"1-square"``,
-            ``"exponential"`` (normalised), ``"tanh"`` or ``"rex"``.
-        min_lr_ratio: The floor, as a ratio of each group's own learning rate, or :class:`Absolute` (default: 0).
-        convention: See :class:`Convention` (default: ``"every-step"``). With ``"hf"`` a warmup given by its length
-            begins at ``min_lr_ratio``, as there.
-        options: ``last_epoch``, ``base_lrs`` and ``on_mismatch`` of :class:`ScheduleLR`.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        warmup_steps: int | Warmup,
-        stable_steps: int | None,
-        decay_steps: int,
-        decay: str = "1-sqrt",
-        min_lr_ratio: float | Absolute = 0.0,
-        *,
-        convention: str | Convention = "every-step",
-        **options: Any,
-    ) -> None:
-        check_ratio("min_lr_ratio", min_lr_ratio)
-        warmup = as_warmup(warmup_steps)
-        if convention == "hf" and not isinstance(warmup_steps, Warmup):
-            warmup = replace(warmup, start=min_lr_ratio)
-        self._decay = DECAYS[one_of("decay", decay, DECAYS)](as_steps("decay_steps", decay_steps), min_lr_ratio)
-        hold = Hold(None if stable_steps is None else as_steps("stable_steps", stable_steps))
-        phases = (warmup, hold) if hold.steps is None else (warmup, hold, self._decay)
-        super().__init__(optimizer, Phases(phases, convention), **options)
-
-    def start_decay(self) -> None:
-        """End a stable phase without a horizon: the decay begins with the next :meth:`step`.
-
-        Raises:
-            RuntimeError: The decay's beginning is fixed already, or the warmup is not over.
-        """
-        hold_steps = self._hold.steps
-        if hold_steps is not None:
-            raise RuntimeError(f"stable_steps should be None for start_decay() but is: {hold_steps}")
-        stable_steps = math.floor(self.last_epoch + 1 - self.schedule.phases[0].steps)
-        if stable_steps < 0:
-            raise RuntimeError(f"start_decay() should come after the warmup but comes at step: {self.last_epoch}")
-        self._end_hold(stable_steps)
-
-    @property
-    def _hold(self) -> Schedule:
-        return self.schedule.phases[1]
-
-    def _end_hold(self, stable_steps: int) -> None:
-        warmup = self.schedule.phases[0]
-        self._set_schedules({"lr": replace(self.schedule, phases=(warmup, Hold(stable_steps), self._decay))})
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"stable_steps": self._hold.steps}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        before = self._fields
-        # the checkpoint was made after start_decay()
-        if self._hold.steps is None and state_dict.get("stable_steps") is not None:
-            self._end_hold(state_dict["stable_steps"])
-        try:
-            super().load_state_dict(state_dict)
-        except BaseException:
-            self._fields = before
-            raise
-
-
 class SGDR(ScheduleLR):
     """Cosines with warm restarts (https://arxiv.org/abs/1608.03983).
 
@@ -347,8 +256,8 @@ class SGDR(ScheduleLR):
         **options: Any,
     ) -> None:
         first = as_steps("T_0", T_0, least=1)
-        check_above("T_mult", T_mult, 0)
-        check_at_least("eta_min", eta_min, 0)
+        above(0).check("T_mult", T_mult)
+        at_least(0).check("eta_min", eta_min)
         warmup = as_warmup(warmup_steps)
         cosine = Cosine(first, Absolute(eta_min) if eta_min else 0.0)
         cycle: Schedule = cosine

@@ -5,79 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_steps,
-    check_above,
-    check_length,
-    check_ratio,
-    check_schedules,
-    check_steps,
-    one_of,
-    resolve,
-    serialisable,
-)
-from .schedules import DECAYS
-
-
-@serialisable
-@dataclass(frozen=True)
-class Convention:
-    """Where a warmup of W steps and the decay after it lie on the discrete steps 0, 1, ..., N - 1 (N: the end).
-
-    Args:
-        warmup_from: ``"one"``: the first step has 1/W of a warmup from zero (one with a start factor begins with it);
-            ``"zero"``: the first step has the start itself, so a warmup from zero wastes it.
-        warmup_to: The warmup is complete on its ``"last"`` step, W - 1, or on the one ``"after"`` it, W.
-        decay_from: The decay's progress is 0 on the ``"last"`` step of the phase before (without one, on its own
-            first), or on the step ``"before"`` its first, with a phase there or not, or on the first, ``"after"`` the
-            last of the phase before, or its clock runs from the ``"start"`` of the training.
-        decay_to: Its progress is 1 right ``"after"`` the last step, at N, or on the ``"last"`` one, N - 1.
-        target: A warmup ``"meet"``s the value with which the next phase begins, rises to the ``"peak"`` whatever
-            comes next, or is a ``"product"`` with what the next phase has at the same step. Before phases of no steps
-            it rises to the peak.
-    """
-
-    warmup_from: Literal["one", "zero"] = "one"
-    warmup_to: Literal["last", "after"] = "last"
-    decay_from: Literal["last", "before", "after", "start"] = "last"
-    decay_to: Literal["after", "last"] = "after"
-    target: Literal["meet", "peak", "product"] = "meet"
-
-    def __post_init__(self) -> None:
-        one_of("warmup_from", self.warmup_from, ("one", "zero"))
-        one_of("warmup_to", self.warmup_to, ("last", "after"))
-        one_of("decay_from", self.decay_from, ("last", "before", "after", "start"))
-        one_of("decay_to", self.decay_to, ("last", "after"))
-        one_of("target", self.target, ("meet", "peak", "product"))
-
-
-_FROM_ZERO = Convention("zero", "after", "after")
-
-#: The conventions by name. Every project's numbers come out of them exactly.
-CONVENTIONS: dict[str, Convention] = {
-    "every-step": Convention(),
-    "hf": _FROM_ZERO,
-    # its cosine_warmup_with_min_lr, of all its schedules
-    "hf-cosine-warmup": Convention("one", "last", "before", "last"),
-    "megatron": _FROM_ZERO,
-    "tf": _FROM_ZERO,
-    "torchtitan": Convention("one", "last", "after"),
-    "deepspeed": _FROM_ZERO,
-    # its cosine counts differently from its linear decay
-    "deepspeed-cosine": Convention("zero", "after", "before", "last"),
-    "beit": Convention("zero", "last", "after"),
-    "timm": Convention("zero", "after", "start", target="peak"),
-    "timm-prefix": Convention("zero", "after", "after", target="peak"),
-    "detectron2": Convention("zero", "after", "start"),
-    "product": Convention("zero", "after", "start", target="product"),
-}
+from .._checks import above, as_steps, one_of
+from .conventions import CONVENTIONS, Convention
+from .endless import Constant
+from .schedule import Absolute, Ratio, Schedule, check_length, check_schedules, check_steps, resolve
+from .shapes import DECAYS
 
 
 @dataclass(frozen=True)
@@ -101,14 +37,14 @@ class Warmup(Schedule):
 
     steps: int
     shape: str = "linear"
-    start: float | Absolute = 0.0
+    start: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
         one_of("shape", self.shape, (*_RAMPS, "exponential"))
-        check_ratio("start", self.start)
+        super().__post_init__()
         if self.shape in ("exponential", "constant"):
-            check_above(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0), 0)
+            above(0).check(f"start of a warmup of shape {self.shape!r}", resolve(self.start, 1.0))
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         return self.ramp(step, peak, CONVENTIONS["every-step"])
@@ -129,9 +65,6 @@ class Warmup(Schedule):
             return start * (target / start) ** x if start > 0 else target
         return start + (target - start) * _RAMPS[self.shape](x, end - begin)
 
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
-
 
 #: From 0 at x = 0 to 1 at x = 1, over a number of steps.
 _RAMPS: dict[str, Callable[[float, int], float]] = {
@@ -145,25 +78,19 @@ _RAMPS: dict[str, Callable[[float, int], float]] = {
 
 
 @dataclass(frozen=True)
-class Hold(Schedule):
+class Hold(Constant):
     """Stay at the value that the phase before has reached (after a warmup and at the beginning: the peak).
 
     Args:
         steps: Its length (default: None, endless: a stable phase that needs no horizon).
     """
 
-    overlaps = False
-
     steps: int | None = None
+    level: float = field(default=1.0, init=False, repr=False)
+    floor: float | Absolute = field(default=0.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_steps(self, "steps")
-
-    def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
-        return peak
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -179,20 +106,17 @@ class Cooldown(Schedule):
 
     steps: int
     shape: str = "linear"
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         one_of("shape", self.shape, DECAYS)
         object.__setattr__(self, "steps", as_steps("steps", self.steps))
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         # below the floor already: it stays there
         floor = Absolute(min(resolve(self.floor, base), peak))
         return DECAYS[self.shape](self.steps, floor).at(step, peak, base, lead, tail)
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)

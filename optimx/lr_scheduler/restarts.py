@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Annotated, Literal
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_steps,
-    check_above,
-    check_at_least,
-    check_ratio,
-    check_steps,
-    one_of,
-    resolve,
-)
+from .._checks import above, as_steps, at_least, one_of, within
+from .schedule import Ratio, Schedule, check_steps, resolve
 
 
 @dataclass(frozen=True)
@@ -42,8 +33,8 @@ class Restarts(Schedule):
 
     cycle: Schedule
     _: KW_ONLY
-    mult: float = 1
-    peak_decay: float = 1.0
+    mult: Annotated[float, above(0)] = 1
+    peak_decay: Annotated[float, within("(0, 1]")] = 1.0
     cycles: int | None = None
     lengths: tuple[int, ...] | None = None
 
@@ -51,9 +42,7 @@ class Restarts(Schedule):
         if not isinstance(self.cycle, Schedule) or self.cycle.steps is None:
             raise TypeError(f"cycle should be a schedule that has a length but is: {self.cycle!r}")
         as_steps("steps of the first cycle", self.cycle.steps, least=1)
-        check_above("mult", self.mult, 0)
-        if not 0 < self.peak_decay <= 1:
-            raise ValueError(f"peak_decay should be in (0, 1] but is: {self.peak_decay}")
+        super().__post_init__()
         check_steps(self, "cycles", least=1)
         if self.lengths is not None:
             if self.mult != 1 or self.cycles is not None:
@@ -143,18 +132,16 @@ class OneCycle(Schedule):
     steps: int
     _: KW_ONLY
     pct_start: float = 0.3
-    div_factor: float = 25.0
-    final_div_factor: float = 1e4
+    div_factor: Annotated[float, at_least(1)] = 25.0
+    final_div_factor: Annotated[float, at_least(1)] = 1e4
     anneal_strategy: Literal["cos", "linear"] = "cos"
     three_phase: bool = False
 
     def __post_init__(self) -> None:
         check_steps(self, "steps", least=1)
         most = 0.5 if self.three_phase else 1.0
-        if not 0 <= self.pct_start <= most:
-            raise ValueError(f"pct_start should be in [0, {most}] but is: {self.pct_start}")
-        check_at_least("div_factor", self.div_factor, 1)
-        check_at_least("final_div_factor", self.final_div_factor, 1)
+        within(f"[0, {most}]").check("pct_start", self.pct_start)
+        super().__post_init__()
         one_of("anneal_strategy", self.anneal_strategy, ("cos", "linear"))
 
     @cached_property
@@ -173,9 +160,6 @@ class OneCycle(Schedule):
                 x = p if self.anneal_strategy == "linear" else 0.5 * (1.0 - math.cos(math.pi * p))
                 return peak * (low + (high - low) * x)
         return peak * self._points[-1][1]
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -200,18 +184,16 @@ class Cyclic(Schedule):
     step_size_up: int = 2000
     step_size_down: int | None = None
     _: KW_ONLY
-    floor: float | Absolute = 0.1
+    floor: Ratio = 0.1
     mode: Literal["triangular", "triangular2", "exp_range"] = "triangular"
-    gamma: float = 1.0
+    gamma: Annotated[float, within("(0, 1]")] = 1.0
     steps: int | None = None
 
     def __post_init__(self) -> None:
         check_steps(self, "step_size_up", "step_size_down", least=1)
         check_steps(self, "steps")
-        check_ratio("floor", self.floor)
+        super().__post_init__()
         one_of("mode", self.mode, ("triangular", "triangular2", "exp_range"))
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"gamma should be in (0, 1] but is: {self.gamma}")
 
     def at(self, step: float, peak: float, base: float, lead: int = 0, tail: int = 0) -> float:
         if self.steps is not None:
@@ -226,6 +208,3 @@ class Cyclic(Schedule):
             height *= self.gamma**step
         floor = resolve(self.floor, base)
         return floor + (max(peak, floor) - floor) * height
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)

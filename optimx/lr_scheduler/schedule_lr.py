@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ._field import BaseLRs, Field, current_lrs, per_group
-from ._schedule import Schedule, as_number, as_steps, check_at_least, one_of
+from .._checks import as_number, as_steps, at_least, check_instance, one_of
+from ._plot import plot_groups
+from .field import BaseLRs, Field, current_lrs, per_group
+from .schedule import Schedule
 
 #: What may be scheduled, and by what: one schedule, or one for each group.
 Schedules = Schedule | Sequence[Schedule]
@@ -58,8 +60,7 @@ class ScheduleLR(LRScheduler):
     ) -> None:
         # not super().__init__(): to warn of calls in the wrong order it replaces optimizer.step by one that counts,
         # which fails where step is no method any more, and warns falsely where a GradScaler skipped the first step
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"optimizer should be an Optimizer but is: {type(optimizer).__name__}")
+        check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         groups = optimizer.param_groups
         self.on_mismatch = one_of("on_mismatch", on_mismatch, ("error", "use_new", "use_checkpoint"))
         self.last_epoch = as_steps("last_epoch", last_epoch, least=-1)
@@ -127,7 +128,7 @@ class ScheduleLR(LRScheduler):
     def _update_lr(self, epoch: float | None = None) -> None:
         """What torch's SequentialLR calls at a milestone."""
         then = self.last_epoch + 1 if epoch is None else as_number("epoch", epoch)
-        check_at_least("epoch", then, 0)
+        at_least(0).check("epoch", then)
         before, self.last_epoch = self.last_epoch, then  # type: ignore[assignment]
         try:
             self._write()
@@ -163,8 +164,6 @@ class ScheduleLR(LRScheduler):
             n: Number of steps (default: None, to just past the schedule's end, which it has to have).
             field: Which hyperparameter (default: ``"lr"``).
         """
-        from ._plot import plot_groups
-
         if n is None:
             schedules = self._fields[one_of("field", field, self._fields)].schedules
             each = (schedules,) if isinstance(schedules, Schedule) else schedules

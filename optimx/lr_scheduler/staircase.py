@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ._schedule import Schedule, check_schedules, check_steps
+from .schedule import Schedule, check_schedules, check_steps
 
 
 @dataclass(frozen=True)

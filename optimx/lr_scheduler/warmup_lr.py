@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from ._field import current_lrs, write
-from ._schedule import Schedule, as_steps
+from .._checks import as_steps
+from .conventions import Convention
+from .field import current_lrs, write
 from .greedy import GreedyLR
-from .phases import Convention, Hold, Phases, Warmup
+from .phases import Hold, Phases, Warmup
+from .schedule import Schedule
 from .schedule_lr import ScheduleLR
 
 
@@ -26,7 +28,7 @@ class WarmupLR(ScheduleLR):
     """A warmup before any schedule or any torch scheduler.
 
     A torch scheduler is built first, on the same optimizer, and from then on stepped by this one alone. The warmup
-    rises to the learning rates that it set when it was built.
+    rises to the learning rates that it set when it was built. What is made is a :class:`WarmupAroundLR` then.
 
     Args:
         optimizer: Any torch optimizer.
@@ -43,7 +45,12 @@ class WarmupLR(ScheduleLR):
         ValueError: ``after`` is of another optimizer, or the convention lets it run ahead of the warmup's end.
     """
 
+    #: The scheduler that the warmup is around; None around a schedule.
     after: Any = None
+
+    def __new__(cls, optimizer: Any = None, after: Any = None, *args: Any, **options: Any) -> WarmupLR:
+        # a copy comes without arguments
+        return super().__new__(WarmupAroundLR if cls is WarmupLR and isinstance(after, LRScheduler) else cls)
 
     def __init__(
         self,
@@ -54,28 +61,50 @@ class WarmupLR(ScheduleLR):
         convention: str | Convention = "every-step",
         **options: Any,
     ) -> None:
-        warmup = as_warmup(warmup_steps)
-        if isinstance(after, Schedule):
-            super().__init__(optimizer, Phases((warmup, after), convention), **options)
-            return
+        if not isinstance(after, Schedule):
+            # a subclass that is to take torch's is one of WarmupAroundLR
+            kinds = "a Schedule or a torch scheduler" if type(self) is WarmupLR else "a Schedule"
+            raise TypeError(f"after should be {kinds} but is: {type(after).__name__}")
+        super().__init__(optimizer, Phases((as_warmup(warmup_steps), after), convention), **options)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Length of the warmup."""
+        return self.schedule.phases[0].steps or 0
+
+
+class WarmupAroundLR(WarmupLR):
+    """A warmup around a torch scheduler, which is no function of the step: what :class:`WarmupLR` makes for one.
+
+    :attr:`schedule` is the warmup alone, a factor on what the scheduler says. Arguments and errors of
+    :class:`WarmupLR`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        after: LRScheduler,
+        warmup_steps: int | Warmup,
+        *,
+        convention: str | Convention = "every-step",
+        **options: Any,
+    ) -> None:
         if isinstance(after, (ReduceLROnPlateau, GreedyLR)):
             raise ValueError(
                 "after should be a scheduler that needs no metric (for ReduceLROnPlateau write PlateauWithWarmup) "
                 f"but is: {type(after).__name__}"
             )
-        if not isinstance(after, LRScheduler):
-            raise TypeError(f"after should be a Schedule or a torch scheduler but is: {type(after).__name__}")
         if after.optimizer is not optimizer:
             raise ValueError("after should be a scheduler of this optimizer but is one of another")
         for name in options:
             if name != "on_mismatch":
                 raise TypeError(f"{name} should be given to the torch scheduler, as it is not taken with one")
-        self._wrap(optimizer, after, warmup, convention, **options)
+        self._wrap(optimizer, after, warmup_steps, convention, **options)
 
     def _wrap(
-        self, optimizer: Optimizer, after: Any, warmup: Warmup, convention: str | Convention, **options: Any
+        self, optimizer: Optimizer, after: Any, warmup_steps: int | Warmup, convention: str | Convention, **options: Any
     ) -> None:
-        ramp = Phases((warmup, Hold()), convention)
+        ramp = Phases((as_warmup(warmup_steps), Hold()), convention)
         if ramp.resolved.decay_from == "start" and ramp.resolved.target != "product":
             raise ValueError(
                 "convention should begin the scheduler after the warmup, or be a product, as it cannot be asked for "
@@ -85,36 +114,20 @@ class WarmupLR(ScheduleLR):
         self._after_epoch = 0
         self._first_groups = len(optimizer.param_groups)
         self._after_lrs = current_lrs(optimizer.param_groups)
-        super().__init__(optimizer, ramp, **options)
-
-    @property
-    def warmup_steps(self) -> int:
-        """Length of the warmup."""
-        return self._ramp.phases[0].steps or 0
-
-    @property
-    def _ramp(self) -> Phases:
-        (field,) = self._fields.values()
-        ramp = field.schedules
-        assert isinstance(ramp, Phases)
-        return ramp
+        ScheduleLR.__init__(self, optimizer, ramp, **options)
 
     def get_lr(self) -> list[float | Tensor]:
-        return super().get_lr() if self.after is None else [*self._last_lr]
+        return [*self._last_lr]
 
     def preview(self, n: int, start: int = 0, field: str = "lr") -> list[list[float]]:
-        if self.after is not None:
-            raise TypeError(f"preview should be of a schedule, which {type(self.after).__name__} is not")
-        return super().preview(n, start, field)
+        raise TypeError(f"preview should be of a schedule, which {type(self.after).__name__} is not")
 
     def _set_base_lrs(self, values: float | Sequence[float]) -> None:
-        if self.after is not None:
-            after = type(self.after).__name__
-            raise TypeError(f"base_lrs should not be set here: the learning rates are those of {after} (see .after)")
-        super()._set_base_lrs(values)
+        after = type(self.after).__name__
+        raise TypeError(f"base_lrs should not be set here: the learning rates are those of {after} (see .after)")
 
     def _update_lr(self, epoch: float | None = None) -> None:
-        if self.after is not None and epoch is not None:
+        if epoch is not None:
             # it is stepped one by one, and forwards only
             epoch, after = as_steps("epoch", epoch), type(self.after).__name__
             if self._due(epoch) < self._after_epoch:
@@ -122,16 +135,13 @@ class WarmupLR(ScheduleLR):
         super()._update_lr(epoch)
 
     def _write(self) -> None:
-        if self.after is None:
-            super()._write()
-            return
         while self._after_epoch < self._due(self.last_epoch):
             self._step_after()
         self._write_product()
 
     def _due(self, step: int) -> int:
         """The step that the wrapped scheduler should be at."""
-        convention = self._ramp.resolved
+        convention = self.schedule.resolved
         if convention.decay_from == "start":
             return step
         early = convention.decay_from == "before" or (convention.decay_from == "last" and self.warmup_steps > 0)
@@ -154,7 +164,7 @@ class WarmupLR(ScheduleLR):
         self._after_epoch += 1
 
     def _write_product(self) -> None:
-        ramp = self._ramp
+        ramp = self.schedule
         # of a group that was added later
         self._after_lrs += current_lrs(self.optimizer.param_groups[len(self._after_lrs) :])
         if ramp.absolutes:
@@ -171,10 +181,7 @@ class WarmupLR(ScheduleLR):
             write(group, "lr", lr)
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if self.after is None:
-            return state
-        return state | {
+        return super().state_dict() | {
             "after_type": type(self.after).__name__,
             "after": self.after.state_dict(),
             "after_epoch": self._after_epoch,
@@ -182,9 +189,6 @@ class WarmupLR(ScheduleLR):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        if self.after is None:
-            super().load_state_dict(state_dict)
-            return
         if state_dict.get("after_type") != type(self.after).__name__:
             raise ValueError(
                 f"state_dict should be of a warmup around {type(self.after).__name__} "
@@ -199,7 +203,7 @@ class WarmupLR(ScheduleLR):
             self._write_product()
 
 
-class PlateauWithWarmup(WarmupLR):
+class PlateauWithWarmup(WarmupAroundLR):
     """ReduceLROnPlateau after, or inside, a warmup; checkpointed as a whole.
 
     ``step()`` after every optimizer step counts the warmup; ``step(metric)`` or, if the steps are counted elsewhere,
@@ -226,7 +230,7 @@ class PlateauWithWarmup(WarmupLR):
     ) -> None:
         self.during_warmup = during_warmup
         after = ReduceLROnPlateau(optimizer, **plateau)
-        self._wrap(optimizer, after, as_warmup(warmup_steps), convention, on_mismatch=on_mismatch)
+        self._wrap(optimizer, after, warmup_steps, convention, on_mismatch=on_mismatch)
 
     def _due(self, step: int) -> int:
         """Metrics are what steps it."""

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import Layers, check_preset, number
+from .._checks import check_number, one_of, within
+from .layers import PRESETS, Layers, number
 from .names import NamedParameter, PatternLike, module_tree, named_parameters
 from .no_decay import without_decay
-from .rules import Rule, as_rules, check_number, same, select_all
+from .rules import Rule, as_rules, same, select_all
 
 
 def param_groups(
@@ -76,7 +77,7 @@ def param_groups(
     ELECTRA (https://arxiv.org/abs/2003.10555).
     """
     _check_numbers(lr, weight_decay, layer_decay, min_lr_scale)
-    check_preset(layer_preset)
+    one_of("layer_preset", layer_preset, PRESETS)
     for name, value in (("layers", layers), ("min_lr_scale", min_lr_scale or None)):
         if value is not None and layer_decay is None:
             raise ValueError(f"layer_decay should be given with {name} but is: None")
@@ -147,13 +148,9 @@ def _check_numbers(
         check_number("lr", lr, tensor=True)
     if weight_decay is not None:
         check_number("weight_decay", weight_decay)
-    check_number("min_lr_scale", min_lr_scale)
-    if min_lr_scale > 1:
-        raise ValueError(f"min_lr_scale should be <= 1 but is: {min_lr_scale}")
+    check_number("min_lr_scale", min_lr_scale, within("[0, 1]"))
     if layer_decay is not None:
-        check_number("layer_decay", layer_decay)
-        if not 0 < layer_decay <= 1:
-            raise ValueError(f"layer_decay should be in (0, 1] but is: {layer_decay}")
+        check_number("layer_decay", layer_decay, within("(0, 1]"))
         if lr is None:
             raise ValueError("lr should be given with layer_decay but is: None")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from .._checks import one_of
 from .names import NamedParameter, Node, PatternLike, compile_pattern, module_tree, named_parameters, no_match
 from .rules import as_patterns
 from .structure import JOINS_PREVIOUS, TOP, Ordinal, layer_ordinals
@@ -39,14 +40,9 @@ def layer_ids(model: nn.Module, layers: Layers | None = None, layer_preset: str 
     Raises:
         ValueError: There would be a single layer, or ``layers`` or ``layer_preset`` makes no sense.
     """
-    check_preset(layer_preset)
+    one_of("layer_preset", layer_preset, PRESETS)
     root = module_tree(model)
     return {param.name: layer for param, layer in number(root, named_parameters(root), layers, layer_preset).items()}
-
-
-def check_preset(preset: str) -> None:
-    if preset not in PRESETS:
-        raise ValueError(f"layer_preset should be one of {', '.join(PRESETS)} but is: {preset!r}")
 
 
 def number(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from .. import _compat
+from .._checks import check_instance, close_to, told
 
 PatternLike = str | re.Pattern[str]
 
@@ -64,8 +64,7 @@ def module_tree(model: nn.Module) -> Node:
         TypeError: ``model`` is not a module.
         ValueError: A parameter holds the flattened parameters of FSDP, or has no shape yet.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model should be a torch.nn.Module but is: {type(model).__name__}")
+    check_instance("model", model, nn.Module, "a torch.nn.Module")
     nodes: dict[str, Node] = {}
     unsharded = _compat.unsharded_shapes(model)
     for path, module in model.named_modules(remove_duplicate=False):
@@ -181,5 +180,4 @@ def no_match(pattern: PatternLike, names: Iterable[str], what: str) -> str:
     known = list(names)
     prefixes = {name[:i] + ".*" for name in known for i, letter in enumerate(name) if letter == "."}
     letters = re.sub(r"[\\^$()\[\]+?]", "", text.removeprefix("re:"))
-    near = difflib.get_close_matches(letters, [*known, *sorted(prefixes)], 3, cutoff=0.5)
-    return f"{what} {text!r} matches no parameter" + (f": did you mean {' or '.join(map(repr, near))}?" if near else "")
+    return told(what, "should fit a parameter", text, *close_to(letters, [*known, *sorted(prefixes)], 3, 0.5))

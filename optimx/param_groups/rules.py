@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._checks import check_number, nearest, told
 from .names import NamedParameter, PatternLike, compile_pattern, select
 
 #: What no rule may set, and what does what was meant.
@@ -91,11 +89,10 @@ def as_patterns(match: PatternLike | Sequence[PatternLike]) -> Sequence[PatternL
 def _check_others(others: Mapping[str, Any], known: Sequence[str]) -> None:
     settings = [name for name in known if name != "others"]
     for name in others:
-        if name in RESERVED:
-            raise ValueError(f"a rule should not set {name!r}: did you mean {RESERVED[name]!r}?")
-        near = difflib.get_close_matches(name, settings, 1, cutoff=0.8)
+        # what is less like a setting of ours is an option of the optimizer
+        near = RESERVED.get(name) or nearest(name, settings, 0.8)
         if near:
-            raise ValueError(f"unknown setting of a rule: {name!r}, did you mean {near[0]!r}?")
+            raise ValueError(told(name, "is no setting of a rule", others[name], near))
 
 
 def as_rules(rules: Sequence[Rule | Mapping[str, Any]]) -> list[Rule]:
@@ -122,18 +119,6 @@ def select_all(
 ) -> set[NamedParameter]:
     """The parameters that any of the patterns matches; each pattern has to match one."""
     return {param for pattern in as_patterns(match) for param in select(pattern, params, what)}
-
-
-def check_number(name: str, value: Any, *, tensor: bool = False) -> None:
-    """Raise unless it is a finite number >= 0, or, if ``tensor``, a tensor of one element."""
-    if tensor and isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} should have one element but has: {value.numel()}")
-        return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} should be a number but is: {value!r}")
-    if not 0 <= float(value) < math.inf:
-        raise ValueError(f"{name} should be finite and >= 0 but is: {value}")
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,7 +1,7 @@
 """Sections of a config, checked and turned into what makes an optimizer, its groups and a scheduler."""
 
 from .checks import attempt
-from .optimizer import OptimizerPlan, plan_groups, plan_optimizer
-from .schedule import SchedulePlan, plan_schedule
+from .optimizer import OptimizerRecipe, resolve_groups, resolve_optimizer
+from .schedule import ScheduleRecipe, resolve_schedule
 
-__all__ = ["OptimizerPlan", "SchedulePlan", "attempt", "plan_groups", "plan_optimizer", "plan_schedule"]
+__all__ = ["OptimizerRecipe", "ScheduleRecipe", "attempt", "resolve_groups", "resolve_optimizer", "resolve_schedule"]

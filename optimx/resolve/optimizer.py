@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,13 +16,13 @@ from ..config.errors import MISSING, Problems, join
 from ..config.values import check_arguments, parameters_of
 from ..param_groups import Rule, param_groups
 from ..registry import OPTIMIZERS
-from .checks import attempt, refusal
+from .checks import attempt
 
-__all__ = ["OptimizerPlan", "plan_groups", "plan_optimizer"]
+__all__ = ["OptimizerRecipe", "resolve_groups", "resolve_optimizer"]
 
 
 @dataclass(frozen=True)
-class OptimizerPlan:
+class OptimizerRecipe:
     """An optimizer that can be made.
 
     Attributes:
@@ -65,7 +65,7 @@ class OptimizerPlan:
         return self.factory([{**group, "params": [_small(self.like)]} for group in copies], **self.arguments)
 
 
-def plan_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> OptimizerPlan:
+def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> OptimizerRecipe:
     """The class and its arguments, checked by the class itself on a small parameter.
 
     Args:
@@ -104,29 +104,29 @@ def plan_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> 
     complete = {key: value for key, value in {**defaults, **arguments}.items() if value is not None}
     own = {key: complete.pop(key, None) for key in ("lr", "weight_decay", "max_grad_norm")}
     config = OptimizerConfig(section.name, **own, args=complete)
-    return OptimizerPlan(factory, arguments, made.defaults, config, like, isinstance(made, MultiTensorStep))
+    return OptimizerRecipe(factory, arguments, made.defaults, config, like, isinstance(made, MultiTensorStep))
 
 
-def plan_groups(
-    section: GroupsConfig, model: nn.Module, plan: OptimizerPlan | None, scale: float
+def resolve_groups(
+    section: GroupsConfig, model: nn.Module, recipe: OptimizerRecipe | None, scale: float
 ) -> tuple[list[dict[str, Any]], GroupsConfig]:
     """The parameter groups of the model and the resolved section.
 
     Args:
         section: Of the config.
         model: Whose parameters.
-        plan: Of the optimizer, None if that has problems: what groups it can have is not checked then.
+        recipe: Of the optimizer, None if that has problems: what groups it can have is not checked then.
         scale: Factor of learning rates.
 
     Raises:
         ConfigError: Everything that is wrong with it.
     """
     problems = Problems()
-    defaults = {"lr": 1.0, "weight_decay": 1.0} if plan is None else plan.defaults
+    defaults = {"lr": 1.0, "weight_decay": 1.0} if recipe is None else recipe.defaults
     rules: dict[int, Rule] = {}
     for i, table in enumerate(section.rules):
         with problems.collected():
-            rules[i] = _rule(table, plan, scale, f"groups.rules[{i}]")
+            rules[i] = _rule(table, recipe, scale, f"groups.rules[{i}]")
     base: dict[str, Any] = {
         "lr": defaults.get("lr"),
         "weight_decay": defaults.get("weight_decay"),
@@ -137,69 +137,59 @@ def plan_groups(
         "min_lr_scale": section.min_lr_scale,
         "include_frozen": section.include_frozen,
     }
+
+    def make(**parts: Any) -> list[dict[str, Any]]:
+        chosen = [rule for i, rule in rules.items() if f"rules[{i}]" in parts]
+        frozen = [pattern for i, pattern in enumerate(section.freeze) if f"freeze[{i}]" in parts]
+        try:
+            return param_groups(model, **base, rules=chosen, freeze=frozen)
+        except ValueError as error:
+            # alone it is the first, and the path tells which it is
+            text = str(error).removeprefix("rules[0].")
+            raise (ValueError(text) if len(chosen) == 1 and type(error) is ValueError else error) from error
+
+    # a rule is shown by its path alone
+    parts = {f"rules[{i}]": MISSING for i in rules} | {f"freeze[{i}]": item for i, item in enumerate(section.freeze)}
     groups: list[dict[str, Any]] = []
-    try:
-        groups = param_groups(model, **base, rules=tuple(rules.values()), freeze=section.freeze)
-    # a model's hints and layers may be anything
-    except Exception as error:
-        problems.extend(_blamed(model, base, rules, section.freeze) or refusal("groups", MISSING, error).problems)
+    with problems.collected():
+        groups = attempt(make, parts, "groups")
     problems.raise_if_any()
     return groups, replace(section, rules=tuple(_table(rule) for rule in rules.values()))
 
 
-def _blamed(model: nn.Module, base: Mapping[str, Any], rules: Mapping[int, Rule], freeze: Sequence[str]) -> Problems:
-    """Those rules and patterns that are refused by themselves."""
-    problems = Problems()
-    parts: list[tuple[str, Any, dict[str, Any]]] = [
-        *((f"groups.rules[{i}]", MISSING, {"rules": (rule,)}) for i, rule in rules.items()),
-        *((f"groups.freeze[{i}]", pattern, {"freeze": (pattern,)}) for i, pattern in enumerate(freeze)),
-    ]
-    try:
-        param_groups(model, **base)
-    # it is neither of them
-    except Exception:
-        return problems
-    for path, value, part in parts:
-        try:
-            param_groups(model, **base, **part)
-        except Exception as error:
-            # alone it was the first, and the path tells which it is
-            text = str(error).removeprefix("rules[0].")
-            problems.extend(refusal(path, value, ValueError(text) if type(error) is ValueError else error).problems)
-    return problems
-
-
-def _rule(table: Mapping[str, Any], plan: OptimizerPlan | None, scale: float, path: str) -> Rule:
+def _rule(table: Mapping[str, Any], recipe: OptimizerRecipe | None, scale: float, path: str) -> Rule:
     """The rule of a table; its other options are those that a group of this optimizer can have."""
     problems = Problems()
     arguments = check_arguments(Rule, table, path, problems, skip=0)
     if isinstance(arguments.get("lr"), (int, float, Tensor)):
         arguments["lr"] = arguments["lr"] * scale
-    if plan is not None:
+    if recipe is not None:
         settings, _ = parameters_of(Rule, skip=0)
         others = {key: value for key, value in arguments.items() if key not in settings}
         with problems.collected():
-            arguments |= _options(others, settings, plan, path)
+            arguments |= _options(others, settings, recipe, path)
         for key in ("weight_decay", "wd_mult"):
-            if key in arguments and "weight_decay" not in plan.defaults:
-                problems.add(join(path, key), f"is refused: {plan.name} has no weight decay", arguments[key])
+            if key in arguments and "weight_decay" not in recipe.defaults:
+                problems.add(join(path, key), f"is refused: {recipe.name} has no weight decay", arguments[key])
     problems.raise_if_any()
     return attempt(lambda: Rule(**arguments), {}, path)
 
 
-def _options(others: Mapping[str, Any], settings: Collection[str], plan: OptimizerPlan, path: str) -> dict[str, Any]:
+def _options(
+    others: Mapping[str, Any], settings: Collection[str], recipe: OptimizerRecipe, path: str
+) -> dict[str, Any]:
     """A rule's options beside its settings, as the optimizer wants them."""
     problems = Problems()
-    own, takes_any = parameters_of(plan.factory)
-    options = {key for key in plan.defaults if takes_any or key in own}
+    own, takes_any = parameters_of(recipe.factory)
+    options = {key for key in recipe.defaults if takes_any or key in own}
     for key, value in others.items():
         if key not in options:
-            problems.unknown(path, f"a rule for {plan.name}", key, value, {*settings, *options})
+            problems.unknown(path, f"a rule for {recipe.name}", key, value, {*settings, *options})
     known = {key: value for key, value in others.items() if key in options}
-    known = check_arguments(plan.factory, known, path, problems, complete=False)
+    known = check_arguments(recipe.factory, known, path, problems, complete=False)
     if known:
         with problems.collected():
-            attempt(lambda **some: plan.factory([_small(plan.like)], **{**plan.arguments, **some}), known, path)
+            attempt(lambda **some: recipe.factory([_small(recipe.like)], **{**recipe.arguments, **some}), known, path)
     problems.raise_if_any()
     return known
 

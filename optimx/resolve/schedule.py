@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..config import ScheduleConfig
-from ..config.errors import MISSING, ConfigError, Problem, Problems, join
+from ..config.errors import MISSING, ConfigError, Problems, join
 from ..config.sections import Duration
 from ..config.values import check_arguments, hints_of, parameters_of
 from ..lr_scheduler import Absolute, Cooldown, Hold, InverseSqrt, Phases, Schedule, ScheduleLR, Staircase, WarmupLR
@@ -19,14 +19,17 @@ from ..registry import SCHEDULERS
 from .checks import attempt
 from .lengths import ROUNDING, Clock, in_steps
 
-__all__ = ["SchedulePlan", "plan_schedule"]
+__all__ = ["ScheduleRecipe", "resolve_schedule"]
 
 #: Keys of the section under the names that scheduler classes have for them.
-_NAMES = {"total": ("total_steps",), "warmup": ("warmup_steps",), "floor": ("floor", "min_lr_ratio")}
+_NAMES: dict[str, tuple[str, ...]] = {
+    "total": ("total_steps",), "warmup": ("warmup_steps",), "floor": ("floor", "min_lr_ratio"), "interval": (),
+    "convention": ("convention",),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class SchedulePlan:
+class ScheduleRecipe:
     """A scheduler that can be made.
 
     Attributes:
@@ -38,9 +41,9 @@ class SchedulePlan:
     config: ScheduleConfig
 
 
-def plan_schedule(
+def resolve_schedule(
     section: ScheduleConfig, rehearse: Callable[[], Optimizer] | None, bad: Collection[str] = ()
-) -> SchedulePlan | None:
+) -> ScheduleRecipe | None:
     """What makes the scheduler, and the section in whole steps.
 
     Args:
@@ -105,7 +108,7 @@ def _named(name: Any, path: str) -> Callable[..., Any]:
     if isinstance(name, str):
         return SCHEDULERS.get(name, path)
     if not callable(name):
-        raise ConfigError([Problem(path, "should be a name or a class", name)])
+        raise ConfigError.of(path, "should be a name or a class", name)
     return name
 
 
@@ -149,7 +152,7 @@ def _schedule(
     thing: Callable[..., Any] | None,
     clock: Clock,
     rehearse: Callable[[], Optimizer] | None,
-) -> SchedulePlan:
+) -> ScheduleRecipe:
     """Of schedules one after the other: a warmup, and the one that is named or the phases."""
     problems = Problems()
     tables: dict[str, dict[str, Any]] = {}
@@ -197,7 +200,7 @@ def _schedule(
         told = {"name", "floor"} | ({"steps"} if section.total is not None else set())
         told |= {"warmup_steps"} if section.warmup is not None and warmup is None else set()
         section = replace(section, args={k: v for k, v in tables["schedule"].items() if k not in told})
-    return SchedulePlan(lambda optimizer: ScheduleLR(optimizer, schedule), section)
+    return ScheduleRecipe(lambda optimizer: ScheduleLR(optimizer, schedule), section)
 
 
 def _fill(tables: Mapping[str, dict[str, Any]], clock: Clock) -> None:
@@ -236,10 +239,10 @@ def _steps_of(table: Mapping[str, Any]) -> inspect.Parameter | None:
 def _phase(table: dict[str, Any], path: str, clock: Clock) -> Schedule:
     """A schedule from its table, with tables of schedules within it. Fractions in the table become steps."""
     if "name" not in table:
-        raise ConfigError([Problem(f"{path}.name", "is missing", MISSING)])
+        raise ConfigError.of(f"{path}.name", "is missing", MISSING)
     thing = _named(table["name"], f"{path}.name")
     if not _gives_schedule(thing):
-        raise ConfigError([Problem(f"{path}.name", "should be a schedule, not a scheduler,", table["name"])])
+        raise ConfigError.of(f"{path}.name", "should be a schedule, not a scheduler,", table["name"])
     problems = Problems()
     named, _ = parameters_of(thing, skip=0)
     lengths = [key for key, hint in hints_of(thing).items() if hint == Duration]
@@ -252,7 +255,7 @@ def _phase(table: dict[str, Any], path: str, clock: Clock) -> Schedule:
     required = [key for key, parameter in named.items() if parameter.default is parameter.empty]
     made = attempt(thing, arguments, path, [*required, *lengths])
     if not isinstance(made, Schedule):
-        raise ConfigError([Problem(f"{path}.name", "should make a schedule", table["name"])])
+        raise ConfigError.of(f"{path}.name", "should make a schedule", table["name"])
     return made
 
 
@@ -272,39 +275,30 @@ def _nested(value: Any, path: str, clock: Clock, problems: Problems) -> Any:
 
 def _scheduler(
     section: ScheduleConfig, thing: Callable[..., Any], clock: Clock, rehearse: Callable[[], Optimizer] | None
-) -> SchedulePlan:
+) -> ScheduleRecipe:
     """Of a scheduler class, torch's for one, or of a function ``(optimizer, **arguments)``."""
     problems = Problems()
     name = getattr(thing, "__name__", str(thing))
     named, _ = parameters_of(thing)
     arguments = dict(section.args)
-    around: Any = None
-    convention: dict[str, Any] = {}
+    # of a warmup around the scheduler, which has none or not one like this
+    around: dict[str, Any] = {}
     for key, names in _NAMES.items():
         value = getattr(section, key)
-        own = next((name for name in names if name in named), None)
         if value is None:
             continue
+        own = next((name for name in names if name in named), None)
         if key == "warmup" and (own is None or isinstance(value, dict)):
             table = value if isinstance(value, dict) else {"steps": value}
             with problems.collected():
                 value = _phase({"name": "warmup", **table}, "schedule.warmup", clock)
-        if own is not None:
+        if (key == "warmup" and own is None) or (key == "convention" and around):
+            around[names[0]] = value
+        elif own is not None:
             arguments.setdefault(own, value)
-        elif key == "warmup":
-            around = value
         # a total that a fraction was taken of has been used
         elif key != "total" or not clock.used:
             problems.unknown("schedule", name, key, value, named)
-    if section.interval is not None:
-        problems.unknown("schedule", name, "interval", section.interval, named)
-    if section.convention is not None:
-        if around is not None:
-            convention["convention"] = section.convention
-        elif "convention" in named:
-            arguments["convention"] = section.convention
-        else:
-            problems.unknown("schedule", name, "convention", section.convention, named)
     arguments = check_arguments(thing, arguments, "schedule", problems)
     problems.raise_if_any()
 
@@ -312,9 +306,9 @@ def _scheduler(
         scheduler = thing(optimizer, **some)
         if not isinstance(scheduler, LRScheduler):
             raise TypeError(f"{name} should make an LRScheduler but made: {type(scheduler).__name__}")
-        return scheduler if around is None else WarmupLR(optimizer, scheduler, around, **convention)
+        return WarmupLR(optimizer, scheduler, **around) if around else scheduler
 
     if rehearse is not None:
         required = [key for key, parameter in named.items() if parameter.default is parameter.empty]
         attempt(lambda **some: make(rehearse(), **some), arguments, "schedule", required)
-    return SchedulePlan(lambda optimizer: make(optimizer, **arguments), section)
+    return ScheduleRecipe(lambda optimizer: make(optimizer, **arguments), section)

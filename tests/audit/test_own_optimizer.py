@@ -21,7 +21,9 @@ PAGE = Path(__file__).parents[2] / "docs" / "own_optimizer.md"
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("architecture", TARGETS)
 def test_assembly(architecture: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = dict(re.findall(r'^```python title="my_optimizers/(\w+)\.py"\n(.*?)^```', PAGE.read_text(), re.DOTALL | re.M))
+    blocks = dict(
+        re.findall(r'^```python title="my_optimizers/(\w+)\.py"\n(.*?)^```', PAGE.read_text(), re.DOTALL | re.M)
+    )
     (tmp_path / "adopt_kernels.py").write_text(blocks["adopt_kernels"])
     monkeypatch.syspath_prepend(str(tmp_path))
     kernels = importlib.import_module("adopt_kernels")

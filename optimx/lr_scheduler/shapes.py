@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
 
-from ._schedule import (
-    Absolute,
-    Schedule,
-    as_number,
-    check_above,
-    check_at_least,
-    check_length,
-    check_ratio,
-    resolve,
-)
+from .._checks import above, as_number, at_least, within
+from .schedule import Ratio, Schedule, check_length, resolve
 
 
 @dataclass(frozen=True)
@@ -31,11 +24,11 @@ class Decay(Schedule, abstract=True):
     """
 
     steps: int
-    floor: float | Absolute = 0.0
+    floor: Ratio = 0.0
 
     def __post_init__(self) -> None:
         check_length(self)
-        check_ratio("floor", self.floor)
+        super().__post_init__()
 
     def shape(self, p: float) -> float:
         """1 at progress 0, 0 at progress 1 (unless the shape's own arguments say otherwise)."""
@@ -47,9 +40,6 @@ class Decay(Schedule, abstract=True):
         floor = resolve(self.floor, base)
         # a peak that restarts have lowered stops at the floor
         return floor + (max(peak, floor) - floor) * self.shape(p)
-
-    def resized(self, steps: int) -> Schedule:
-        return replace(self, steps=steps)
 
 
 @dataclass(frozen=True)
@@ -73,15 +63,9 @@ class Cosine(Decay):
     """
 
     _: KW_ONLY
-    power: float = 1.0
-    num_cycles: float = 0.5
-    k: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("power", self.power, 0)
-        check_above("num_cycles", self.num_cycles, 0)
-        check_above("k", self.k, 0)
+    power: Annotated[float, above(0)] = 1.0
+    num_cycles: Annotated[float, above(0)] = 0.5
+    k: Annotated[float, above(0)] = 1.0
 
     def shape(self, p: float) -> float:
         # rounding may leave the cosine below 0, which has no root
@@ -105,7 +89,7 @@ class CosineWithHardRestarts(Decay):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "cycles", as_number("cycles", self.cycles))
-        check_above("cycles", self.cycles, 0)
+        above(0).check("cycles", self.cycles)
 
     def shape(self, p: float) -> float:
         if p >= 1.0:
@@ -126,11 +110,7 @@ class Polynomial(Decay):
     """
 
     _: KW_ONLY
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("power", self.power, 0)
+    power: Annotated[float, above(0)] = 1.0
 
     def shape(self, p: float) -> float:
         return (1.0 - p) ** self.power
@@ -147,22 +127,17 @@ class OneMinusPower(Decay):
     """
 
     _: KW_ONLY
-    power: float = 2.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("power", self.power, 0)
+    power: Annotated[float, above(0)] = 2.0
 
     def shape(self, p: float) -> float:
         return 1.0 - p**self.power
 
 
 @dataclass(frozen=True)
-class OneMinusSqrt(Decay):
+class OneMinusSqrt(OneMinusPower):
     """``1 - sqrt(p)``, the cooldown of https://arxiv.org/abs/2405.18392."""
 
-    def shape(self, p: float) -> float:
-        return 1.0 - math.sqrt(p)
+    power: float = field(default=0.5, init=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -176,12 +151,7 @@ class NormalizedExponential(Decay):
     """
 
     _: KW_ONLY
-    rate: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.rate < 1:
-            raise ValueError(f"rate should be in (0, 1) but is: {self.rate}")
+    rate: Annotated[float, within("(0, 1)")] = 0.1
 
     def shape(self, p: float) -> float:
         return (self.rate**p - self.rate) / (1.0 - self.rate)
@@ -203,7 +173,7 @@ class Tanh(Decay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_above("upper", self.upper, self.lower)
+        above(self.lower).check("upper", self.upper)
 
     def shape(self, p: float) -> float:
         # tanh never reaches 1
@@ -232,15 +202,9 @@ class LinearCosine(Decay):
     """
 
     _: KW_ONLY
-    num_cycles: float = 0.5
-    alpha: float = 0.0
-    beta: float = 0.001
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_above("num_cycles", self.num_cycles, 0)
-        check_at_least("alpha", self.alpha, 0)
-        check_at_least("beta", self.beta, 0)
+    num_cycles: Annotated[float, above(0)] = 0.5
+    alpha: Annotated[float, at_least(0)] = 0.0
+    beta: Annotated[float, at_least(0)] = 0.001
 
     def shape(self, p: float) -> float:
         return (self.alpha + 1.0 - p) * 0.5 * (1.0 + math.cos(2.0 * math.pi * self.num_cycles * p)) + self.beta

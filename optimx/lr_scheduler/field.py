@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._schedule import Schedule, check_schedules, one_of
+from .._checks import at_least, one_of
+from .schedule import Schedule, check_schedules
 
 Group = dict[str, Any]
 
@@ -178,8 +179,7 @@ def per_group(name: str, value: float | Sequence[float], number: int) -> list[fl
     if len(values) != number:
         raise ValueError(f"{name} should be one, or one for each of the {number} param_groups, but are: {values}")
     for i, item in enumerate(values):
-        if not item >= 0:
-            raise ValueError(f"{name}[{i}] should be >= 0 but is: {item}")
+        at_least(0).check(f"{name}[{i}]", item)
     return values
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from difflib import get_close_matches
-from typing import Any, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import lru_cache
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from .._checks import Condition, as_number, as_steps, at_least, one_of
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -35,7 +35,16 @@ class Absolute:
     value: float
 
     def __post_init__(self) -> None:
-        check_at_least("value", self.value, 0)
+        at_least(0).check("value", self.value)
+
+
+#: What a floor or a start is: at most the peak.
+RATIO = Condition(
+    "should be in [0, 1], a ratio of each group's own lr (or Absolute),",
+    lambda value: isinstance(value, Absolute) or bool(0 <= value <= 1),
+)
+#: A floor or a start.
+Ratio = Annotated[float | Absolute, RATIO]
 
 
 class Schedule:
@@ -55,6 +64,11 @@ class Schedule:
     def __init_subclass__(cls, abstract: bool = False) -> None:
         if not abstract:
             serialisable(cls)
+
+    def __post_init__(self) -> None:
+        """Check what the fields' annotations say: ``Annotated[float, above(0)]``."""
+        for name, condition in _conditions(type(self)):  # type: ignore[arg-type]
+            condition.check(name, getattr(self, name))
 
     def __call__(self, step: float) -> float:
         """The factor at a step, counted from 0. (:class:`Absolute` values count as those of a group whose lr is 1.)"""
@@ -78,7 +92,9 @@ class Schedule:
 
     def resized(self, steps: int) -> Schedule:
         """This schedule over another number of steps."""
-        raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
+        if "steps" not in getattr(self, "__dataclass_fields__", ()):
+            raise TypeError(f"a schedule to be repeated should have a length of its own but is: {self}")
+        return replace(self, steps=steps)  # type: ignore[type-var]
 
     def __rshift__(self, after: Schedule) -> Schedule:
         # by name, as from_dict() finds it: the classes of composites know this one, not the other way round
@@ -110,6 +126,17 @@ class Schedule:
         return [value for value in _walk(self) if isinstance(value, Absolute)]
 
 
+@lru_cache
+def _conditions(cls: type) -> list[tuple[str, Condition]]:
+    try:
+        hints = get_type_hints(cls, include_extras=True)
+    # one of somebody's own may be annotated for type checkers only
+    except NameError:
+        return []
+    told = [(name, item) for name, hint in hints.items() for item in getattr(hint, "__metadata__", ())]
+    return [(name, item) for name, item in told if isinstance(item, Condition)]
+
+
 def _walk(value: Any) -> Iterator[Any]:
     yield value
     if is_dataclass(value):
@@ -122,7 +149,8 @@ def _walk(value: Any) -> Iterator[Any]:
 
 def _encode(value: Any) -> Any:
     if is_dataclass(value):
-        return {"type": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in fields(value)}
+        own = {f.name: _encode(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {"type": type(value).__name__, **own}
     if isinstance(value, tuple):
         return [_encode(item) for item in value]
     # numpy's and torch's numbers are no plain ones
@@ -134,7 +162,7 @@ def _decode(value: Any) -> Any:
         arguments = {name: _decode(item) for name, item in value.items()}
         cls = _VALUES[one_of("type", arguments.pop("type", None), _VALUES)]
         for name in arguments:
-            one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls)])
+            one_of(f"field of {cls.__name__}", name, [field.name for field in fields(cls) if field.init])
         try:
             return cls(**arguments)
         except TypeError as error:
@@ -148,22 +176,15 @@ def resolve(value: float | Absolute, base: float) -> float:
     return value.value if isinstance(value, Absolute) else value * base
 
 
-def one_of(what: str, name: Any, names: Iterable[str]) -> str:
-    """The name; ValueError with the nearest one if it is none of them."""
-    known = sorted(names)
-    if name in known:
-        return name
-    near = get_close_matches(str(name), known, 1, 0.4)
-    hint = f", the nearest is {near[0]!r}" if near else ""
-    raise ValueError(f"{what} should be one of {', '.join(known)} but is: {name!r}{hint}")
-
-
 def check_steps(schedule: Any, *names: str, least: int = 0) -> None:
     """Make these fields ints of at least ``least``; None stays None."""
     for name in names:
         value = getattr(schedule, name)
         if value is not None:
             object.__setattr__(schedule, name, as_steps(name, value, least))
+
+
+_LENGTH = Condition("should be 0 or >= 1 (they are steps, not a part of the training)", lambda steps: not 0 < steps < 1)
 
 
 def check_length(schedule: Any) -> None:
@@ -176,51 +197,9 @@ def check_length(schedule: Any) -> None:
     if schedule.steps is None:
         return
     steps = as_number("steps", schedule.steps)
-    check_at_least("steps", steps, 0)
-    if 0 < steps < 1:
-        raise ValueError(f"steps should be 0 or >= 1 (they are steps, not a part of the training) but is: {steps}")
+    at_least(0).check("steps", steps)
+    _LENGTH.check("steps", steps)
     object.__setattr__(schedule, "steps", steps)
-
-
-def as_steps(name: str, value: Any, least: int = 0) -> int:
-    """A number of steps as an int; ValueError below ``least``, TypeError if it is no whole number."""
-    steps = as_number(name, value)
-    if isinstance(steps, float):
-        raise TypeError(f"{name} should be a whole number but is: {value!r}")
-    check_at_least(name, steps, least)
-    return steps
-
-
-def as_number(name: str, value: Any) -> int | float:
-    """A finite number, of any type: an int if it is whole, as a quotient or ``1e4`` may be; TypeError for others."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        pass
-    try:
-        number = math.nan if isinstance(value, (str, bytes)) else float(value)
-    # a tensor of several numbers
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise TypeError(f"{name} should be a number but is: {value!r}")
-    return int(number) if number.is_integer() else number
-
-
-def check_at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ValueError(f"{name} should be >= {least} but is: {value}")
-
-
-def check_above(name: str, value: float, bound: float) -> None:
-    if not value > bound:
-        raise ValueError(f"{name} should be > {bound} but is: {value}")
-
-
-def check_ratio(name: str, value: float | Absolute) -> None:
-    """A floor or a start: at most the peak, so a ratio is in [0, 1]."""
-    if not isinstance(value, Absolute) and not 0 <= value <= 1:
-        raise ValueError(f"{name} should be in [0, 1], a ratio of each group's own lr (or Absolute), but is: {value}")
 
 
 def check_milestones(schedule: Any) -> None:
