@@ -19,8 +19,8 @@ from typing import Any
 import griffe
 import torch
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files, InclusionLevel
-from mkdocs.structure.pages import Page
+from mkdocs.variant.files import File, Files, InclusionLevel
+from mkdocs.variant.pages import Page
 
 import optimx
 from docs.docstrings import as_markdown

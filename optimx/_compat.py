@@ -203,7 +203,7 @@ def check_graph_capture(optimizer: Optimizer) -> None:
         getattr(optimizer, _CHECK)()
 
 
-def count_dtype(fused: bool) -> torch.dtype:
+def scalar_dtype(fused: bool) -> torch.dtype:
     """The dtype torch gives a new step count and other scalar states."""
     if fused or torch.get_default_dtype() is not torch.float64:
         return torch.float32

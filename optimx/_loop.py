@@ -80,15 +80,15 @@ class FormulaLoop(Optimizer):
             kind = "complex parameters" if param.is_complex() else "sparse gradients"
             raise RuntimeError(f"{type(self).__name__} does not support {kind}")
         variant = rule.variant_of(rule.group_variant(group), param)
-        for name in rule.counts:
+        for name in rule.scalars:
             if name not in state:
-                device = param.device if rule.counts_on_device or group.get("capturable") else "cpu"
-                state[name] = torch.full((), rule.new_count(name, group), dtype=torch.float32, device=device)
+                device = param.device if rule.scalars_on_device or group.get("capturable") else "cpu"
+                state[name] = torch.full((), rule.new_scalar(name, group), dtype=torch.float32, device=device)
         for name in rule.state_names(variant):
             if name not in state:
                 state[name] = rule.new_state(name, param, group, self.defaults)
         values = rule.values_for(tuple(map(float, rule.values(group))), param.dtype)
-        row, counts = rule.prepare(values, tuple(float(state[name]) for name in rule.counts))
+        row, counts = rule.prepare(values, tuple(float(state[name]) for name in rule.scalars))
         dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
         roles = [param, *(state[name] for name in rule.state_names(variant))]
         p, *states = (role.detach().to(dtype, copy=True).reshape(-1) for role in roles)
@@ -96,5 +96,5 @@ class FormulaLoop(Optimizer):
         rule.formula(variant, row, p, g, states, tuple(torch.empty_like(p) for _ in range(3)))
         for role, new in zip(roles, (p, *states), strict=True):
             role.copy_(new.view(role.shape))
-        for name, count in zip(rule.counts, counts, strict=True):
+        for name, count in zip(rule.scalars, counts, strict=True):
             state[name].fill_(count)

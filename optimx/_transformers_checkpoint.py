@@ -21,7 +21,7 @@ def from_transformers(state_dict: dict[str, Any], defaults: dict[str, Any]) -> d
     """A state dict of transformers' Adafactor in our terms."""
     states = {}
     for index, saved in state_dict["state"].items():
-        state = {"step": torch.tensor(float(saved["step"]), dtype=_compat.count_dtype(False), device="cpu")}
+        state = {"step": torch.tensor(float(saved["step"]), dtype=_compat.scalar_dtype(False), device="cpu")}
         if "exp_avg_sq_row" in saved:
             state["row_var"] = saved["exp_avg_sq_row"].unsqueeze(-1)
             state["col_var"] = saved["exp_avg_sq_col"].unsqueeze(-2)

@@ -29,9 +29,9 @@ class AdadeltaRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "square_avg", "acc_delta"
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, rho, eps, weight_decay, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (counts[0] + 1,)
+        return (-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (scalars[0] + 1,)
 
     def formula(self, variant, row, p, g, states, scratch):
         _, l2, rho, rho_c, eps, lr = row

@@ -116,9 +116,9 @@ class AdafactorRule(UpdateRule):
         # torch's default of eps depends on the parameter's dtype
         return values if values[2] is not None else (*values[:2], torch.finfo(dtype).eps, *values[3:])
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta2_decay, eps1, eps2, d, weight_decay, maximize, hf, beta1, scaled, relative, warmup_init = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         rho = lr
         if relative:
             rho = min(min(lr, 1e-6 * step) if warmup_init else lr, step**-0.5)
@@ -162,7 +162,7 @@ class AdafactorLoop(TorchAdafactor):
                 raise RuntimeError("Adafactor does not support complex parameters")
             names = RULE.state_names(RULE.variant_of(RULE.group_variant(group), param))
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=_compat.count_dtype(False), device="cpu")
+                state["step"] = torch.zeros((), dtype=_compat.scalar_dtype(False), device="cpu")
             for name in names:
                 if name not in state:
                     state[name] = RULE.new_state(name, param, group, self.defaults)

@@ -34,9 +34,9 @@ class AdagradRule(UpdateRule):
         value = defaults["initial_accumulator_value"]
         return torch.full_like(param, value, memory_format=torch.preserve_format)
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, lr_decay, weight_decay, eps, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + counts[0] * lr_decay), eps), (counts[0] + 1,)
+        return (-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + scalars[0] * lr_decay), eps), (scalars[0] + 1,)
 
     def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         return fused_adagrad

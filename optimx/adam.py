@@ -37,9 +37,9 @@ class AdamRule(UpdateRule):
         (amsgrad,) = variant
         return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         row = (
             -1.0 if maximize else 1.0,
             1.0 - lr * weight_decay if decoupled else 1.0,

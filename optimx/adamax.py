@@ -29,9 +29,9 @@ class AdamaxRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_inf"
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - beta1, beta2, eps, lr / (1.0 - beta1**step))
         return row, (step,)
 

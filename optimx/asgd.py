@@ -20,8 +20,8 @@ class ASGDRule(UpdateRule):
     """One step of ASGD. A step uses the ``eta`` and ``mu`` that the last one left."""
 
     module = "asgd"
-    counts = ("step", "eta", "mu")
-    counts_on_device = True
+    scalars = ("step", "eta", "mu")
+    scalars_on_device = True
     _read = itemgetter("lr", "lambd", "alpha", "t0", "weight_decay", "maximize")
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -31,12 +31,12 @@ class ASGDRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("ax",)
 
-    def new_count(self, name: str, group: dict[str, Any]) -> float:
+    def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         return {"step": 0.0, "eta": float(group["lr"]), "mu": 1.0}[name]
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, lambd, alpha, t0, weight_decay, maximize = values
-        step, eta, mu = counts
+        step, eta, mu = scalars
         step += 1
         row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - lambd * eta, eta, mu)
         return row, (step, lr / (1.0 + lambd * lr * step) ** alpha, 1.0 / max(1.0, step - t0))

@@ -18,7 +18,7 @@ from torch.nn import utils as _torch
 
 from . import _compat
 from ._engine import backends
-from ._engine.grad_norm import meet, result_dtype, tensor_norms, widest
+from ._engine.grad_norm import combine, result_dtype, tensor_norms, widest
 from ._engine.layout import is_dense
 from ._engine.placement import FLOATS
 
@@ -172,11 +172,11 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
         if backend == backends.TRITON and norm_type in (1.0, 2.0, float("inf")):
             norm = _on_triton(_norm_triton, same, norm_type)
         norms += tensor_norms(same, norm_type) if norm is None else [norm]
-    return meet(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
+    return combine(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
 
 
 def _variant(grad: Tensor) -> tuple[Any, ...]:
-    """What tells the kernels for a gradient from others; see :func:`optimx._backend.given_up`."""
+    """What tells the kernels for a gradient from others; see :func:`optimx._engine.backends.given_up`."""
     return "grad_norm", grad.device, grad.dtype
 
 

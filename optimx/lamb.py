@@ -27,7 +27,7 @@ class LAMBRule(UpdateRule):
     module = "lamb"
     walk = "trust_ratio"
     # the kernels need a row for each tensor, and rows are that where they are made on the device
-    counts_on_device = True
+    scalars_on_device = True
     _read = itemgetter(
         "lr", "betas", "eps", "weight_decay", "bias_correction", "max_trust_ratio", "always_adapt", "maximize"
     )
@@ -40,9 +40,9 @@ class LAMBRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, corrected, largest, always_adapt, maximize = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         row = (
             -1.0 if maximize else 1.0,
             1.0 - beta1,
@@ -69,7 +69,7 @@ class LAMBLoop(Optimizer):
                 loss = closure()
         for group, param, grad, state in each_parameter(self):
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=_compat.count_dtype(False), device=param.device)
+                state["step"] = torch.zeros((), dtype=_compat.scalar_dtype(False), device=param.device)
             for name in ("exp_avg", "exp_avg_sq"):
                 if name not in state:
                     state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)

@@ -23,7 +23,7 @@ class LionRule(UpdateRule):
     """One step of Lion."""
 
     module = "lion"
-    counts = ()
+    scalars = ()
     _read = itemgetter("lr", "betas", "weight_decay", "maximize")
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -33,7 +33,7 @@ class LionRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("exp_avg",)
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, weight_decay, maximize = values
         return (-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
 

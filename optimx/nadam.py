@@ -21,7 +21,7 @@ class NAdamRule(UpdateRule):
     """One step of NAdam: with the weight decay in the gradient, or decoupled from it."""
 
     module = "nadam"
-    counts = ("step", "mu_product")
+    scalars = ("step", "mu_product")
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled_weight_decay")
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -31,14 +31,14 @@ class NAdamRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def new_count(self, name: str, group: dict[str, Any]) -> float:
+    def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         return 1.0 if name == "mu_product" else 0.0
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
-        mu_product = counts[1] * mu
+        mu_product = scalars[1] * mu
         row = (
             -1.0 if maximize else 1.0,
             1.0 - lr * weight_decay if decoupled else 1.0,

@@ -30,9 +30,9 @@ class RAdamRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
-        step = counts[0] + 1
+        step = scalars[0] + 1
         bias2 = 1.0 - beta2**step
         longest = 2.0 / (1.0 - beta2) - 1.0
         length = longest - 2.0 * step * beta2**step / bias2

@@ -37,9 +37,9 @@ class RMSpropRule(UpdateRule):
         momentum, centered = variant
         return ("square_avg", *["momentum_buffer"] * momentum, *["grad_avg"] * centered)
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, alpha, eps, weight_decay, momentum, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (counts[0] + 1,)
+        return (-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (scalars[0] + 1,)
 
     def formula(self, variant, row, p, g, states, scratch):
         momentum, centered = variant

@@ -33,9 +33,9 @@ class RpropRule(UpdateRule):
         value = float(group["lr"]) if name == "step_size" else 0.0
         return torch.full_like(param, value, memory_format=torch.preserve_format)
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         eta_minus, eta_plus, smallest, largest, maximize = values
-        return (-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (counts[0] + 1,)
+        return (-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (scalars[0] + 1,)
 
     def formula(self, variant, row, p, g, states, scratch):
         _, eta_minus, eta_plus, smallest, largest = row

@@ -22,7 +22,7 @@ class SGDRule(UpdateRule):
     """One step of SGD. Torch keeps no step count; that a step is a parameter's first shows in the missing buffer."""
 
     module = "sgd"
-    counts = ()
+    scalars = ()
     _read = itemgetter("lr", "momentum", "dampening", "weight_decay", "maximize")
 
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
@@ -45,7 +45,7 @@ class SGDRule(UpdateRule):
     def first_values(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*values[:-1], 1.0)
 
-    def prepare(self, values, counts):
+    def prepare(self, values, scalars):
         lr, momentum, dampening, weight_decay, maximize, first = values
         keep, take = (0.0, 1.0) if first else (momentum, 1.0 - dampening)
         return (-1.0 if maximize else 1.0, weight_decay, keep, take, momentum, lr), ()

@@ -454,9 +454,9 @@ def _count_edits(count: str) -> dict[str, Edit]:
     return {f"{count}_{function.__name__}": function for function in edits}
 
 
-for _count in dict.fromkeys(name for case in CASES for name in case.cls.rule.counts):
+for _count in dict.fromkeys(name for case in CASES for name in case.cls.rule.scalars):
     for _name, _edit in _count_edits(_count).items():
-        EDITS[_name] = _edit, lambda case, kwargs, count=_count: count in case.cls.rule.counts
+        EDITS[_name] = _edit, lambda case, kwargs, count=_count: count in case.cls.rule.scalars
 
 
 # whole optimizers

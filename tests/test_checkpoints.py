@@ -54,7 +54,7 @@ def two_groups(params: list[Tensor]) -> list[dict[str, Any]]:
 
 def scalars_of(case: Case, optimizer: Optimizer) -> list[Tensor]:
     """Copies of the scalar states."""
-    names = case.cls.rule.counts
+    names = case.cls.rule.scalars
     return [optimizer.state[param][name].detach().clone() for param in params_of(optimizer) for name in names]
 
 
@@ -232,7 +232,7 @@ def test_same_dict_loaded_twice(case: Case, device: torch.device) -> None:
     assert_same(first, stock)
     assert_same(second, stock)
     first.load_state_dict(saved)
-    if case.cls.rule.counts:
+    if case.cls.rule.scalars:
         assert [value["step"].item() for value in first.state.values()] == [2] * len(SHAPES)
 
 
@@ -251,7 +251,7 @@ def test_live_state_dict_does_not_share_counts(case: Case, source: str, device: 
     after = scalars_of(case, ours)
     train([other], 1)
     assert scalars_of(case, ours) == after
-    if case.cls.rule.counts:
+    if case.cls.rule.scalars:
         assert [state["step"].item() for state in ours.state.values()] == [5] * len(SHAPES)
         assert [state["step"].item() for state in other.state.values()] == [3] * len(SHAPES)
 
@@ -415,7 +415,7 @@ def test_state_begun_with_some_of_the_tensors(case: Case, device: torch.device) 
         begun = torch.ones_like(rule.new_state(first, param, group, ours.defaults))
         ours.state[param][first] = begun
         whole = {name: rule.new_state(name, twin, group, ours.defaults) for name in others}
-        counts = {name: torch.tensor(rule.new_count(name, group)) for name in rule.counts}
+        counts = {name: torch.tensor(rule.new_scalar(name, group)) for name in rule.scalars}
         stock.state[twin].update({**counts, first: begun.clone(), **whole})
     train([ours, stock], 2)
     assert_same(ours, stock)
@@ -433,7 +433,7 @@ def test_old_checkpoints_count_with_numbers(case: Case, kind: type, device: torc
         train([optimizer], 3)
         saved = through_a_file(optimizer.state_dict())
         for state in saved["state"].values():
-            for name in case.cls.rule.counts:
+            for name in case.cls.rule.scalars:
                 state[name] = (kind if name == "step" else float)(state[name].item())
         for group in saved["param_groups"]:
             # Adafactor came later, and has always had a maximize
@@ -459,9 +459,9 @@ def test_state_dtypes_follow_the_parameters(case: Case, device: torch.device) ->
     train([ours, stock], 2, first=2)
     for param, twin in zip(params_of(ours), params_of(stock), strict=True):
         assert ours.state[param].keys() == stock.state[twin].keys()
-        assert all(ours.state[param][name].dtype is torch.float32 for name in case.cls.rule.counts)
+        assert all(ours.state[param][name].dtype is torch.float32 for name in case.cls.rule.scalars)
         # float32 scalars that stock has cast enter its arithmetic as float64
-        close = CLOSE[torch.float32 if len(case.cls.rule.counts) > 1 else torch.float64]
+        close = CLOSE[torch.float32 if len(case.cls.rule.scalars) > 1 else torch.float64]
         torch.testing.assert_close(param, twin, **close)
         for name in case.state_names(param, **usual(case)):
             torch.testing.assert_close(ours.state[param][name], stock.state[twin][name], **close)

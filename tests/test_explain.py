@@ -165,7 +165,7 @@ def test_reasons(case: Case, edit: Callable[[dict, dict], None], reason: str, de
 
 @interpreted
 @pytest.mark.parametrize(
-    ("name", "count"), [(case.name, count) for case in CASES for count in case.cls.rule.counts[1:]], ids=str
+    ("name", "count"), [(case.name, count) for case in CASES for count in case.cls.rule.scalars[1:]], ids=str
 )
 def test_scalar_states_of_two_dtypes(name: str, count: str, device: torch.device) -> None:
     (case,) = (case for case in CASES if case.name == name)
@@ -176,7 +176,7 @@ def test_scalar_states_of_two_dtypes(name: str, count: str, device: torch.device
     state[count] = state[count].double()
     (row,) = optimx.explain(optimizer).rows
     assert row.backend == "torch"
-    assert " and ".join(case.cls.rule.counts) in row.reason
+    assert " and ".join(case.cls.rule.scalars) in row.reason
     assert "float64" in row.reason
 
 

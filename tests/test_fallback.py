@@ -313,7 +313,7 @@ def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, 
             optimizer.param_groups[0]["lr"] = lr
         # as after some steps; NAdam's and ASGD's other scalars are numbers below 1
         optimizer.state[param].update(
-            {name: torch.tensor(2.0 if name == "step" else 0.5) for name in case.cls.rule.counts}
+            {name: torch.tensor(2.0 if name == "step" else 0.5) for name in case.cls.rule.scalars}
         )
         state = torch.rand(5, generator=torch.Generator().manual_seed(1)).to(device).requires_grad_()
         for name in case.state_names(**usual(case)):

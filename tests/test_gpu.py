@@ -156,7 +156,7 @@ def test_amp_does_not_synchronise(case: Case, kwargs: dict, scaler_cls, max_grad
             torch.cuda.set_sync_debug_mode("default")
         assert (step == 4) == all(map(torch.equal, before, params))
     assert [bool(flag) for flag in skipped] == [False] * 4 + [True, False]
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert {float(optimizer.state[p]["step"]) for p in params} == {5.0}
 
 
@@ -182,7 +182,7 @@ def test_real_tile_sizes(case: Case, kwargs: dict, dtype: torch.dtype, max_grad_
         ours.step()
         stock.step()
         for copy in copies if dtype in HALF else ():
-            for tensor in (copy.data, *(v for k, v in stock.state[copy].items() if k not in case.cls.rule.counts)):
+            for tensor in (copy.data, *(v for k, v in stock.state[copy].items() if k not in case.cls.rule.scalars)):
                 tensor.copy_(tensor.to(dtype))
     assert_same(ours, stock, tolerance(case, dtype))
 
@@ -297,13 +297,13 @@ def test_checkpoint_after_amp_has_counts_where_torch_has_them(case: Case, kwargs
         scaler.step(optimizer)
         scaler.update()
     saved = deepcopy(optimizer.state_dict())
-    counts = [state[name] for state in saved["state"].values() for name in case.cls.rule.counts]
-    on_device = capturable or case.cls.rule.counts_on_device
+    counts = [state[name] for state in saved["state"].values() for name in case.cls.rule.scalars]
+    on_device = capturable or case.cls.rule.scalars_on_device
     assert {count.device.type for count in counts} <= {"cuda" if on_device else "cpu"}
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert {float(state["step"]) for state in saved["state"].values()} == {3.0}
     scaler.scale(torch.ones((), device="cuda"))
     set_grads(params, 3, scale=2.0)
     scaler.step(optimizer)
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert {float(optimizer.state[p]["step"]) for p in params} == {4.0}

@@ -276,7 +276,7 @@ def test_skipped_step_changes_nothing(
     assert not optimizer.step_was_skipped
     # Rprop moves no element whose gradient has changed its sign
     assert not any(map(torch.equal, params[1:], before[1:]))
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert all(optimizer.state[p]["step"] == 2 for p in params)
 
 
@@ -286,8 +286,8 @@ def assert_fresh(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"]:
             for name, value in optimizer.state.get(param, {}).items():
-                if name in rule.counts:
-                    assert value == torch.tensor(rule.new_count(name, group))
+                if name in rule.scalars:
+                    assert value == torch.tensor(rule.new_scalar(name, group))
                 else:
                     assert torch.equal(value, rule.new_state(name, param, group, optimizer.defaults))
 
@@ -390,7 +390,7 @@ def test_steps_with_and_without_scaler(case: Case, kwargs: dict, duplicate: Call
     plain_step(3)
     assert not ours.step_was_skipped
     assert_same(ours, stock)
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert all(ours.state[p]["step"] == 3 for p in params_of(ours))
 
 
@@ -517,7 +517,7 @@ def test_parameters_without_gradient_keep_their_count(
         amp_step(scaler, ours, step, bad, skip=skip)
         amp_step(torchs, stock, step, bad, skip=skip)
     assert_same(ours, stock)
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert [ours.state[p]["step"].item() for p in params] == [2, 3, 2, 3]
 
 
@@ -546,7 +546,7 @@ def test_mixed_dtypes(
         before = copies(params)
         amp_step(scaler, optimizer, 2 * step + 1)
         assert not any(map(torch.equal, params, before))
-        if "step" in case.cls.rule.counts:
+        if "step" in case.cls.rule.scalars:
             assert all(optimizer.state[p]["step"] == step + 1 for p in params)
 
 
@@ -691,7 +691,7 @@ def test_two_optimizers_on_one_scaler(case: Case, kwargs: dict, scaler_cls: type
             assert moved is (optimizer is not spoilt)
         if spoilt is not None:
             assert scaler.get_scale() == scale / 2
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert [optimizer.state[params_of(optimizer)[0]]["step"].item() for optimizer in (ours, other)] == [3, 3]
 
 
@@ -773,10 +773,10 @@ def test_checkpoint_after_scaled_steps(
             if state.get("momentum_buffer") is not None:
                 state["momentum_buffer"].zero_()
     checkpoint = source.state_dict()
-    if direction == "to_stock" and "fused" not in kwargs and not case.cls.rule.counts_on_device:
+    if direction == "to_stock" and "fused" not in kwargs and not case.cls.rule.scalars_on_device:
         # where a stock optimizer with these arguments has its step counts
         states = checkpoint["state"].values()
-        assert all(s[name].device.type == "cpu" for s in states for name in case.cls.rule.counts if name in s)
+        assert all(s[name].device.type == "cpu" for s in states for name in case.cls.rule.scalars if name in s)
     other.load_state_dict(copy.deepcopy(checkpoint))
     for p, q in zip(params_of(other), params_of(source), strict=True):
         p.data.copy_(q.data)
@@ -790,7 +790,7 @@ def test_checkpoint_after_scaled_steps(
         set_grads(params_of(optimizer), 9)
         optimizer.step()
     assert_same(ours, stock)
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert all(ours.state[p]["step"] == good_steps + 3 for p in params)
 
 

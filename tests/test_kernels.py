@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 from optimx.triton_kernels import adafactor, grad_norm, lamb, update  # noqa: E402
-from optimx.triton_kernels.device import Variant, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
+from optimx.triton_kernels.device import Launcher, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
 from optimx.triton_kernels.matrix_table import tables  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
     LaunchSize,
@@ -95,7 +95,7 @@ def values_of(rule: Any, group: dict[str, Any]) -> tuple[Any, ...]:
 
 def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
     """After three steps."""
-    counts = tuple(rule.new_count(name, group) for name in rule.counts)
+    counts = tuple(rule.new_scalar(name, group) for name in rule.scalars)
     for _ in range(3):
         counts = rule.prepare(values_of(rule, group), counts)[1]
     return counts
@@ -124,9 +124,9 @@ class Launch:
         missing: Collection[int] = (),
     ) -> None:
         self.case, self.kwargs, self.rule = case, kwargs, case.cls.rule
-        self.group, self.structure = _group(case, kwargs)
+        self.group, self.variant = _group(case, kwargs)
         self.dtype, self.missing = dtype, missing
-        names = self.rule.state_names(self.structure)
+        names = self.rule.state_names(self.variant)
         made = [
             in_poison(shapes, device, dtype, role, shifts if isinstance(shifts, int) else shifts[role], poison)
             for role in range(2 + len(names))
@@ -152,7 +152,7 @@ class Launch:
         if self.rule.walk == "trust_ratio":
             lamb.lamb_(*roles, dtypes=dtypes)
         else:
-            update.update_(*roles, structure=self.structure, dtypes=dtypes)
+            update.update_(*roles, variant=self.variant, dtypes=dtypes)
 
     def everything(self) -> list[Tensor]:
         return [t for role in (self.params, self.grads, *self.states) for t in role]
@@ -165,18 +165,18 @@ class Launch:
         counts = counts_of(self.rule, self.group)
         for i, twin in enumerate(twins):
             twin.grad = grads[i]
-            named = dict(zip(self.rule.state_names(self.structure), (s[i] for s in states), strict=True))
-            scalars = {n: torch.tensor(c, dtype=torch.float64) for n, c in zip(self.rule.counts, counts, strict=True)}
+            named = dict(zip(self.rule.state_names(self.variant), (s[i] for s in states), strict=True))
+            scalars = {n: torch.tensor(c, dtype=torch.float64) for n, c in zip(self.rule.scalars, counts, strict=True)}
             if named or scalars:
                 optimizer.state[twin] = {**scalars, **named}
         optimizer.step()
         # Rprop's loop leaves prev in another tensor
-        names = self.rule.state_names(self.structure)
+        names = self.rule.state_names(self.variant)
         return [params, grads, *([optimizer.state[t][name] for t in twins] for name in names)]
 
     def check(self, expected: list[list[Tensor]]) -> None:
         """All tensors, and the memory around them."""
-        names = ("param", "grad", *self.rule.state_names(self.structure))
+        names = ("param", "grad", *self.rule.state_names(self.variant))
         for name, role, values in zip(names, (self.params, self.grads, *self.states), expected, strict=True):
             for i, (tensor, value) in enumerate(zip(role, values, strict=True)):
                 close = dict(CLOSE[self.dtype])
@@ -333,7 +333,7 @@ def test_adafactor_without_some_gradients(triton_backend: torch.device, kind: st
             adafactor.sums_(table, matrices, where, None, None, sums, *partials, factored=factored, **same)
             adafactor.adafactor_(
                 table, matrices, where, hyper, None, None, sums,
-                measured=False, structure=(factored, False, moment), **same,
+                measured=False, variant=(factored, False, moment), **same,
             )  # fmt: skip
             total += partials.sum(1)
         assert is_untouched([a for _, around in made for a in around], float("nan"))
@@ -366,8 +366,8 @@ def test_prepare_is_the_hosts_row(triton_backend: torch.device, case: Case, skip
     values = [[float(v) for v in values_of(rule, group)] for group in groups for _ in steps]
     if case.name == "sgd":
         values = [[*value[:-1], float(i % 2)] for i, value in enumerate(values)]
-    counts = [(step, *counts_of(rule, group)[1:])[: len(rule.counts)] for group in groups for step in steps]
-    n, n_raw, n_counts = len(values), len(module.RAW), len(rule.counts)
+    counts = [(step, *counts_of(rule, group)[1:])[: len(rule.scalars)] for group in groups for step in steps]
+    n, n_raw, n_counts = len(values), len(module.RAW), len(rule.scalars)
     assert n > 64
     scalars = torch.zeros(n, n_raw, dtype=torch.int64)
     given = torch.tensor(values, dtype=torch.float32, device=device)
@@ -446,7 +446,7 @@ def test_fused_counts_on_the_device(triton_backend: torch.device, case: Case, mo
     set_grads(params, 0)
     optimizer.step()
     name = case.cls.rule.module
-    assert launched == [*[f"_{name}_prepare_kernel"] * bool(case.cls.rule.counts), f"_{name}_kernel"]
+    assert launched == [*[f"_{name}_prepare_kernel"] * bool(case.cls.rule.scalars), f"_{name}_kernel"]
 
 
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -636,7 +636,7 @@ def test_full_chunks_of_aligned_tensors_are_wide(
     """Four floats are a multiple of 16 bytes, eight 16-bit numbers are."""
     first, second = torch.zeros(128, device=triton_backend), torch.zeros(128, device=triton_backend).bfloat16()
     out = torch.empty(16, device=triton_backend)
-    variant = Variant(_wide_blocks_kernel, SHIFTS=shifts, CHUNK_SIZE=64, BLOCK_SIZE=16, num_warps=1)
+    variant = Launcher(_wide_blocks_kernel, SHIFTS=shifts, CHUNK_SIZE=64, BLOCK_SIZE=16, num_warps=1)
     launch(variant, 1, first, second, remaining, out)
     assert (out == n_wide).all()
 
@@ -656,7 +656,7 @@ def test_shares_of_programs(triton_backend: torch.device) -> None:
     starts = [0, 2**31 + 128, 2**32] * 2
     tensors = torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.int32, device=device)
     out = torch.empty(6, 3, dtype=torch.int64, device=device)
-    variant = Variant(_chunk_kernel, CHUNK_SIZE=128, num_warps=1)
+    variant = Launcher(_chunk_kernel, CHUNK_SIZE=128, num_warps=1)
     launch(variant, 6, grads, tensors, torch.tensor(starts, device=device), numels, out)
     left = [numel - start for start in starts[:3]] + [0] * 3
     assert out.tolist() == [[*share] for share in zip(tensors.tolist(), starts, left, strict=True)]
@@ -731,7 +731,7 @@ def test_divide_by_has_the_bits_of_divide(triton_backend: torch.device, beta2: f
     x[:4] = torch.tensor([0.0, float("inf"), float("nan"), torch.finfo(torch.float32).smallest_normal * 2**-23]).sqrt()
     y = torch.tensor([(1.0 - beta2**step) ** 0.5])
     out = torch.empty(2, n, device=triton_backend)
-    launch(Variant(_quotients_kernel, BLOCK_SIZE=n), 1, x.to(triton_backend), y.to(triton_backend), out)
+    launch(Launcher(_quotients_kernel, BLOCK_SIZE=n), 1, x.to(triton_backend), y.to(triton_backend), out)
     torch.testing.assert_close(out[0], out[1], rtol=0.0, atol=0.0, equal_nan=True)
     torch.testing.assert_close(out[1].cpu(), x / y, rtol=0.0, atol=0.0, equal_nan=True)
 

@@ -83,7 +83,7 @@ def clipped_step(
     stock.step()
     for param, twin in zip(params, copies, strict=True):
         if param.dtype in HALF:
-            for tensor in (twin.data, *(v for k, v in stock.state[twin].items() if k not in ours.rule.counts)):
+            for tensor in (twin.data, *(v for k, v in stock.state[twin].items() if k not in ours.rule.scalars)):
                 tensor.copy_(tensor.to(param.dtype))
     if ours.max_grad_norm is not None or ours.normalize_grads:
         torch.testing.assert_close(ours.grad_norm.double(), norm.double(), **NORM, equal_nan=True)

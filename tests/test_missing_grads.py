@@ -24,8 +24,8 @@ from tests.engine import DIFFERENT, interpreted, params_of, usual
 #: Vectors, matrices and kernels of convolutions; one has several chunks.
 SHAPES = [(5,), (3, 4), (2, 1, 3, 3), (), (130,)] * 2
 MAX_NORM = 0.5
-#: Clipping rounds in another order. RMSprop with a momentum sums steps of 10, whose ulp is 1e-6, and they cancel. A step
-#: too many is a thousand times as much.
+#: Clipping rounds in another order. RMSprop with a momentum sums steps of 10, whose ulp is 1e-6, and they cancel. One
+#: step too many is a thousand times as much.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 (SGD,) = (case for case in CASES if case.name == "sgd")

@@ -186,7 +186,7 @@ STATES = (one_state_dict, one_step_count, one_tensor, every_tensor, views_that_o
 def test_states_that_two_parameters_share(
     case: Case, share: Callable[[Optimizer, Tensor, Tensor], None], dtype: str, device: torch.device
 ) -> None:
-    if share is one_step_count and "step" not in case.cls.rule.counts:
+    if share is one_step_count and "step" not in case.cls.rule.scalars:
         pytest.skip("counts no steps")
     built = []
     for build in (case.cls, lambda params, **kwargs: loop(case, params, **kwargs)):
@@ -255,8 +255,8 @@ def put_in_shared_memory(optimizer: Optimizer, case: Case) -> None:
     rule, group = case.cls.rule, optimizer.param_groups[0]
     for param in params_of(optimizer):
         state = optimizer.state[param]
-        for name in rule.counts:
-            state[name] = torch.tensor([rule.new_count(name, group)]).share_memory_()
+        for name in rule.scalars:
+            state[name] = torch.tensor([rule.new_scalar(name, group)]).share_memory_()
         for name in case.state_names(param, **usual(case)):
             state[name] = rule.new_state(name, param, group, optimizer.defaults).share_memory_()
 
@@ -324,7 +324,7 @@ def test_workers_in_turn(method: str) -> None:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0]
     for (case, share), (ours, stock), where in zip(SHARED, pairs, before, strict=True):
-        counts = [state["step"].item() for state in ours.state.values()] if "step" in case.cls.rule.counts else []
+        counts = [state["step"].item() for state in ours.state.values()] if "step" in case.cls.rule.scalars else []
         expected = {put_in_shared_memory: [2 * STEPS], share_after_a_step: [1 + 2 * STEPS]}
         assert {*counts} <= {*expected.get(share, counts)}, case.name
         # what another process has counted is counted on here

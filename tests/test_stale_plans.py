@@ -183,12 +183,12 @@ def test_deleted_state_is_made_anew(case: Case, kwargs: dict, index: int, device
     ours, stock, copies = twins(case, make_params(SHAPES, device), kwargs)
     train([ours, stock], 2)
     param, twin, group = params_of(ours)[index], copies[index], stock.param_groups[0]
-    for step, name in enumerate((*case.state_names(**kwargs), *case.cls.rule.counts)):
+    for step, name in enumerate((*case.state_names(**kwargs), *case.cls.rule.scalars)):
         del ours.state[param][name]
         if isinstance(stock, torch.optim.SGD):
             del stock.state[twin][name]
-        elif name in case.cls.rule.counts:
-            stock.state[twin][name].fill_(case.cls.rule.new_count(name, group))
+        elif name in case.cls.rule.scalars:
+            stock.state[twin][name].fill_(case.cls.rule.new_scalar(name, group))
         else:
             stock.state[twin][name] = case.cls.rule.new_state(name, twin, group, stock.defaults)
         train([ours, stock], 1, first=2 + step)
@@ -249,13 +249,13 @@ def test_gradients_come_and_go(case: Case, kwargs: dict, skips: list[tuple[int, 
         # counts of a pattern's own, written while another is in use
         for optimizer in (ours, stock):
             state = optimizer.state.get(params_of(optimizer)[0], {})
-            for name in case.cls.rule.counts if step == 2 and state else ():
+            for name in case.cls.rule.scalars if step == 2 and state else ():
                 state[name].add_(5) if name == "step" else state[name].mul_(0.5)
     assert_same(ours, stock)
 
 
 @interpreted
-@pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.counts], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.scalars], ids=lambda c: c.name)
 def test_a_bucket_that_comes_late(case: Case, device: torch.device) -> None:
     """Its counts and those of the buckets that are there come to lie together, and all go on counting."""
     early, late = make_params([(5,)], device), make_params([(7,)], device, torch.float64)
@@ -263,12 +263,12 @@ def test_a_bucket_that_comes_late(case: Case, device: torch.device) -> None:
     for step, skip in enumerate([(1,), (), (), (0,), ()]):
         train([ours, stock], 1, first=step, skip=skip)
     assert_same(ours, stock, CLOSE[torch.float32])
-    if "step" in case.cls.rule.counts:
+    if "step" in case.cls.rule.scalars:
         assert [float(ours.state[param]["step"]) for param in params_of(ours)] == [4.0, 4.0]
 
 
 @interpreted
-@pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.counts], ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [case for case in CASES if "step" in case.cls.rule.scalars], ids=lambda c: c.name)
 def test_members_of_one_bucket_with_steps_of_their_own(case: Case, device: torch.device) -> None:
     """What depends on a count, RAdam's rectification from its sixth step on for one, is each member's own."""
     ours, stock, _ = twins(case, make_params([(3,)] * 4, device), usual(case))

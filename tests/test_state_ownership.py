@@ -188,7 +188,7 @@ def test_scalars_that_others_made(
     train([ours, stock], 1)
     for optimizer in (ours, stock):
         for i, state in enumerate(optimizer.state.values()):
-            state.update({name: make(i, state[name]) for name in case.cls.rule.counts})
+            state.update({name: make(i, state[name]) for name in case.cls.rule.scalars})
     before = [id(value) for value in states_of(ours)]
     train([ours, stock], 3, first=1)
     assert_same(ours, stock)
@@ -726,8 +726,8 @@ def key_popped(optimizer, case, rng):
         rule = case.cls.rule
         (param,) = (param for param, of_param in optimizer.state.items() if of_param is state)
         (group,) = (group for group in optimizer.param_groups if any(p is param for p in group["params"]))
-        if name in rule.counts:
-            state[name] = torch.full_like(old, rule.new_count(name, group))
+        if name in rule.scalars:
+            state[name] = torch.full_like(old, rule.new_scalar(name, group))
         elif name in rule.state_names(rule.variant_of(rule.group_variant(group), param)):
             state[name] = rule.new_state(name, param, group, optimizer.defaults)
 
@@ -881,7 +881,7 @@ OF_COUNTS = ("written_in_place", "replaced", "replaced_by_views_of_one_tensor", 
 
 def random_edits(case: Case) -> list[str]:
     """Names of what can be done to an optimizer of ours and to stock."""
-    counts = [f"{count}_{name}" for count in case.cls.rule.counts for name in OF_COUNTS]
+    counts = [f"{count}_{name}" for count in case.cls.rule.scalars for name in OF_COUNTS]
     settings = [name for name in sorted(OF_SETTINGS) if EDITS[name][1](case, usual(case))]
     table = [name for name in OF_THE_TABLE if EDITS[name][1](case, usual(case))]
     # few settings, which are many
@@ -892,7 +892,7 @@ def edited(name: str, optimizer: Any, case: Case, seed: str) -> Any:
     if name in RANDOM:
         return complete(RANDOM[name](optimizer, case, random.Random(seed)) or optimizer)
     has_all = all(optimizer.state.get(param) for param in params_of(optimizer))
-    of_counts = any(name.startswith(f"{count}_") for count in case.cls.rule.counts)
+    of_counts = any(name.startswith(f"{count}_") for count in case.cls.rule.scalars)
     return apply(name, optimizer) if has_all or not of_counts else optimizer
 
 

@@ -15,10 +15,10 @@ HYPER = ("factor", "l2", "rho", "1 - rho", "eps", "lr")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, rho, eps, weight_decay, maximize = raw
     row = (gradient_factor(maximize), weight_decay, rho, 1.0 - rho, eps, lr)
-    return row, (counts[0] + 1.0,)
+    return row, (scalars[0] + 1.0,)
 
 
 @triton.jit

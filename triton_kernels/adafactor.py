@@ -21,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import (
+    FACTOR,
+    SKIP,
     TRITON_DTYPE,
     Launcher,
     compute_dtype,
@@ -55,9 +57,9 @@ _N_SHAPE = tl.constexpr(7)
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta2_decay, eps1, eps2, d, weight_decay, maximize, hf, beta1, scaled, relative, warmup_init = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     largest = tl.where((warmup_init != 0) & (1e-6 * step < lr), 1e-6 * step, lr)
     decreasing = 1.0 / tl.sqrt(step)
     relative_size = tl.where(largest < decreasing, largest, decreasing)
@@ -123,7 +125,7 @@ def _adafactor_sums_kernel(
     shapes_ptr,  # int64 [n_tensors, 7], see MatrixTable
     program_tensor_ptr,  # int32 [n_programs]
     grad_scale_ptr,  # float32 scalar
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     row_sums_ptr,  # written: for each block of columns, sums of squares of each row
     column_sums_ptr,  # written: for each strip of rows, sums of squares of each column
     squares_ptr,  # float64 [n_programs], written: of parameters
@@ -140,7 +142,7 @@ def _adafactor_sums_kernel(
     TILE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     # before anything else: what is held across the branch takes registers
     tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
@@ -156,7 +158,7 @@ def _adafactor_sums_kernel(
     if HAS_SCALE:
         scale = 1.0 / tl.load(grad_scale_ptr).to(COMPUTE)
     if HAS_CONTROL:
-        scale = tl.load(control_ptr + 1).to(COMPUTE)
+        scale = tl.load(control_ptr + FACTOR).to(COMPUTE)
     # not tl.zeros: Triton 3.6 takes no plain numbers, which items of a constexpr are, as a function's arguments
     of_columns = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
     of_params = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
@@ -195,7 +197,7 @@ def _adafactor_average_kernel(
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
     grad_scale_ptr,  # float32 scalar
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     sums_ptr,  # partial sums
     DTYPE: tl.constexpr,  # of the averages
     COMPUTE: tl.constexpr,
@@ -207,7 +209,7 @@ def _adafactor_average_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     pid = tl.program_id(0)
     index = tl.load(chunk_tensor_ptr + pid)
@@ -226,7 +228,7 @@ def _adafactor_average_kernel(
     scale = tl.full((), 1.0, tl.float64)
     if MEASURED:
         # when the sums were made, the norm was not known
-        scale = tl.load(control_ptr + 1)
+        scale = tl.load(control_ptr + FACTOR)
         if HAS_SCALE:
             scale *= tl.load(grad_scale_ptr).to(tl.float64)
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
@@ -245,7 +247,7 @@ def _adafactor_mean_kernel(
     chunk_start_ptr,  # int64 [n_programs]: first matrix
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     means_ptr,  # written: of the logical rows' averages, one a matrix
     DTYPE: tl.constexpr,  # of the averages
     COMPUTE: tl.constexpr,
@@ -256,7 +258,7 @@ def _adafactor_mean_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     pid = tl.program_id(0)
     index = tl.load(chunk_tensor_ptr + pid)
@@ -301,7 +303,7 @@ def _adafactor_update_kernel(
     program_tensor_ptr,  # int32 [n_programs]
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     means_ptr,  # of the rows' averages, one a matrix
     sizes_ptr,  # float64 [n_tensors, 2]: size of the step, factor of the parameter
     squares_ptr,  # float64 [n_programs], written: of updates
@@ -317,7 +319,7 @@ def _adafactor_update_kernel(
     TILE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     # before anything else: what is held across the branch takes registers
     tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
@@ -337,7 +339,7 @@ def _adafactor_update_kernel(
     if HAS_CONTROL:
         # in place of each gradient; a loss scale may be so large that squares of scaled gradients overflow
         # what an infinite norm clips to 0 goes on to be 0, and 0 / 0 would not
-        inverse = (1.0 / maximum(tl.load(control_ptr + 1), 1.2e-38)).to(COMPUTE)
+        inverse = (1.0 / maximum(tl.load(control_ptr + FACTOR), 1.2e-38)).to(COMPUTE)
         of_columns *= inverse
         eps *= inverse
     means_ptr += tl.load(shape_ptr + 6)
@@ -375,7 +377,7 @@ def _adafactor_size_kernel(
     shapes_ptr,  # int64 [n_tensors, 7]
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     params_ptr,  # float64 [n_programs]: squares of parameters
     updates_ptr,  # float64 [n_programs]: squares of updates
     sizes_ptr,  # float64 [n_tensors, 2], written
@@ -385,7 +387,7 @@ def _adafactor_size_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     index = tl.program_id(0)
     shape_ptr = shapes_ptr + index * _N_SHAPE

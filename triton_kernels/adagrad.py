@@ -15,10 +15,10 @@ HYPER = ("factor", "l2", "step_size", "eps")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, lr_decay, weight_decay, eps, maximize = raw
-    row = (gradient_factor(maximize), weight_decay, lr / (1.0 + counts[0] * lr_decay), eps)
-    return row, (counts[0] + 1.0,)
+    row = (gradient_factor(maximize), weight_decay, lr / (1.0 + scalars[0] * lr_decay), eps)
+    return row, (scalars[0] + 1.0,)
 
 
 @triton.jit

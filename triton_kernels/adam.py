@@ -16,9 +16,9 @@ HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "bias2_sqrt
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta1, beta2, eps, weight_decay, maximize, decoupled = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     row = (
         gradient_factor(maximize),
         tl.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),

@@ -15,9 +15,9 @@ HYPER = ("factor", "l2", "1 - beta1", "beta2", "eps", "step_size")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta1, beta2, eps, weight_decay, maximize = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     row = (gradient_factor(maximize), weight_decay, 1.0 - beta1, beta2, eps, lr / bias_correction(beta1, step))
     return row, (step,)
 

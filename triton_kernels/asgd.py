@@ -15,11 +15,11 @@ HYPER = ("factor", "l2", "decay", "eta", "mu")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     """Counts: step, eta, mu. This step uses the last one's eta and mu."""
     lr, lambd, alpha, t0, weight_decay, maximize = raw
-    eta, mu = counts[1], counts[2]
-    step = counts[0] + 1.0
+    eta, mu = scalars[1], scalars[2]
+    step = scalars[0] + 1.0
     row = (gradient_factor(maximize), weight_decay, 1.0 - lambd * eta, eta, mu)
     next_eta = lr / tl.exp(alpha * tl.log(1.0 + lambd * lr * step))
     next_mu = 1.0 / tl.where(step - t0 > 1.0, step - t0, 1.0)

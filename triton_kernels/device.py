@@ -27,6 +27,11 @@ TRITON_DTYPE = {
 OPTIONS = {"enable_fp_fusion": True}
 
 
+#: Places in ``control``, float64 ``[3]``: the norm of the gradients, their factor, and a mark that is not 0 if the step
+#: must be skipped.
+NORM, FACTOR, SKIP = (tl.constexpr(i) for i in range(3))
+
+
 def compute_dtype(dtype: torch.dtype) -> tl.dtype:
     """Kernels compute in float32; in float64 where the parameter is."""
     return tl.float64 if dtype is torch.float64 else tl.float32

@@ -16,7 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import TRITON_DTYPE, Launcher, chunk, chunk_pointer, compute_dtype, for_each_block, launch, load, store
+from .device import (
+    FACTOR,
+    NORM,
+    SKIP,
+    TRITON_DTYPE,
+    Launcher,
+    chunk,
+    chunk_pointer,
+    compute_dtype,
+    for_each_block,
+    launch,
+    load,
+    store,
+)
 from .tensor_table import LaunchSize, TensorTable
 
 
@@ -31,7 +44,7 @@ def _norm_block(carry, pointers, inv_scale, offsets, mask, NORM_TYPE: tl.constex
         power = g * g
     else:
         power = tl.abs(g)
-    return _meet(total, power, NORM_TYPE), any_bad | bad
+    return _combine(total, power, NORM_TYPE), any_bad | bad
 
 
 @triton.jit(do_not_specialize=["n_partials"], do_not_specialize_on_alignment=["grad_scale_ptr", "partials_ptr"])
@@ -66,7 +79,7 @@ def _norm_kernel(
 
 
 @triton.jit
-def _meet(a, b, NORM_TYPE: tl.constexpr):
+def _combine(a, b, NORM_TYPE: tl.constexpr):
     if NORM_TYPE == 0:
         return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     else:
@@ -93,7 +106,7 @@ def _finish_kernel(
     grad_scale_ptr,  # float32 scalar: what GradScaler multiplied the loss by
     found_inf_ptr,  # float32 scalar: read with HAS_FOUND_INF; written with CHECK_FINITE
     norm_ptr,  # float32 or float64 scalar, written
-    control_ptr,  # float64 [3], written: norm, scale, skip
+    control_ptr,  # float64 [3], written: NORM, FACTOR, SKIP
     max_norm: tl.float32,
     NORM_DTYPE: tl.constexpr,
     NORM_TYPE: tl.constexpr,
@@ -109,7 +122,7 @@ def _finish_kernel(
     for i in range(0, n_partials, BLOCK_SIZE):
         offsets = i + tl.arange(0, BLOCK_SIZE)
         mask = offsets < n_partials
-        total = _meet(total, tl.load(partials_ptr + offsets, mask=mask, other=0.0), NORM_TYPE)
+        total = _combine(total, tl.load(partials_ptr + offsets, mask=mask, other=0.0), NORM_TYPE)
         bad = tl.maximum(bad, tl.load(partials_ptr + n_partials + offsets, mask=mask, other=0.0))
     norm = _reduce(total, NORM_TYPE)
     if NORM_TYPE == 2:
@@ -129,9 +142,9 @@ def _finish_kernel(
         skip = tl.max(bad, axis=0).to(tl.float32)
         tl.store(found_inf_ptr, skip)
     tl.store(norm_ptr, norm.to(NORM_DTYPE))
-    tl.store(control_ptr, norm)
-    tl.store(control_ptr + 1, scale)
-    tl.store(control_ptr + 2, skip.to(tl.float64))
+    tl.store(control_ptr + NORM, norm)
+    tl.store(control_ptr + FACTOR, scale)
+    tl.store(control_ptr + SKIP, skip.to(tl.float64))
 
 
 @triton.jit

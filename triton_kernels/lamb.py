@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import (
+    FACTOR,
+    SKIP,
     TRITON_DTYPE,
     Launcher,
     bias_correction,
@@ -54,9 +56,9 @@ _LARGEST = tl.constexpr(HYPER.index("largest"))
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta1, beta2, eps, weight_decay, corrected, largest, always_adapt, maximize = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     row = (
         gradient_factor(maximize),
         1.0 - beta1,
@@ -118,7 +120,7 @@ def _lamb_norms_kernel(
     hyper_ptr,  # float64 [n_rows, 10]
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     partials_ptr,  # float64 [n_chunks, 2], written: squares of parameters, and of steps
     DTYPES: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -127,13 +129,13 @@ def _lamb_norms_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
     pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), _N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
-        scale *= tl.load(control_ptr + 1).to(COMPUTE)
+        scale *= tl.load(control_ptr + FACTOR).to(COMPUTE)
     nothing = tl.zeros((BLOCK_SIZE,), COMPUTE)
     of_params, of_steps = for_each_block(
         _norms_block, None, (nothing, nothing), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE
@@ -148,12 +150,12 @@ def _lamb_ratio_kernel(
     partials_ptr,  # float64 [n_chunks, 2]
     first_chunk_ptr,  # int32 [n_tensors + 1]
     hyper_ptr,  # float64 [n_tensors, 10], whose column ``size`` is multiplied by the trust ratio
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     HAS_CONTROL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     tensor = tl.program_id(0)
     first = tl.load(first_chunk_ptr + tensor)

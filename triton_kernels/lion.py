@@ -15,9 +15,9 @@ HYPER = ("factor", "decay", "1 - beta1", "1 - beta2", "lr")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta1, beta2, weight_decay, maximize = raw
-    return (gradient_factor(maximize), 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), counts
+    return (gradient_factor(maximize), 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), scalars
 
 
 @triton.jit

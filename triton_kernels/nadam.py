@@ -22,13 +22,13 @@ def _momentum(beta1, exponent):
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     """Counts: step, mu_product."""
     lr, beta1, beta2, eps, weight_decay, momentum_decay, maximize, decoupled = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     mu = _momentum(beta1, step * momentum_decay)
     mu_next = _momentum(beta1, (step + 1.0) * momentum_decay)
-    mu_product = counts[1] * mu
+    mu_product = scalars[1] * mu
     row = (
         gradient_factor(maximize),
         tl.where(decoupled != 0, 1.0 - lr * weight_decay, 1.0),

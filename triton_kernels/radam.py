@@ -16,9 +16,9 @@ HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "step_size"
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, beta1, beta2, eps, weight_decay, maximize, decoupled = raw
-    step = counts[0] + 1.0
+    step = scalars[0] + 1.0
     bias2 = bias_correction(beta2, step)
     rho_inf = 2.0 / (1.0 - beta2) - 1.0
     rho = rho_inf - 2.0 * step * (1.0 - bias2) / bias2

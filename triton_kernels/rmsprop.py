@@ -15,10 +15,10 @@ HYPER = ("factor", "l2", "alpha", "1 - alpha", "eps", "momentum", "lr")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, alpha, eps, weight_decay, momentum, maximize = raw
     row = (gradient_factor(maximize), weight_decay, alpha, 1.0 - alpha, eps, momentum, lr)
-    return row, (counts[0] + 1.0,)
+    return row, (scalars[0] + 1.0,)
 
 
 @triton.jit

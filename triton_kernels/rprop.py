@@ -15,9 +15,9 @@ HYPER = ("factor", "eta_minus", "eta_plus", "smallest", "largest")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     eta_minus, eta_plus, smallest, largest, maximize = raw
-    return (gradient_factor(maximize), eta_minus, eta_plus, smallest, largest), (counts[0] + 1.0,)
+    return (gradient_factor(maximize), eta_minus, eta_plus, smallest, largest), (scalars[0] + 1.0,)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ HYPER = ("factor", "l2", "keep", "take", "momentum", "lr")
 
 
 @triton.jit
-def prepare(raw, counts):
+def prepare(raw, scalars):
     lr, momentum, dampening, weight_decay, maximize, first = raw
     row = (
         gradient_factor(maximize),
@@ -26,7 +26,7 @@ def prepare(raw, counts):
         momentum,
         lr,
     )
-    return row, counts
+    return row, scalars
 
 
 @triton.jit

@@ -8,7 +8,7 @@ tensor's hyperparameter row without its first column, ``VARIANT`` the launcher, 
 once, before, and written once: new states with ``save(out, i, value)``, as soon as they are known, because the compiler
 leaves stores where they are written, and a state that waits for its store holds registers (Adam in 16 bits: 66 for 52).
 
-``prepare(raw, counts) -> (row, counts)``: the whole row of a tensor from its raw hyperparameters and its scalar state
+``prepare(raw, scalars) -> (row, scalars)``: the whole row of a tensor from its raw hyperparameters and its scalar state
 (the step count, mostly), and the scalar state after the step; in float64, vectorized over tensors. Rules of ``optimx``
 have the same function for the host.
 
@@ -27,6 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import (
+    FACTOR,
+    SKIP,
     TRITON_DTYPE,
     Launcher,
     chunk,
@@ -74,7 +76,7 @@ def _update_kernel(
     hyper_ptr,  # float64 [n_rows, N_COLUMNS]
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     UPDATE: tl.constexpr,  # the algorithm
     VARIANT: tl.constexpr,  # its variant: a tuple of bools
     DTYPES: tl.constexpr,  # of params, grads and each state
@@ -86,34 +88,34 @@ def _update_kernel(
 ):
     if HAS_CONTROL:
         # a bad gradient under GradScaler: nothing may change
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
     pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
-        scale *= tl.load(control_ptr + 1).to(COMPUTE)
+        scale *= tl.load(control_ptr + FACTOR).to(COMPUTE)
     for_each_block(_update_block, (UPDATE, VARIANT), (), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE)
 
 
 @triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
 def _prepare_kernel(
     raw_ptr,  # float64 [n_tensors, N_RAW]
-    scalars_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0
-    counts_ptr,  # int64 [n_tensors, N_COUNTS]: addresses of the float32 scalar states, which are written
+    given_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0
+    scalars_ptr,  # int64 [n_tensors, N_SCALARS]: addresses of the float32 scalar states, which are written
     grads_ptr,  # int64 [n_tensors]: what has no gradient, at address 0, counts no step
     hyper_ptr,  # float64 [n_tensors, N_COLUMNS], written
-    control_ptr,  # float64 [3]: norm, scale, skip
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     n_tensors,
     PREPARE: tl.constexpr,  # the algorithm
     N_RAW: tl.constexpr,
-    N_COUNTS: tl.constexpr,
+    N_SCALARS: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     if HAS_CONTROL:
-        if tl.load(control_ptr + 2) != 0:
+        if tl.load(control_ptr + SKIP) != 0:
             return
     tensors = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = tensors < n_tensors
@@ -122,28 +124,28 @@ def _prepare_kernel(
         offsets = tensors * N_RAW + i
         # past the end some number that no formula stumbles over
         value = tl.load(raw_ptr + offsets, mask=mask, other=0.5)
-        address = tl.load(scalars_ptr + offsets, mask=mask, other=0)
+        address = tl.load(given_ptr + offsets, mask=mask, other=0)
         scalar = tl.load(address.to(tl.pointer_type(tl.float32)), mask=mask & (address != 0), other=0.0)
         raw = raw + (tl.where(address != 0, scalar.to(tl.float64), value),)
-    counts = ()
-    count_ptrs = ()
-    for i in tl.static_range(N_COUNTS):
-        address = tl.load(counts_ptr + tensors * N_COUNTS + i, mask=mask, other=0)
-        count_ptrs = count_ptrs + (address.to(tl.pointer_type(tl.float32)),)
-        counts = counts + (tl.load(count_ptrs[i], mask=mask, other=0.5).to(tl.float64),)
-    row, counts = PREPARE(raw, counts)
+    scalars = ()
+    scalar_ptrs = ()
+    for i in tl.static_range(N_SCALARS):
+        address = tl.load(scalars_ptr + tensors * N_SCALARS + i, mask=mask, other=0)
+        scalar_ptrs = scalar_ptrs + (address.to(tl.pointer_type(tl.float32)),)
+        scalars = scalars + (tl.load(scalar_ptrs[i], mask=mask, other=0.5).to(tl.float64),)
+    row, scalars = PREPARE(raw, scalars)
     for i in tl.static_range(N_COLUMNS):
         tl.store(hyper_ptr + tensors * N_COLUMNS + i, row[i], mask=mask)
     counted = tl.load(grads_ptr + tensors, mask=mask, other=0) != 0
-    for i in tl.static_range(N_COUNTS):
-        tl.store(count_ptrs[i], counts[i].to(tl.float32), mask=counted)
+    for i in tl.static_range(N_SCALARS):
+        tl.store(scalar_ptrs[i], scalars[i].to(tl.float32), mask=counted)
 
 
 def prepare_(
     algorithm: Any,
     raw: Tensor,
+    given: Tensor,
     scalars: Tensor,
-    counts: Tensor,
     grads: Tensor,
     hyper: Tensor,
     control: Tensor | None,
@@ -155,17 +157,17 @@ def prepare_(
     Args:
         algorithm: A module as described above.
         raw: float64 ``[n_tensors, len(RAW)]``.
-        scalars: int64 like ``raw``, addresses of float32 scalars that replace raw values, or 0.
-        counts: int64 ``[n_tensors, n_counts]``, addresses of the scalar states.
+        given: int64 like ``raw``, addresses of float32 scalars that replace raw values, or 0.
+        scalars: int64 ``[n_tensors, n_scalars]``, addresses of the scalar states.
         grads: int64 ``[n_tensors]``, addresses; of a tensor whose gradient is missing, 0, nothing is counted.
         hyper: float64 ``[n_tensors, len(HYPER)]``, written.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, or None. Where it says skip, nothing is written.
         warmup: Compile, launch nothing.
     """
-    launcher = _prepare_launcher(algorithm, counts.shape[1], control is not None)
+    launcher = _prepare_launcher(algorithm, scalars.shape[1], control is not None)
     some_control = hyper if control is None else control
     n_programs = triton.cdiv(len(hyper), _PREPARED)
-    launch(launcher, n_programs, raw, scalars, counts, grads, hyper, some_control, len(hyper), warmup=warmup)
+    launch(launcher, n_programs, raw, given, scalars, grads, hyper, some_control, len(hyper), warmup=warmup)
 
 
 #: Tensors whose rows a program prepares.
@@ -173,9 +175,9 @@ _PREPARED = 64
 
 
 @cache
-def _prepare_launcher(algorithm: Any, n_counts: int, has_control: bool) -> Launcher:
+def _prepare_launcher(algorithm: Any, n_scalars: int, has_control: bool) -> Launcher:
     return Launcher(
-        _prepare_kernel, PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_COUNTS=n_counts,
+        _prepare_kernel, PREPARE=algorithm.prepare, N_RAW=len(algorithm.RAW), N_SCALARS=n_scalars,
         N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, BLOCK_SIZE=_PREPARED, num_warps=2,
     )  # fmt: skip
 

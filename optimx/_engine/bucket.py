@@ -32,7 +32,7 @@ class BucketKey:
         variant: The kernel variant: values of the rule's ``variant`` hyperparameters.
         on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
             (``capturable``, AMP skips, a tensor lr).
-        count_dtype: Of the scalar states.
+        scalar_dtype: Of the scalar states.
         first: Members take their first step, where the rule has it differ from the others.
     """
 
@@ -41,7 +41,7 @@ class BucketKey:
     dtypes: tuple[torch.dtype, ...]
     variant: tuple[Any, ...]
     on_device: bool
-    count_dtype: torch.dtype
+    scalar_dtype: torch.dtype
     first: bool
 
     def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
@@ -119,7 +119,7 @@ class Bucket:
         """All members are there; ``values_of`` tells of each where its states are among all states."""
         self._pick = picker(self.positions)
         self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
-        self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.counts]
+        self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.scalars]
 
     def mark(self, has_grad: Sequence[int]) -> None:
         """Say which of all parameters have a gradient in the coming steps: 1, else 0."""
@@ -154,14 +154,14 @@ class Bucket:
         """
         numels = [param.numel() for param in self.members.params]
         self._few = sorted({0, numels.index(max(numels)), len(numels) - 1})
-        if self.rule.counts and not self.key.on_device:
+        if self.rule.scalars and not self.key.on_device:
             self.scalars = Scalars(self.members.scalars, known_scalars)
         self._scalar_addresses = self._addresses_of_scalars()
         self._group_of_member = torch.tensor(self.groups, dtype=torch.int64, device="cpu")
         #: A member of each distinct row, and each member's row.
         self._row_owners: list[int] = []
         self._row_of_member = torch.empty(0, dtype=torch.int64, device="cpu")
-        self._new_counts: list[tuple[float, ...]] = []
+        self._new_scalars: list[tuple[float, ...]] = []
 
     def _addresses_of_scalars(self) -> list[int]:
         """Of all that are counted where they lie."""
@@ -185,9 +185,9 @@ class Bucket:
             row_of_member, self._row_owners = self._distinct_rows()
             self._row_of_member = row_of_member
         owners = self._row_owners
-        counts = [()] * len(owners) if self.scalars is None else self.scalars.of_members(owners)
-        steps = [self.rule.prepare(values[self.groups[i]], of_i) for i, of_i in zip(owners, counts, strict=True)]
-        self._new_counts = [new for _, new in steps]
+        scalars = [()] * len(owners) if self.scalars is None else self.scalars.of_members(owners)
+        steps = [self.rule.prepare(values[self.groups[i]], of_i) for i, of_i in zip(owners, scalars, strict=True)]
+        self._new_scalars = [new for _, new in steps]
         return [row for row, _ in steps], row_of_member
 
     def _distinct_rows(self) -> tuple[Tensor, list[int]]:
@@ -206,8 +206,8 @@ class Bucket:
         if self.scalars is None:
             return
         others = None
-        if len(self.rule.counts) > 1:
-            new = torch.tensor([new[1:] for new in self._new_counts], dtype=torch.float64, device="cpu")
+        if len(self.rule.scalars) > 1:
+            new = torch.tensor([new[1:] for new in self._new_scalars], dtype=torch.float64, device="cpu")
             others = new[self._row_of_member].t()
         self.scalars.count(self.members.scalars, others, present)
         if present is not None:

@@ -75,7 +75,7 @@ class Engine:
         inputs = StepInputs(optimizer, self.values, self.device_counts)
         amp = self._amp(optimizer)
         plan = self._plan(optimizer, inputs)
-        if amp.found_inf is not None and optimizer.rule.counts and not self.device_counts and plan.on_triton:
+        if amp.found_inf is not None and optimizer.rule.scalars and not self.device_counts and plan.on_triton:
             plan.release()
             self.device_counts = inputs.device_counts = True
             self._forget_plans()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
-from .grad_norm import Amp
+from .grad_norm import FACTOR, SKIP, Amp
 from .optimizer import EngineOptimizer
 from .placement import Placement
 
@@ -24,10 +24,10 @@ def run_stock(
     amp: Amp,
 ) -> None:
     """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
-    if control is not None and amp.found_inf is not None and bool(control[2] != 0):
+    if control is not None and amp.found_inf is not None and bool(control[SKIP] != 0):
         return
     positions = [position for position, _ in leftovers]
-    scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[1])
+    scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[FACTOR])
     with scaled:
         for in_turn in (False, True):
             chosen = [position for position, placement in leftovers if placement.in_turn is in_turn]

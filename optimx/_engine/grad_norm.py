@@ -1,4 +1,4 @@
-"""The gradient norm of a whole step, and what follows from it: the one place where partial results meet.
+"""The gradient norm of a whole step, and what follows from it: the one place where partial results are combined.
 
 What was found lies in ``control``, float64 ``[3]``: the norm, the factor for the gradients, and a mark that is not 0 if
 the step must be skipped. On the Triton backend nothing waits for it.
@@ -18,6 +18,9 @@ from .. import _compat
 from . import backends
 from .bucket import Bucket
 from .cpu.batch import split_by_size
+
+#: Places in ``control``.
+NORM, FACTOR, SKIP = range(3)
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def _elements(tensor: Tensor) -> Tensor:
     return tensor if tensor.layout is torch.strided else tensor.coalesce().values()
 
 
-def meet(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
+def combine(norms: Sequence[Tensor], norm_type: float, device: torch.device) -> Tensor:
     """The norm of norms on ``device``, in its widest dtype."""
     if not norms:
         return torch.zeros((), dtype=widest(device), device=device)
@@ -124,10 +127,10 @@ def measure(
     device = all_grads[0].device
     norm = None
     if needed:
-        norm = meet(_torch_norms(native, others), 2.0, device)
+        norm = combine(_torch_norms(native, others), 2.0, device)
         if scaled and _maybe_infinite(norm):
             # squares of scaled gradients overflow float32 long before those of the gradients would
-            norm = meet(_torch_norms(native, others, wide=True), 2.0, device)
+            norm = combine(_torch_norms(native, others, wide=True), 2.0, device)
     scale = torch.ones((), dtype=widest(device), device=device)
     skip = torch.zeros((), dtype=widest(device), device=device)
     if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
@@ -142,7 +145,7 @@ def measure(
     if amp.found_inf is not None:
         skip = amp.found_inf.to(device, widest(device))
     control = torch.stack([skip if norm is None else norm, scale, skip])
-    return control[0].to(dtype), control
+    return control[NORM].to(dtype), control
 
 
 def _torch_norms(native: Sequence[Any], others: Sequence[Tensor], wide: bool = False) -> list[Tensor]:

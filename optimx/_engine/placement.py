@@ -147,7 +147,7 @@ def _rows_on_device(rule: UpdateRule, values: tuple[Any, ...], group: dict[str, 
     """
     if asked or has_device_values(values):
         return True
-    return bool(rule.counts) and (rule.counts_on_device or bool(group.get("fused")))
+    return bool(rule.scalars) and (rule.scalars_on_device or bool(group.get("fused")))
 
 
 def _scalar_dtype(
@@ -155,12 +155,12 @@ def _scalar_dtype(
 ) -> tuple[torch.dtype, str]:
     """The dtype of a parameter's scalar states, and why they can't be counted."""
     fresh = torch.float32
-    if rule.counts_on_device or not on_device:
-        fresh = _compat.count_dtype(bool(group.get("fused")) or capturable)
-    known = [state[name].dtype for name in rule.counts if isinstance(state.get(name), Tensor)]
+    if rule.scalars_on_device or not on_device:
+        fresh = _compat.scalar_dtype(bool(group.get("fused")) or capturable)
+    known = [state[name].dtype for name in rule.scalars if isinstance(state.get(name), Tensor)]
     dtype = known[0] if known else fresh
     if any(other is not dtype for other in known) or (on_device and dtype is not torch.float32):
-        return dtype, f"{' and '.join(rule.counts)} of dtype {', '.join(map(str, known))}"
+        return dtype, f"{' and '.join(rule.scalars)} of dtype {', '.join(map(str, known))}"
     return dtype, ""
 
 

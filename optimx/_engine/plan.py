@@ -23,6 +23,7 @@ from .. import _compat
 from . import backends
 from .bucket import Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
+from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
 from .placement import Placement, has_device_values, place_all
@@ -113,7 +114,7 @@ class StepPlan:
             if grads[position] is None:
                 if key is None or key.backend != backends.TRITON:
                     continue
-                if not optimizer.state.get(param) and (rule.counts or rule.state_names(key.variant)):
+                if not optimizer.state.get(param) and (rule.scalars or rule.state_names(key.variant)):
                     # torch makes a state when it takes the first step
                     continue
             if key is None:
@@ -166,7 +167,7 @@ class StepPlan:
         self.bind(inputs)
         scalars = [
             state[name] for state in optimizer.state.values() if isinstance(state, dict)
-            for name in optimizer.rule.counts if isinstance(state.get(name), Tensor)
+            for name in optimizer.rule.scalars if isinstance(state.get(name), Tensor)
         ]  # fmt: skip
         known = {scalar.data_ptr() for scalar in scalars if _compat.is_plain(scalar)}
         for bucket in self.buckets:
@@ -270,7 +271,7 @@ class StepPlan:
 
     def take_back_first(self, state: dict[Tensor, Any], control: Tensor) -> None:
         """A first step that was skipped is still to come. This waits to see whether it was."""
-        if not bool(control[2] != 0):
+        if not bool(control[SKIP] != 0):
             return
         for bucket in self.buckets:
             for param in bucket.members.params if bucket.key.first else ():

@@ -24,8 +24,8 @@ class UpdateRule:
 
     Attributes:
         module: Name of the kernels' module: of one in ``triton_kernels``, or a name with a dot of one of your own.
-        counts: Scalar states, the step count first; may be empty.
-        counts_on_device: They are where the parameter is, also without ``capturable``.
+        scalars: Scalar states, the step count first; may be empty.
+        scalars_on_device: They are where the parameter is, also without ``capturable``.
         walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"trust_ratio"``, a pass, a
             reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns. Each
             backend has a class of buckets for it.
@@ -35,8 +35,8 @@ class UpdateRule:
     """
 
     module: ClassVar[str]
-    counts: ClassVar[tuple[str, ...]] = ("step",)
-    counts_on_device: ClassVar[bool] = False
+    scalars: ClassVar[tuple[str, ...]] = ("step",)
+    scalars_on_device: ClassVar[bool] = False
     walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
     by_element: ClassVar[tuple[int, ...]] = ()
@@ -46,7 +46,7 @@ class UpdateRule:
         return ()
 
     def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What a group says about who updates it and where counts live."""
+        """What a group says about who updates it and where scalars live."""
         return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -85,7 +85,7 @@ class UpdateRule:
         """A state tensor before the first step."""
         return torch.zeros_like(param, memory_format=torch.preserve_format)
 
-    def new_count(self, name: str, group: dict[str, Any]) -> float:
+    def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         """A scalar state before the first step."""
         return 0.0
 
@@ -97,12 +97,12 @@ class UpdateRule:
         """The values of a first step that differs."""
         return values
 
-    def prepare(self, values: tuple[float, ...], counts: tuple[float, ...]) -> tuple[Row, tuple[float, ...]]:
+    def prepare(self, values: tuple[float, ...], scalars: tuple[float, ...]) -> tuple[Row, tuple[float, ...]]:
         """One step of the scalars.
 
         Returns:
             The row ``HYPER`` of the kernel's module, hyperparameters in the form that kernel and :meth:`formula` use;
-            the first is the factor of the gradient, 1 or -1. And the counts after the step.
+            the first is the factor of the gradient, 1 or -1. And the scalars after the step.
         """
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Scalar states on a CPU (step counts, mostly), read and counted where they lie.
 
-Those that were created together lie in one tensor (see :mod:`optimx._states`), where one addition counts the step of
-all of them. Those that somebody else put there, who may be another process, are counted one by one.
+Those that were created together lie in one tensor (see :mod:`optimx._engine.states`), where one addition counts the
+step of all of them. Those that somebody else put there, who may be another process, are counted one by one.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[T
     Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
     """
     rule, key = optimizer.rule, bucket.key
-    if not (rule.counts or bucket.state_names):
+    if not (rule.scalars or bucket.state_names):
         # as in torch, whose plain SGD leaves the state empty
         return
     groups = [optimizer.param_groups[g] for g in bucket.groups]
@@ -48,16 +48,16 @@ def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[T
     with torch.inference_mode(False):
         fresh = []
         for state, group in zip(states, groups, strict=True):
-            missing = [name for name in rule.counts if not isinstance(state.get(name), Tensor)]
+            missing = [name for name in rule.scalars if not isinstance(state.get(name), Tensor)]
             for name in missing:
-                value = float(state[name]) if name in state else rule.new_count(name, group)
-                state[name] = torch.full((), value, dtype=key.count_dtype, device="cpu")
-            if missing and len(missing) == len(rule.counts):
+                value = float(state[name]) if name in state else rule.new_scalar(name, group)
+                state[name] = torch.full((), value, dtype=key.scalar_dtype, device="cpu")
+            if missing and len(missing) == len(rule.scalars):
                 fresh.append(state)
         device = key.device if key.on_device else torch.device("cpu")
-        settle_scalars(rule.counts, fresh, device)
-        away = [state for state in states if any(state[name].device != device for name in rule.counts)]
-        settle_scalars(rule.counts, away, device)
+        settle_scalars(rule.scalars, fresh, device)
+        away = [state for state in states if any(state[name].device != device for name in rule.scalars)]
+        settle_scalars(rule.scalars, away, device)
         for name in bucket.state_names:
             without = [i for i, state in enumerate(states) if not isinstance(state.get(name), Tensor)]
             # what has equal settings and shapes is updated together
@@ -144,18 +144,18 @@ def own_states(optimizer: EngineOptimizer, snapshot: Any = None, *, keep_shared:
                 state = optimizer.state.get(param)
                 if not isinstance(state, dict) or (keep_shared and _is_shared(state)):
                     continue
-                counts = _settled_scalars(optimizer, state)
-                if counts:
-                    scalars.setdefault(state[counts[0]].device, []).append(state)
+                together = _settled_scalars(optimizer, state)
+                if together:
+                    scalars.setdefault(state[together[0]].device, []).append(state)
                 neighbours, most = _small_states(optimizer, param, group, state)
                 for name in neighbours:
                     small.setdefault((name, most), []).append(state)
-                for name in state.keys() - {*counts, *neighbours}:
+                for name in state.keys() - {*together, *neighbours}:
                     state[name] = _apart_from(taken, state[name])
         for key in optimizer.state.keys() - {param for group in optimizer.param_groups for param in group["params"]}:
             optimizer.state[key] = _apart_from(taken, optimizer.state[key])
         for device, states in scalars.items():
-            settle_scalars(optimizer.rule.counts, states, device)
+            settle_scalars(optimizer.rule.scalars, states, device)
         for (name, most), states in small.items():
             # one that is alone stays where it is
             places = side_by_side([state[name] for state in states], most)
@@ -170,8 +170,8 @@ def _is_shared(state: State) -> bool:
 
 def _settled_scalars(optimizer: EngineOptimizer, state: State) -> tuple[str, ...]:
     """Names of scalars that lie together with those of other parameters: all of a rule's, or none."""
-    counts = optimizer.rule.counts
-    return counts if all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in counts) else ()
+    names = optimizer.rule.scalars
+    return names if all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in names) else ()
 
 
 def _small_states(
@@ -184,7 +184,7 @@ def _small_states(
     names = [
         name
         for name, value in state.items()
-        if not (name in rule.counts and _settled_scalars(optimizer, state))
+        if not (name in rule.scalars and _settled_scalars(optimizer, state))
         and _is_plain(value) and value.device == param.device and is_small(value)
     ]  # fmt: skip
     variant = rule.variant_of(rule.group_variant(group), param)

@@ -21,6 +21,7 @@ from torch.optim.optimizer import ParamsT
 from .. import _compat
 from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
+from .grad_norm import SKIP
 from .optimizer import EngineOptimizer
 from .states import own_states, settle_scalars
 
@@ -147,7 +148,7 @@ class MultiTensorStep(EngineOptimizer):
         for (param, group), saved_id in zip(params, saved_ids, strict=False):
             state: Any = self.state.get(param, {})
             saved = state_dict["state"].get(saved_id, {})
-            for name in self.rule.counts[1:]:
+            for name in self.rule.scalars[1:]:
                 # torch rounds all scalars but step counts to the parameter's dtype
                 if isinstance(state.get(name), Tensor) and isinstance(saved.get(name), Tensor):
                     state[name] = saved[name].detach().to(state[name].device)
@@ -158,8 +159,8 @@ class MultiTensorStep(EngineOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""
-        names = self.rule.counts
-        if names and not self.rule.counts_on_device:
+        names = self.rule.scalars
+        if names and not self.rule.scalars_on_device:
             away = [
                 state
                 for group in self.param_groups
@@ -179,7 +180,7 @@ class MultiTensorStep(EngineOptimizer):
         ``fused=True`` torch's GradScaler does not call a step that it skips, and this tells of the last one called.
         """
         control = self._engine.control
-        return torch.tensor(False, device="cpu") if control is None else control[2] != 0
+        return torch.tensor(False, device="cpu") if control is None else control[SKIP] != 0
 
     def _note_found_inf(self, found_inf: Sequence[Tensor]) -> None:
         """GradScaler has looked for infinite gradients, and may not call the step."""

@@ -37,13 +37,13 @@ OPTIONAL = {"gfx950": GPUTarget("hip", "gfx950", 64)}
 class Launch:
     """A launch that did not take place."""
 
-    variant: device.Variant
+    launcher: device.Launcher
     args: tuple[Any, ...]
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of the variant: constexprs, and ``num_warps``; without what is the same for all kernels."""
-        return {name: value for name, value in self.variant.options.items() if name not in device.OPTIONS}
+        """Of the launcher: constexprs, and ``num_warps``; without what is the same for all kernels."""
+        return {name: value for name, value in self.launcher.options.items() if name not in device.OPTIONS}
 
 
 class _AbsentGPU:
@@ -72,8 +72,8 @@ def record(launcher: Callable[[], None]) -> list[Launch]:
     """What ``launcher`` launches."""
     launches: list[Launch] = []
 
-    def launch(variant: device.Variant, n_programs: int, *args: Any, warmup: bool = False) -> None:
-        launches.append(Launch(variant, args))
+    def launch(launcher: device.Launcher, n_programs: int, *args: Any, warmup: bool = False) -> None:
+        launches.append(Launch(launcher, args))
 
     with ExitStack() as patches:
         for module in kernel_modules():
@@ -86,7 +86,7 @@ def record(launcher: Callable[[], None]) -> list[Launch]:
 def compile_for(target: GPUTarget, launch: Launch) -> Any:
     """The compiled kernel: ``asm`` holds its assembly, ``metadata`` its shared memory."""
     with _active(_AbsentGPU(target)):
-        return launch.variant.compile(launch.args)
+        return launch.launcher.compile(launch.args)
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def _nothing_kernel(x_ptr):
 def why_not(target: GPUTarget) -> str | None:
     """Why the compiler compiles nothing for ``target``; None if it does."""
     try:
-        compile_for(target, Launch(device.Variant(_nothing_kernel), (torch.empty(1),)))
+        compile_for(target, Launch(device.Launcher(_nothing_kernel), (torch.empty(1),)))
     # each backend and version has an error of its own for what it does not know
     except Exception as error:
         return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from optimx.triton_kernels.device import Variant
+from optimx.triton_kernels.device import Launcher
 from triton.backends.compiler import GPUTarget
 
 from .assembly import Assembly, Limits, examine, problems
@@ -66,7 +66,7 @@ def _examine(
     target = TARGETS[architecture]
     x, y, numel = torch.empty(16, dtype=x_dtype), torch.empty(16), torch.empty(1, dtype=torch.int64)
     options |= {"BLOCK_SIZE": block, "num_warps": NUM_THREADS // target.warp_size}
-    return examine(compile_for(target, Launch(Variant(kernel, **options), (x, y, numel))), walk)
+    return examine(compile_for(target, Launch(Launcher(kernel, **options), (x, y, numel))), walk)
 
 
 @pytest.fixture(params=TARGETS)
@@ -179,7 +179,7 @@ def test_counting_what_is_unrolled() -> None:
 def test_fusion_is_pinned(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
     x = torch.empty(16)
-    variant = Variant(_copy_kernel, BLOCK_SIZE=BLOCK, num_warps=1)
+    variant = Launcher(_copy_kernel, BLOCK_SIZE=BLOCK, num_warps=1)
     kernel = compile_for(TARGETS[architecture], Launch(variant, (x, x, x)))
     assert kernel.metadata.enable_fp_fusion is True
 

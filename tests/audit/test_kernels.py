@@ -38,7 +38,7 @@ def test_every_kernel_has_variants(launches: list[tuple[str, Launch]]) -> None:
         for value in vars(module).values()
         if isinstance(value, JITFunction) and value.__name__.endswith("_kernel")
     }
-    assert kernels == {launch.variant.kernel.__name__ for _, launch in launches}
+    assert kernels == {launch.launcher.kernel.__name__ for _, launch in launches}
 
 
 def test_every_algorithm_is_listed() -> None:
@@ -54,16 +54,16 @@ def test_every_structure_is_listed(algorithm) -> None:
         rule = case.cls.rule
         if rule.module != algorithm.name:
             continue
-        assert len(rule.counts) == algorithm.n_counts
-        for structure, n_states in algorithm.structures.values():
-            assert len(rule.state_names(structure)) == n_states
+        assert len(rule.scalars) == algorithm.n_scalars
+        for variant, n_states in algorithm.update_variants.values():
+            assert len(rule.state_names(variant)) == n_states
         # the first moment is not torch's
         more = [{"beta1": 0.9}] if case.name == "adafactor" else []
         for kwargs in (*case.variants.values(), *more):
             (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
             params = torch.zeros(1), torch.zeros(2, 3), torch.zeros(3, 2).mT
             asked_for |= {rule.variant_of(rule.group_variant(group), param) for param in params}
-    assert {structure for structure, _ in algorithm.structures.values()} == asked_for
+    assert {variant for variant, _ in algorithm.update_variants.values()} == asked_for
 
 
 def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) -> None:

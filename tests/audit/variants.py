@@ -59,13 +59,13 @@ class Algorithm:
 
     Attributes:
         module: Of ``triton_kernels``.
-        structures: For each variant of its ``update``, by name, the structure and the number of states.
-        n_counts: Number of scalar states.
+        update_variants: For each variant of its ``update``, by name, the variant and the number of states.
+        n_scalars: Number of scalar states.
     """
 
     module: ModuleType
-    structures: dict[str, tuple[tuple[bool, ...], int]]
-    n_counts: int = 1
+    update_variants: dict[str, tuple[tuple[bool, ...], int]]
+    n_scalars: int = 1
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Algorithm:
 ALGORITHMS = (
     Algorithm(adam, {"": ((False,), 2), "amsgrad": ((True,), 3)}),
     Algorithm(
-        sgd, {"": ((False, False), 0), "momentum": ((True, False), 1), "nesterov": ((True, True), 1)}, n_counts=0
+        sgd, {"": ((False, False), 0), "momentum": ((True, False), 1), "nesterov": ((True, True), 1)}, n_scalars=0
     ),
     Algorithm(
         rmsprop,
@@ -90,11 +90,11 @@ ALGORITHMS = (
     Algorithm(adagrad, {"": ((), 1)}),
     Algorithm(adadelta, {"": ((), 2)}),
     Algorithm(adamax, {"": ((), 2)}),
-    Algorithm(nadam, {"": ((), 2)}, n_counts=2),
+    Algorithm(nadam, {"": ((), 2)}, n_scalars=2),
     Algorithm(radam, {"": ((), 2)}),
     Algorithm(rprop, {"": ((), 2)}),
-    Algorithm(asgd, {"": ((), 1)}, n_counts=3),
-    Algorithm(lion, {"": ((), 1)}, n_counts=0),
+    Algorithm(asgd, {"": ((), 1)}, n_scalars=3),
+    Algorithm(lion, {"": ((), 1)}, n_scalars=0),
     Algorithm(lamb, {"": ((), 2)}),
     Algorithm(
         adafactor,
@@ -187,19 +187,17 @@ def _threads(dtypes: Dtypes, threads: int = THREADS) -> int:
 def _update_variants() -> Iterator[Variant]:
     for algorithm in ELEMENTWISE:
         choices = EVERYTHING if algorithm.module is adam else REDUCED
-        for (flags, (structure, n_states)), (name, control) in product(algorithm.structures.items(), choices):
+        for (flags, (variant, n_states)), (name, control) in product(algorithm.update_variants.items(), choices):
             p, g, state = DTYPES[name]
             states = [state] * n_states
             if len({p, g, *states}) < len({*DTYPES[name]}):
                 # without states the same as another
                 continue
 
-            def call(
-                size, module=algorithm.module, structure=structure, control=control, dtypes=(p, g, *states)
-            ) -> None:
+            def call(size, module=algorithm.module, variant=variant, control=control, dtypes=(p, g, *states)) -> None:
                 update.update_(
                     module, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(module.HYPER)),
-                    numbers(3) if control else None, structure=structure, dtypes=dtypes,
+                    numbers(3) if control else None, variant=variant, dtypes=dtypes,
                 )  # fmt: skip
 
             yield Variant(
@@ -220,7 +218,7 @@ def _prepare_variants() -> Iterator[Variant]:
         def call(size: Sizes, algorithm=algorithm, control=control) -> None:
             n, n_raw, n_columns = size.n_tensors, len(algorithm.module.RAW), len(algorithm.module.HYPER)
             update.prepare_(
-                algorithm.module, numbers(n, n_raw), addresses(n, n_raw), addresses(n, algorithm.n_counts),
+                algorithm.module, numbers(n, n_raw), addresses(n, n_raw), addresses(n, algorithm.n_scalars),
                 size.grads(), numbers(n, n_columns), numbers(3) if control else None,
             )  # fmt: skip
 
@@ -264,11 +262,11 @@ def _lamb_variants() -> Iterator[Variant]:
 def _adafactor_variants() -> Iterator[Variant]:
     """Matrices, kernels of convolutions and vectors."""
     shapes = {"": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
-    structures = dict(ALGORITHMS[-1].structures)
+    update_variants = dict(ALGORITHMS[-1].update_variants)
     # here, where rows begin counts as well, so alignment is a constant of the launch
     choices = [*((*choice, True) for choice in REDUCED), ("float32", True, False)]
-    for (flags, (structure, n_states)), (name, control, aligned) in product(structures.items(), choices):
-        factored, transposed, moment = structure
+    for (flags, (variant, n_states)), (name, control, aligned) in product(update_variants.items(), choices):
+        factored, transposed, moment = variant
         if name != "float32" and (transposed or moment):
             continue
         for kind in ("", "convolutions") if factored else ("vectors",):
@@ -277,14 +275,14 @@ def _adafactor_variants() -> Iterator[Variant]:
             p, g, state = DTYPES[name]
             dtypes = (p, g, *[state] * n_states)
 
-            def call(size: Sizes, kind=kind, structure=structure, control=control, aligned=wide, dtypes=dtypes) -> None:
+            def call(size: Sizes, kind=kind, variant=variant, control=control, aligned=wide, dtypes=dtypes) -> None:
                 n, shape = size.n_tensors, shapes[kind]
                 table = size.table(len(dtypes) - 1)
                 (matrices,) = tables(
-                    [shape] * n, [aligned] * n, structure[0], adafactor.row_divisor(dtypes), torch.device("cpu"),
+                    [shape] * n, [aligned] * n, variant[0], adafactor.row_divisor(dtypes), torch.device("cpu"),
                     size.tiles, size.tiles.block(dtypes),
                 )  # fmt: skip
-                sums = adafactor.Sums.of(matrices, torch.float32, structure[0])
+                sums = adafactor.Sums.of(matrices, torch.float32, variant[0])
                 partials = size.partials(matrices.n_programs)
                 grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
                 roles = {"dtypes": dtypes, "aligned": aligned}
@@ -296,12 +294,12 @@ def _adafactor_variants() -> Iterator[Variant]:
                     controls,
                     sums,
                     *partials,
-                    factored=structure[0],
+                    factored=variant[0],
                     **roles,
                 )
                 adafactor.adafactor_(
                     table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
-                    measured=control, structure=structure, **roles,
+                    measured=control, variant=variant, **roles,
                 )  # fmt: skip
 
             options = _name(name, flags if kind != "convolutions" else "", kind if factored else "", control=control)

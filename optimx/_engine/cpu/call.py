@@ -22,7 +22,7 @@ class Call:
         bucket: Theirs, bound.
         members: Their indices; None stands for all.
         index: Where their setting is among all settings.
-        together: Where the states lie makes a difference (see :func:`optimx._batch.batches_of`).
+        together: Where the states lie makes a difference (see :func:`optimx._engine.cpu.batch.batches_of`).
 
     Attributes:
         parts: Calls that can take this one's place.

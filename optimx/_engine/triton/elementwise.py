@@ -47,7 +47,7 @@ class TritonBucket(Bucket):
             addresses = torch.tensor(
                 [[*map(Tensor.data_ptr, role)] for role in scalars], dtype=torch.int64, device="cpu"
             )
-            self._count_table = upload(addresses.view(len(self.rule.counts), n).t().contiguous(), device)
+            self._count_table = upload(addresses.view(len(self.rule.scalars), n).t().contiguous(), device)
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
         self._addresses = self._fixed_addresses()
