@@ -195,8 +195,7 @@ def _norm_triton(grads: Sequence[Tensor], norm_type: float) -> Tensor:
 
     table, addresses = _table(grads)
     device = grads[0].device
-    partials = torch.empty(2, table.n_chunks + table.n_chunks % 2, dtype=torch.float64, device=device)
-    partials[:, table.n_chunks :] = 0
+    partials = torch.empty(2, table.n_chunks, dtype=torch.float64, device=device)
     norm_(table, addresses, None, partials, 0, dtype=grads[0].dtype, norm_type=norm_type)
     norm = torch.empty((), dtype=torch.float64, device=device)
     control = torch.empty(3, dtype=torch.float64, device=device)

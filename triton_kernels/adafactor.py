@@ -147,6 +147,8 @@ def _adafactor_sums_kernel(
     # before anything else: what is held across the branch takes registers
     tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
     if tl.load(grads_ptr + tensor) == 0:
+        tl.store(norms_ptr + tl.program_id(0), 0.0)
+        tl.store(bad_ptr + tl.program_id(0), 0.0)
         return
     _, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, n_rows, n_columns = shape
@@ -467,7 +469,7 @@ def sums_(
     Args:
         tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments.
         matrices: Which of them, and how they are cut.
-        grads: int64, addresses; 0 where there is no gradient: nothing is written for such a tensor.
+        grads: int64, addresses; 0 where there is no gradient: then only ``norms`` and ``bad`` are written, 0.
         grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, where it is known already: the gradients' factor, in
             place of ``grad_scale``, and whether to do nothing.

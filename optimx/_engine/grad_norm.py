@@ -117,13 +117,13 @@ def measure(
     """
     triton: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.TRITON]
     native: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.NATIVE]
-    all_grads = [*others, *chain.from_iterable(bucket.members.grads for bucket in buckets)]
     dtype = result_dtype([bucket.key.dtypes[1] for bucket in buckets] + [grad.dtype for grad in others])
     scaled = amp.grad_scale is not None
     needed = max_norm is not None or amp.check
     if triton:
         norms = _torch_norms(native, others, wide=scaled) if needed else []
         return _measure_triton(triton, norms, max_norm, amp, dtype, clamp)
+    all_grads = [*others, *chain.from_iterable(bucket.members.grads for bucket in buckets)]
     device = all_grads[0].device
     norm = None
     if needed:
@@ -171,15 +171,14 @@ def _measure_triton(
     needed = max_norm is not None or amp.check
     here = [bucket for bucket in buckets if needed and bucket.key.device == home]
     away = [bucket for bucket in buckets if needed and bucket.key.device != home]
-    # every bucket begins at 16 bytes, so that no launch is specialized anew
-    columns = sum(_even(bucket.n_partials) for bucket in here) + (len(away) + len(norms) if needed else 0)
-    partials = torch.zeros(2, columns, dtype=torch.float64, device=home)
+    columns = sum(bucket.n_partials for bucket in here) + (len(away) + len(norms) if needed else 0)
+    partials = torch.empty(2, columns, dtype=torch.float64, device=home)
     offset = 0
     for bucket in here:
         bucket.measure(partials, offset, _on(amp.grad_scale, home))
-        offset += _even(bucket.n_partials)
+        offset += bucket.n_partials
     for bucket in away:
-        there = torch.zeros(2, _even(bucket.n_partials), dtype=torch.float64, device=bucket.key.device)
+        there = torch.empty(2, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
         bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
         partials[:, offset] = there.sum(1).to(home, non_blocking=True)
         offset += 1
@@ -206,7 +205,3 @@ def _measure_triton(
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, torch.float32, non_blocking=True)
-
-
-def _even(count: int) -> int:
-    return count + count % 2
