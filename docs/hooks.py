@@ -19,8 +19,8 @@ from typing import Any
 import griffe
 import torch
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.variant.files import File, Files, InclusionLevel
-from mkdocs.variant.pages import Page
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
 
 import optimx
 from docs.docstrings import as_markdown
@@ -146,8 +146,8 @@ def optimizers() -> list[str]:
     """Names of the optimizers that are optimx's own classes."""
     return [
         name for name in optimx.__all__
-        if isinstance(thing := getattr(optimx, name), type) and issubclass(thing, torch.optim.Optimizer)
-        and thing.__module__.startswith("optimx.")
+        if isinstance(thing := getattr(optimx, name), type) and issubclass(thing, optimx.MultiTensorStep)
+        and thing is not optimx.MultiTensorStep
     ]  # fmt: skip
 
 

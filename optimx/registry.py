@@ -152,9 +152,10 @@ def _same(one: Any, other: Any) -> bool:
 
 def _optimizers() -> Iterable[tuple[str, Any]]:
     package = importlib.import_module(__package__)
+    bases = Optimizer, package.MultiTensorStep, package.FormulaLoop
     for name in package.__all__:
         thing = getattr(package, name)
-        if inspect.isclass(thing) and issubclass(thing, Optimizer) and thing is not Optimizer:
+        if inspect.isclass(thing) and issubclass(thing, Optimizer) and thing not in bases:
             yield name.lower(), thing
 
 
