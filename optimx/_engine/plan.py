@@ -35,7 +35,7 @@ class StepInputs:
 
     Args:
         optimizer: Whose step it is.
-        rows: The hyperparameters of each group; a new list where one has changed.
+        group_values: The hyperparameters of each group; a new list where one has changed.
         device_counts: Steps are counted on the device: whether one counts, only it knows (GradScaler).
 
     Attributes:
@@ -47,8 +47,8 @@ class StepInputs:
             others in their places, belong to the same parameters.
     """
 
-    def __init__(self, optimizer: EngineOptimizer, rows: list[tuple[Any, ...]], device_counts: bool) -> None:
-        self.rows = rows
+    def __init__(self, optimizer: EngineOptimizer, group_values: list[tuple[Any, ...]], device_counts: bool) -> None:
+        self.group_values = group_values
         self.device_counts = device_counts
         self.params: tuple[Tensor, ...] = (*chain.from_iterable(group["params"] for group in optimizer.param_groups),)
         self.grads: list[Any] = [param.grad for param in self.params]
@@ -85,8 +85,7 @@ class StepPlan:
     """
 
     def __init__(self, optimizer: EngineOptimizer, inputs: StepInputs) -> None:
-        rule, groups = optimizer.rule, optimizer.param_groups
-        params, grads = inputs.params, inputs.grads
+        rule, groups, params = optimizer.rule, optimizer.param_groups, inputs.params
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
         self.variant = [rule.group_variant(group) for group in groups]
@@ -95,11 +94,38 @@ class StepPlan:
         self.is_of_graph = _compat.is_capturing()
         self.is_captured = self.is_retired = False
         self._states: list[weakref.ref[Tensor]] = []
-        self._on_device = [*map(has_device_values, inputs.rows)]
-        self._rows_seen = inputs.rows
+        self._on_device = [*map(has_device_values, inputs.group_values)]
+        self._values_seen = inputs.group_values
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
+        self.buckets = self._sort(optimizer, inputs)
+        self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)
+        #: Under capture the same parameters would be in the same buckets.
+        self._suits_capture = not self.on_triton or (
+            _compat.graphs_keep_pinned_memory()
+            and all(group.get("capturable", optimizer.capturable) for group in self._groups_on_buckets(groups))
+        )
+        self._members = [position for bucket in self.buckets for position in bucket.positions]
+        if self._members == list(range(len(params))):
+            self._members = []
+        for bucket in self.buckets:
+            create_states(optimizer, bucket, [params[i] for i in bucket.positions])
+        inputs.read_states(optimizer)
+        self._optional = {i for bucket in self.buckets if bucket.takes_missing for i in bucket.positions}
+        self._grad_types: list[type] = []
+        self._missing: list[int] = []
+        self._locate(optimizer, inputs)
+
+        # what is compared every step; read after the states were made
+        self._identities = inputs.identities
+        # a first step that differs from the others is not planned for a second time
+        self.is_first = any(bucket.key.first for bucket in self.buckets)
+        self._guard = _compat.metadata_guard(self._compared(inputs))
+
+    def _sort(self, optimizer: EngineOptimizer, inputs: StepInputs) -> list[Bucket]:
+        """Buckets, with positions of their members; whoever is in none is a leftover."""
+        rule, groups, params, grads = optimizer.rule, optimizer.param_groups, inputs.params, inputs.grads
         like_grads = [
             _in_place_of_missing(param) if grad is None and param.requires_grad else grad
             for param, grad in zip(params, grads, strict=True)
@@ -125,29 +151,7 @@ class StepPlan:
                 if key not in by_key:
                     by_key[key] = _new_bucket(key, optimizer)
                 by_key[key].add(position, g)
-        self.buckets = [*by_key.values()]
-        self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)
-        #: Under capture the same parameters would be in the same buckets.
-        self._suits_capture = not self.on_triton or (
-            _compat.graphs_keep_pinned_memory()
-            and all(group.get("capturable", optimizer.capturable) for group in self._groups_on_buckets(groups))
-        )
-        self._members = [position for bucket in self.buckets for position in bucket.positions]
-        if self._members == list(range(len(params))):
-            self._members = []
-        for bucket in self.buckets:
-            create_states(optimizer, bucket, [params[i] for i in bucket.positions])
-        inputs.read_states(optimizer)
-        self._optional = {i for bucket in self.buckets if bucket.takes_missing for i in bucket.positions}
-        self._grad_types: list[type] = []
-        self._missing: list[int] = []
-        self._locate(optimizer, inputs)
-
-        # what is compared every step; read after the states were made
-        self._identities = inputs.identities
-        # a first step that differs from the others is not planned for a second time
-        self.is_first = any(bucket.key.first for bucket in self.buckets)
-        self._guard = _compat.metadata_guard(self._compared(inputs))
+        return [*by_key.values()]
 
     def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups of members."""
@@ -242,16 +246,16 @@ class StepPlan:
 
     def _same_variants(self, optimizer: EngineOptimizer, inputs: StepInputs) -> bool:
         """Whether groups still choose the kernels they chose; looked at only where a setting has changed."""
-        if inputs.rows is self._rows_seen:
+        if inputs.group_values is self._values_seen:
             return True
         rule, groups = optimizer.rule, optimizer.param_groups
         same = (
             [*map(rule.group_variant, groups)] == self.variant
             and [*map(rule.flags_of, groups)] == self.flags
-            and [*map(has_device_values, inputs.rows)] == self._on_device
+            and [*map(has_device_values, inputs.group_values)] == self._on_device
         )
         if same:
-            self._rows_seen = inputs.rows
+            self._values_seen = inputs.group_values
         return same
 
     def fits(self, inputs: StepInputs) -> bool:

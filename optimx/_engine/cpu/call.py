@@ -10,29 +10,29 @@ import torch
 from ..bucket import Bucket, Members, picker
 from .batch import batches_of
 
-#: Settings that are one member's or two's, if there are as many of them, and members up to this many elements: a call
+#: Rows that are one member's or two's, if there are as many of them, and members up to this many elements: a call
 #: for each takes longer than a formula for all (measured from 4 to 1024 elements).
 FEW, MANY, TINY = 2, 8, 1 << 8
 
 
 class Call:
-    """Members with equal settings.
+    """Members with equal rows.
 
     Args:
         bucket: Theirs, bound.
         members: Their indices; None stands for all.
-        index: Where their setting is among all settings.
+        index: Where their row is among all rows.
         together: Where the states lie makes a difference (see :func:`optimx._engine.cpu.batch.batches_of`).
 
     Attributes:
         parts: Calls that can take this one's place.
-        setting: For an operator the hyperparameters, for a formula the row.
+        row: For an operator the hyperparameters, for a formula the row.
     """
 
     def __init__(self, bucket: Bucket, members: list[int] | None, index: int, together: bool) -> None:
         self.index = index
         self.parts: Sequence[Call] = [self]
-        self.setting: tuple[Any, ...] = ()
+        self.row: tuple[Any, ...] = ()
         self.indices = members
         self._pick = None if members is None else picker(members)
         self.batches, self.large = batches_of(self.of(bucket.members), together)
@@ -41,13 +41,13 @@ class Call:
         """The call's tensors of those of its bucket."""
         return members if self._pick is None else members.pick(self._pick)
 
-    def read(self, settings: Sequence[tuple[Any, ...]]) -> None:
-        """Take the setting of this step."""
-        self.setting = settings[self.index]
+    def read(self, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Take the row of this step."""
+        self.row = rows[self.index]
 
 
 class MixedCall(Call):
-    """Small members whose settings are different, a call each; or one formula for all, with settings by element."""
+    """Small members whose rows are different, a call each; or one formula for all, with rows by element."""
 
     def __init__(self, bucket: Bucket, parts: Sequence[Call], dtype: torch.dtype) -> None:
         indices = [i for part in parts for i in part.indices or ()]
@@ -57,25 +57,25 @@ class MixedCall(Call):
         self._by_element = bucket.rule.by_element
         self._elements = [torch.tensor(batch.sizes, device="cpu") for batch in self.batches]
         self._dtype = dtype
-        #: For each batch the setting, in which tensors stand for what differs; empty if too much does.
-        self.settings: list[tuple[Any, ...]] = []
+        #: For each batch the values, in which tensors stand for what differs; empty if too much does.
+        self.values: list[tuple[Any, ...]] = []
 
-    def read(self, settings: Sequence[tuple[Any, ...]]) -> None:
+    def read(self, rows: Sequence[tuple[Any, ...]]) -> None:
         for part in self.parts:
-            part.read(settings)
-        columns = [*zip(*(settings[i] for i in self._indices), strict=True)]
-        self.settings = []
+            part.read(rows)
+        columns = [*zip(*(rows[i] for i in self._indices), strict=True)]
+        self.values = []
         if all(i in self._by_element or column.count(column[0]) == len(column) for i, column in enumerate(columns)):
             for batch, elements in zip(self.batches, self._elements, strict=True):
-                setting = [column[0] for column in columns]
+                row = [column[0] for column in columns]
                 for i in self._by_element:
                     values = torch.tensor([columns[i][j] for j in batch.indices], dtype=self._dtype, device="cpu")
-                    setting[i] = values.repeat_interleave(elements)
-                self.settings.append(tuple(setting))
+                    row[i] = values.repeat_interleave(elements)
+                self.values.append(tuple(row))
 
 
 def mix(
-    bucket: Bucket, calls: Sequence[Call], settings: Sequence[tuple[Any, ...]], dtype: torch.dtype
+    bucket: Bucket, calls: Sequence[Call], rows: Sequence[tuple[Any, ...]], dtype: torch.dtype
 ) -> Sequence[Call]:
     """The same calls, those mixed that a formula could make in one, computing in ``dtype``."""
     by_element = bucket.rule.by_element
@@ -85,8 +85,8 @@ def mix(
     for call in calls:
         indices = range(len(params)) if call.indices is None else call.indices
         if len(indices) <= FEW and not call.large and all(params[i].numel() <= TINY for i in indices):
-            setting = settings[call.index]
-            common = tuple(value for i, value in enumerate(setting) if i not in by_element)
+            row = rows[call.index]
+            common = tuple(value for i, value in enumerate(row) if i not in by_element)
             alike.setdefault(common, []).append(call)
         else:
             others.append(call)

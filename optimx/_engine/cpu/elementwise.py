@@ -62,7 +62,7 @@ class NativeBucket(Bucket):
         self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
-        self._setting_of_member: Sequence[int] = []
+        self._row_of_each: Sequence[int] = []
         self._calls: Sequence[Call] = []
         self._addresses = self._all_addresses() if self.compares_addresses else []
 
@@ -73,7 +73,7 @@ class NativeBucket(Bucket):
 
     @property
     def compares_addresses(self) -> bool:
-        # where it matters how members lie to each other: to a formula, or to one that takes settings by element
+        # where it matters how members lie to each other: to a formula, or to one that takes rows by element
         return self.has_formula or (bool(self.rule.by_element) and len({*self.groups}) >= MANY)
 
     def matches(self) -> bool:
@@ -102,30 +102,30 @@ class NativeBucket(Bucket):
             self._flat_grads[batch] = batch.flatten(grads)
         return self._flat_grads[batch]
 
-    def _merge(self, settings: Sequence[tuple[Any, ...]], setting_of_member: Sequence[int] | None) -> None:
-        """One call for equal settings; which are equal changes less often than their values."""
-        if setting_of_member is None:
-            setting_of_member = self._setting_of_member
+    def _merge(self, rows: Sequence[tuple[Any, ...]], row_of_member: Sequence[int] | None) -> None:
+        """One call for equal rows; which are equal changes less often than their values."""
+        if row_of_member is None:
+            row_of_member = self._row_of_each
         distinct: dict[tuple[Any, ...], int] = {}
-        pattern = [distinct.setdefault(setting, len(distinct)) for setting in settings]
-        if pattern != self._pattern or setting_of_member != self._setting_of_member:
-            self._pattern, self._setting_of_member = pattern, setting_of_member
+        pattern = [distinct.setdefault(row, len(distinct)) for row in rows]
+        if pattern != self._pattern or row_of_member != self._row_of_each:
+            self._pattern, self._row_of_each = pattern, row_of_member
             members: dict[int, list[int]] = {}
-            for i, setting in enumerate(setting_of_member):
-                members.setdefault(pattern[setting], []).append(i)
+            for i, row in enumerate(row_of_member):
+                members.setdefault(pattern[row], []).append(i)
             calls = [
-                self.new_call(None if len(members) == 1 else indices, setting_of_member[indices[0]])
+                self.new_call(None if len(members) == 1 else indices, row_of_member[indices[0]])
                 for indices in members.values()
             ]
             if self._direct is not None and self.rule.by_element:
-                self._calls = mix(self, calls, settings, self.compute_dtype)
+                self._calls = mix(self, calls, rows, self.compute_dtype)
             else:
                 self._calls = calls
         for call in self._calls:
-            call.read(settings)
+            call.read(rows)
 
     def new_call(self, members: list[int] | None, index: int) -> Call:
-        """Members (None stands for all) with equal settings, those at ``index`` of all settings."""
+        """Members (None stands for all) with equal rows, those at ``index`` of all rows."""
         return Call(self, members, index, together=self.has_formula)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
@@ -149,25 +149,25 @@ class NativeBucket(Bucket):
         if self._direct is not None and self.scalars is not None:
             step = self.scalars.common_step(self.members.scalars[0])
         for call in self._calls:
-            if isinstance(call, MixedCall) and call.settings and step is not None:
+            if isinstance(call, MixedCall) and call.values and step is not None:
                 self._update_mixed(call, scale, step)
                 continue
             for part in call.parts:
                 members = part.of(self.members)
                 direct = self._direct if scale == 1.0 else None
-                if direct is not None and self.rule.rounds_once(part.setting, self.key.dtypes[0]):
+                if direct is not None and self.rule.rounds_once(part.row, self.key.dtypes[0]):
                     params, grads, states, scalars = members
                     steps: Sequence[Tensor] = scalars[0] if scalars else ()
                     if step is not None:
                         # where all counts are equal, one of them does: a thousand fewer tensors to fetch from memory
                         steps = [*steps[:1]] * len(steps)
-                    direct(part.setting, params, grads, states, steps)
+                    direct(part.row, params, grads, states, steps)
                 else:
                     self._update_in_pieces(part, members, scale)
 
     def _update_mixed(self, call: MixedCall, scale: float, step: float) -> None:
         members = call.of(self.members)
-        for batch, values in zip(call.batches, call.settings, strict=True):
+        for batch, values in zip(call.batches, call.values, strict=True):
             # counted already
             row, _ = self.rule.prepare(values, (step - 1.0,))
             for piece in self._batch(batch, members, scale * row[0], by_formula=True):
@@ -180,25 +180,25 @@ class NativeBucket(Bucket):
     def _update_in_pieces(self, call: Call, members: Members, scale: float) -> None:
         """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
         # the factor that operators have an argument for
-        factor = scale if self._staged is not None else scale * call.setting[0]
+        factor = scale if self._staged is not None else scale * call.row[0]
         for batch in call.batches:
-            self._update_tensors(call.setting, partial(self._batch, batch, members, factor, self.has_formula))
+            self._update_tensors(call.row, partial(self._batch, batch, members, factor, self.has_formula))
         for i in call.large:
-            self._update_tensors(call.setting, partial(self._pieces, i, members, factor))
+            self._update_tensors(call.row, partial(self._pieces, i, members, factor))
 
-    def _update_tensors(self, setting: tuple[Any, ...], pieces: Callable[[], Iterator[Piece]]) -> None:
+    def _update_tensors(self, row: tuple[Any, ...], pieces: Callable[[], Iterator[Piece]]) -> None:
         """Update one large tensor, or a batch.
 
         Args:
-            setting: See :class:`Call`.
+            row: See :class:`Call`.
             pieces: Begins a walk over them. What a piece holds is written back when the next one is asked for, so a
                 walk must come to its end.
         """
         for piece in pieces():
             if self._staged is not None:
-                self._staged(setting, *piece[:4])
+                self._staged(row, *piece[:4])
             else:
-                self._formula(setting, piece)
+                self._formula(row, piece)
 
     def temporaries(self, like: Tensor, count: int = 3) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""

@@ -242,7 +242,7 @@ def _larger(values: Tensor, than: float) -> Tensor:
 
 
 class FactoredCall(Call):
-    """Members with equal settings."""
+    """Members with equal rows."""
 
     def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
         super().__init__(bucket, members, index, together=False)
@@ -291,4 +291,4 @@ class FactoredBucket(NativeBucket):
 
     def _update_in_pieces(self, call: Any, members: Members, scale: float) -> None:
         for stack in call.stacks:
-            stack.update(self, members, call.setting, scale)
+            stack.update(self, members, call.row, scale)

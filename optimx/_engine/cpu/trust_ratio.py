@@ -15,7 +15,7 @@ from .elementwise import NativeBucket, Piece
 class TrustRatioBucket(NativeBucket):
     """A step in two walks: the length of a tensor's step is known only when all of it has been seen."""
 
-    def _update_tensors(self, setting: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
+    def _update_tensors(self, row: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
         squares = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
         # the second walk would take averages rounded to 16 bits for other ones: there it works them out anew
         rounded = any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
@@ -26,21 +26,21 @@ class TrustRatioBucket(NativeBucket):
             step, *copies = self.temporaries(p, 3)
             if rounded and not whole:
                 m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
-            _advance(setting, p, g, m, v, out=step)
+            _advance(row, p, g, m, v, out=step)
             squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
             if whole:
-                _apply(setting, p, step, _trust_ratio(setting, squares), piece.sizes)
+                _apply(row, p, step, _trust_ratio(row, squares), piece.sizes)
         if whole:
             return
-        ratio = _trust_ratio(setting, squares)
+        ratio = _trust_ratio(row, squares)
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
             (step,) = self.temporaries(p, 1)
             if rounded:
-                _advance(setting, p, g, m, v, out=step)
+                _advance(row, p, g, m, v, out=step)
             else:
-                _step_of(setting, p, m, v, out=step)
-            _apply(setting, p, step, ratio, piece.sizes)
+                _step_of(row, p, m, v, out=step)
+            _apply(row, p, step, ratio, piece.sizes)
 
 
 def _advance(row: Row, p: Tensor, g: Tensor, m: Tensor, v: Tensor, out: Tensor) -> Tensor:
