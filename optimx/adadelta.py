@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Adadelta"]
+
+
+class AdadeltaRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    rho: float
+    rho_c: float
+    eps: float
+    lr: float
 
 
 class AdadeltaRule(UpdateRule):
@@ -31,7 +42,7 @@ class AdadeltaRule(UpdateRule):
 
     def prepare(self, values, scalars):
         lr, rho, eps, weight_decay, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (scalars[0] + 1,)
+        return AdadeltaRow(-1.0 if maximize else 1.0, weight_decay, rho, 1.0 - rho, eps, lr), (scalars[0] + 1,)
 
     def formula(self, variant, row, p, g, states, scratch):
         _, l2, rho, rho_c, eps, lr = row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,22 @@ EXTRAS: dict[str, Any] = {
     "warmup_init": False,
     "state_dtype": None,
 }
+
+
+class AdafactorRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    omega: float
+    eps_stat: float
+    eps: float
+    rho: float
+    eps2: float
+    scaled: float
+    d: float
+    decay_lr: float
+    decay_alpha: float
+    beta1_c: float
 
 
 class AdafactorRule(UpdateRule):
@@ -122,7 +138,7 @@ class AdafactorRule(UpdateRule):
         rho = lr
         if relative:
             rho = min(min(lr, 1e-6 * step) if warmup_init else lr, step**-0.5)
-        row = (
+        row = AdafactorRow(
             -1.0 if maximize else 1.0,
             step**beta2_decay,
             eps1 if hf else 0.0,

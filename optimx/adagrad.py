@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,15 @@ from ._engine.rule import Operator, UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Adagrad"]
+
+
+class AdagradRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    step_size: float
+    eps: float
 
 
 class AdagradRule(UpdateRule):
@@ -36,7 +45,9 @@ class AdagradRule(UpdateRule):
 
     def prepare(self, values, scalars):
         lr, lr_decay, weight_decay, eps, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + scalars[0] * lr_decay), eps), (scalars[0] + 1,)
+        return AdagradRow(-1.0 if maximize else 1.0, weight_decay, lr / (1.0 + scalars[0] * lr_decay), eps), (
+            scalars[0] + 1,
+        )
 
     def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         return fused_adagrad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from ._engine.rule import Operator, UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Adam"]
+
+
+class AdamRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    decay: float
+    l2: float
+    beta1_c: float
+    beta2: float
+    beta2_c: float
+    bias2_sqrt: float
+    step_size: float
+    eps: float
 
 
 class AdamRule(UpdateRule):
@@ -40,7 +54,7 @@ class AdamRule(UpdateRule):
     def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
         step = scalars[0] + 1
-        row = (
+        row = AdamRow(
             -1.0 if maximize else 1.0,
             1.0 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay,

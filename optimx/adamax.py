@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Adamax"]
+
+
+class AdamaxRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    beta1_c: float
+    beta2: float
+    eps: float
+    step_size: float
 
 
 class AdamaxRule(UpdateRule):
@@ -32,7 +43,7 @@ class AdamaxRule(UpdateRule):
     def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize = values
         step = scalars[0] + 1
-        row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - beta1, beta2, eps, lr / (1.0 - beta1**step))
+        row = AdamaxRow(-1.0 if maximize else 1.0, weight_decay, 1.0 - beta1, beta2, eps, lr / (1.0 - beta1**step))
         return row, (step,)
 
     def formula(self, variant, row, p, g, states, scratch):

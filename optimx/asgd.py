@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import ASGD as TorchASGD
@@ -14,6 +14,16 @@ from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["ASGD"]
+
+
+class ASGDRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    decay: float
+    eta: float
+    mu: float
 
 
 class ASGDRule(UpdateRule):
@@ -38,7 +48,7 @@ class ASGDRule(UpdateRule):
         lr, lambd, alpha, t0, weight_decay, maximize = values
         step, eta, mu = scalars
         step += 1
-        row = (-1.0 if maximize else 1.0, weight_decay, 1.0 - lambd * eta, eta, mu)
+        row = ASGDRow(-1.0 if maximize else 1.0, weight_decay, 1.0 - lambd * eta, eta, mu)
         return row, (step, lr / (1.0 + lambd * lr * step) ** alpha, 1.0 / max(1.0, step - t0))
 
     def formula(self, variant, row, p, g, states, scratch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,21 @@ from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 
 __all__ = ["LAMB"]
+
+
+class LAMBRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    beta1_c: float
+    beta2: float
+    beta2_c: float
+    bias1: float
+    bias2_sqrt: float
+    eps: float
+    weight_decay: float
+    size: float
+    largest: float
 
 
 class LAMBRule(UpdateRule):
@@ -43,7 +58,7 @@ class LAMBRule(UpdateRule):
     def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, corrected, largest, always_adapt, maximize = values
         step = scalars[0] + 1
-        row = (
+        row = LAMBRow(
             -1.0 if maximize else 1.0,
             1.0 - beta1,
             beta2,

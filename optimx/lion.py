@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,16 @@ from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 
 __all__ = ["Lion"]
+
+
+class LionRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    decay: float
+    beta1_c: float
+    beta2_c: float
+    lr: float
 
 
 class LionRule(UpdateRule):
@@ -35,7 +45,7 @@ class LionRule(UpdateRule):
 
     def prepare(self, values, scalars):
         lr, beta1, beta2, weight_decay, maximize = values
-        return (-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
+        return LionRow(-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
 
     def formula(self, variant, row, p, g, states, scratch):
         _, decay, beta1_c, beta2_c, lr = row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,21 @@ from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
 
 __all__ = ["NAdam"]
+
+
+class NAdamRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    decay: float
+    l2: float
+    beta1_c: float
+    beta2: float
+    beta2_c: float
+    bias2: float
+    grad_size: float
+    avg_size: float
+    eps: float
 
 
 class NAdamRule(UpdateRule):
@@ -39,7 +54,7 @@ class NAdamRule(UpdateRule):
         step = scalars[0] + 1
         mu, mu_next = (beta1 * (1.0 - 0.5 * 0.96 ** (t * momentum_decay)) for t in (step, step + 1))
         mu_product = scalars[1] * mu
-        row = (
+        row = NAdamRow(
             -1.0 if maximize else 1.0,
             1.0 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay,

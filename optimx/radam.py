@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.optim import RAdam as TorchRAdam
@@ -15,6 +15,20 @@ from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
 
 __all__ = ["RAdam"]
+
+
+class RAdamRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    decay: float
+    l2: float
+    beta1_c: float
+    beta2: float
+    beta2_c: float
+    step_size: float
+    rectification: float
+    eps: float
 
 
 class RAdamRule(UpdateRule):
@@ -40,7 +54,7 @@ class RAdamRule(UpdateRule):
         if length > 5.0:
             square = (length - 4.0) * (length - 2.0) * longest / ((longest - 4.0) * (longest - 2.0) * length)
             rectification = math.sqrt(square * bias2)
-        row = (
+        row = RAdamRow(
             -1.0 if maximize else 1.0,
             1.0 - lr * weight_decay if decoupled else 1.0,
             0.0 if decoupled else weight_decay,

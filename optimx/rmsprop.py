@@ -6,7 +6,7 @@ The centered variant is of https://arxiv.org/abs/1308.0850.
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,18 @@ from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
 
 __all__ = ["RMSprop"]
+
+
+class RMSpropRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    alpha: float
+    alpha_c: float
+    eps: float
+    momentum: float
+    lr: float
 
 
 class RMSpropRule(UpdateRule):
@@ -39,7 +51,9 @@ class RMSpropRule(UpdateRule):
 
     def prepare(self, values, scalars):
         lr, alpha, eps, weight_decay, momentum, maximize = values
-        return (-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (scalars[0] + 1,)
+        return RMSpropRow(-1.0 if maximize else 1.0, weight_decay, alpha, 1.0 - alpha, eps, momentum, lr), (
+            scalars[0] + 1,
+        )
 
     def formula(self, variant, row, p, g, states, scratch):
         momentum, centered = variant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,16 @@ from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Rprop"]
+
+
+class RpropRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    eta_minus: float
+    eta_plus: float
+    smallest: float
+    largest: float
 
 
 class RpropRule(UpdateRule):
@@ -35,7 +45,7 @@ class RpropRule(UpdateRule):
 
     def prepare(self, values, scalars):
         eta_minus, eta_plus, smallest, largest, maximize = values
-        return (-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (scalars[0] + 1,)
+        return RpropRow(-1.0 if maximize else 1.0, eta_minus, eta_plus, smallest, largest), (scalars[0] + 1,)
 
     def formula(self, variant, row, p, g, states, scratch):
         _, eta_minus, eta_plus, smallest, largest = row

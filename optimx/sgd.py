@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from ._engine.rule import Operator, UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["SGD"]
+
+
+class SGDRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    l2: float
+    keep: float
+    take: float
+    momentum: float
+    lr: float
 
 
 class SGDRule(UpdateRule):
@@ -48,7 +59,7 @@ class SGDRule(UpdateRule):
     def prepare(self, values, scalars):
         lr, momentum, dampening, weight_decay, maximize, first = values
         keep, take = (0.0, 1.0) if first else (momentum, 1.0 - dampening)
-        return (-1.0 if maximize else 1.0, weight_decay, keep, take, momentum, lr), ()
+        return SGDRow(-1.0 if maximize else 1.0, weight_decay, keep, take, momentum, lr), ()
 
     def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
         _, nesterov = variant

@@ -755,3 +755,14 @@ def test_no_kernel_is_compiled_anew_for_an_integer() -> None:
                 found.add(param.name)
                 assert param.do_not_specialize or param.annotation_type == "fp32", f"{name}: {param.name}"
     assert found == {"n_tensors", "n_programs", "n_partials", "max_norm"}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_rows_have_the_kernels_columns(case: Case) -> None:
+    """By name: what the host makes in one order, the kernel must not read in another."""
+    rule = case.cls.rule
+    group = case.cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    values = rule.values_for(rule.values(group), torch.float32)
+    row, _ = rule.prepare(tuple(map(float, values)), counts_of(rule, group))
+    assert row._fields == rule.kernels.HYPER
+    assert len(values) == len(rule.kernels.RAW)

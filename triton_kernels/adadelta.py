@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import divide, gradient_factor, save, sqrt, with_l2
 
 RAW = ("lr", "rho", "eps", "weight_decay", "maximize")
-HYPER = ("factor", "l2", "rho", "1 - rho", "eps", "lr")
+HYPER = ("factor", "l2", "rho", "rho_c", "eps", "lr")
 
 
 @triton.jit

@@ -46,7 +46,7 @@ RAW = (
 )  # fmt: skip
 HYPER = (
     "factor", "omega", "eps_stat", "eps", "rho", "eps2", "scaled", "d", "decay_lr", "decay_alpha",
-    "1 - beta1",
+    "beta1_c",
 )  # fmt: skip
 
 _N_COLUMNS = tl.constexpr(len(HYPER))

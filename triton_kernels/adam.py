@@ -12,7 +12,7 @@ from .device import bias_correction, divide, divide_by, gradient_factor, lerp, m
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled")
 #: 1 - beta has a column of its own: 1 - float32(0.999) is wrong by 1e-5.
-HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "bias2_sqrt", "step_size", "eps")
+HYPER = ("factor", "decay", "l2", "beta1_c", "beta2", "beta2_c", "bias2_sqrt", "step_size", "eps")
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import bias_correction, divide, gradient_factor, lerp, maximum, save, with_l2
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
-HYPER = ("factor", "l2", "1 - beta1", "beta2", "eps", "step_size")
+HYPER = ("factor", "l2", "beta1_c", "beta2", "eps", "step_size")
 
 
 @triton.jit

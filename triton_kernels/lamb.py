@@ -47,7 +47,7 @@ RAW = (
 )  # fmt: skip
 #: ``size`` is lr, and becomes lr times the trust ratio; the largest such ratio is 0 where a tensor is not adapted.
 HYPER = (
-    "factor", "1 - beta1", "beta2", "1 - beta2", "bias1", "bias2_sqrt", "eps", "weight_decay", "size", "largest",
+    "factor", "beta1_c", "beta2", "beta2_c", "bias1", "bias2_sqrt", "eps", "weight_decay", "size", "largest",
 )  # fmt: skip
 
 _N_COLUMNS = tl.constexpr(len(HYPER))

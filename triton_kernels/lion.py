@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import gradient_factor, lerp, save, sign
 
 RAW = ("lr", "beta1", "beta2", "weight_decay", "maximize")
-HYPER = ("factor", "decay", "1 - beta1", "1 - beta2", "lr")
+HYPER = ("factor", "decay", "beta1_c", "beta2_c", "lr")
 
 
 @triton.jit

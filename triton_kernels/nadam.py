@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import bias_correction, divide, gradient_factor, lerp, save, sqrt, with_l2
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled")
-HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "bias2", "grad_size", "avg_size", "eps")
+HYPER = ("factor", "decay", "l2", "beta1_c", "beta2", "beta2_c", "bias2", "grad_size", "avg_size", "eps")
 
 LOG_096 = tl.constexpr(-0.040821994520255166)
 

@@ -12,7 +12,7 @@ from .device import bias_correction, divide, gradient_factor, lerp, save, sqrt, 
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled")
 #: ``rectification`` is 0 while the variance cannot be told yet; then the step is one of momentum alone.
-HYPER = ("factor", "decay", "l2", "1 - beta1", "beta2", "1 - beta2", "step_size", "rectification", "eps")
+HYPER = ("factor", "decay", "l2", "beta1_c", "beta2", "beta2_c", "step_size", "rectification", "eps")
 
 
 @triton.jit

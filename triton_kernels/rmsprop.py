@@ -11,7 +11,7 @@ import triton.language as tl
 from .device import divide, gradient_factor, lerp, save, sqrt, with_l2
 
 RAW = ("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
-HYPER = ("factor", "l2", "alpha", "1 - alpha", "eps", "momentum", "lr")
+HYPER = ("factor", "l2", "alpha", "alpha_c", "eps", "momentum", "lr")
 
 
 @triton.jit

@@ -74,9 +74,7 @@ class MixedCall(Call):
                 self.values.append(tuple(row))
 
 
-def mix(
-    bucket: Bucket, calls: Sequence[Call], rows: Sequence[tuple[Any, ...]], dtype: torch.dtype
-) -> Sequence[Call]:
+def mix(bucket: Bucket, calls: Sequence[Call], rows: Sequence[tuple[Any, ...]], dtype: torch.dtype) -> Sequence[Call]:
     """The same calls, those mixed that a formula could make in one, computing in ``dtype``."""
     by_element = bucket.rule.by_element
     alike: dict[tuple[Any, ...], list[Call]] = {}
