@@ -28,6 +28,7 @@ from optimx.triton_kernels.tensor_table import (  # noqa: E402
     chunk_map,
     send,
     upload,
+    upload_all,
 )
 from triton.runtime import interpreter  # noqa: E402
 
@@ -766,3 +767,13 @@ def test_rows_have_the_kernels_columns(case: Case) -> None:
     row, _ = rule.prepare(tuple(map(float, values)), counts_of(rule, group))
     assert row._fields == rule.kernels.HYPER
     assert len(values) == len(rule.kernels.RAW)
+
+
+def test_tables_are_sent_in_one_copy(triton_backend: torch.device) -> None:
+    sources = [torch.arange(3, dtype=torch.int32), torch.arange(5), torch.ones(2, 3, dtype=torch.float64),
+               torch.empty(0, dtype=torch.int64), torch.tensor(7, dtype=torch.int32)]  # fmt: skip
+    sent = upload_all(sources, triton_backend)
+    assert len({tensor.untyped_storage().data_ptr() for tensor in sent if tensor.numel()}) == 1
+    for source, tensor in zip(sources, sent, strict=True):
+        assert torch.equal(tensor.cpu(), source)
+        assert tensor.data_ptr() % 16 == 0

@@ -7,11 +7,12 @@ defined here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from .tensor_table import LaunchSize, chunk_map, upload
+from .tensor_table import LaunchSize, chunk_map, upload_all
 
 Shape = tuple[int, int, int]
 
@@ -97,25 +98,26 @@ class MatrixTable:
             matrices_at += n_matrices
         self.n_programs = programs_at
         self.n_row_sums, self.n_column_sums, self.n_matrices = rows_at, columns_at, matrices_at
-        self.shapes = self._upload(columns)
-        self.tensor = upload(torch.tensor(list(indices), dtype=torch.int32, device="cpu"), device)
         programs = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu"))
-        self.program_tensor = upload(programs.to(torch.int32), device)
-        self.entries = [self._upload(role) for role in entries]
-        self.entry_chunks = [self._chunks([n for n, *_ in role], ENTRIES) for role in entries]
-        self.mean_chunks = self._chunks([n for n, *_ in shapes], self.matrices_per_mean)
+        chunks = [chunk_map([n for n, *_ in role], ENTRIES) for role in entries]
+        chunks.append(chunk_map([n for n, *_ in shapes], self.matrices_per_mean))
+        self.shapes, self.tensor, self.program_tensor, of_rows, of_columns, *sent = upload_all(
+            [
+                torch.tensor(columns, dtype=torch.int64, device="cpu"),
+                torch.tensor(list(indices), dtype=torch.int32, device="cpu"), programs.to(torch.int32),
+                *(torch.tensor(role, dtype=torch.int64, device="cpu") for role in entries),
+                *chain.from_iterable(chunks),
+            ],
+            device,
+        )  # fmt: skip
+        self.entries = [of_rows, of_columns]
+        self.entry_chunks = [(sent[0], sent[1]), (sent[2], sent[3])]
+        self.mean_chunks = sent[4], sent[5]
 
     @property
     def matrices_per_mean(self) -> int:
         """Matrices of which a program averages the rows."""
         return min(self.tile.matrices, 64)
-
-    def _upload(self, rows: list[list[int]]) -> torch.Tensor:
-        return upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), self.device)
-
-    def _chunks(self, numels: Sequence[int], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tensor, start = chunk_map(numels, size)
-        return upload(tensor, self.device), upload(start, self.device)
 
 
 #: Averages that a program updates.

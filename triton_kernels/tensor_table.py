@@ -11,6 +11,7 @@ import json
 import struct
 from collections.abc import Sequence
 from functools import cache, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,20 @@ def upload(source: Tensor, device: torch.device) -> Tensor:
         return source.clone()
     staging = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
     return staging.copy_(source).to(device, non_blocking=True)
+
+
+def upload_all(sources: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Send several CPU tensors in one copy; see :func:`upload`. Each begins at a multiple of 16 bytes."""
+    ends = [*accumulate(-(-source.nbytes // 16) * 16 for source in sources)]
+    memory = torch.empty(ends[-1], dtype=torch.uint8, device="cpu")
+    places = [memory[end - -(-s.nbytes // 16) * 16 :][: s.nbytes] for s, end in zip(sources, ends, strict=True)]
+    for place, source in zip(places, sources, strict=True):
+        place.view(source.dtype).copy_(source.reshape(-1))
+    sent = upload(memory, device)
+    return [
+        sent[place.storage_offset() :][: place.numel()].view(source.dtype).view(source.shape)
+        for place, source in zip(places, sources, strict=True)
+    ]
 
 
 def send(device: torch.device, integers: Sequence[int], numbers: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -144,13 +159,15 @@ class TensorTable:
         )
         chunk_tensor, chunk_start = chunk_map(numels, self.size.chunk_size)
         self.n_chunks = len(chunk_tensor)
-        self.fixed = upload(fixed, device)
-        self.numels = upload(torch.tensor(list(numels), dtype=torch.int64, device="cpu"), device)
-        self.chunk_tensor = upload(chunk_tensor, device)
-        self.chunk_start = upload(chunk_start, device)
         tensors = torch.arange(self.n_tensors + 1, dtype=torch.int32, device="cpu")
-        self.first_chunk = upload(torch.searchsorted(chunk_tensor, tensors, out_int32=True), device)
-        self.set_rows(torch.tensor([*rows], dtype=torch.int32, device="cpu"))
+        self.fixed, self.numels, self.chunk_tensor, self.chunk_start, self.first_chunk, self.rows = upload_all(
+            [
+                fixed, torch.tensor(list(numels), dtype=torch.int64, device="cpu"), chunk_tensor, chunk_start,
+                torch.searchsorted(chunk_tensor, tensors, out_int32=True),
+                torch.tensor([*rows], dtype=torch.int32, device="cpu"),
+            ],
+            device,
+        )  # fmt: skip
 
     def set_rows(self, rows: Tensor) -> None:
         """Let each tensor read another hyperparameter row, ``rows`` of integers on the CPU."""
