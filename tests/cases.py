@@ -59,6 +59,7 @@ class Case:
         other: Hyperparameters for a second group.
         stored: Hyperparameters that a state begins with, in the dtype of the parameter.
         takes_complex: Whether it updates complex parameters.
+        own_variants: As ``variants``, of arguments that torch's class has not.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -68,6 +69,7 @@ class Case:
     other: dict[str, Any] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
     takes_complex: bool = True
+    own_variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -181,6 +183,7 @@ CASES = [
         },
         {"lr": 0.3, "weight_decay": 0.3, "beta2_decay": -0.5, "d": 1.5},
         takes_complex=False,
+        own_variants={"moment": {"beta1": 0.9}},
     ),
     Case(optimx.Adamax, torch.optim.Adamax, adamax, _ADAM, _BETAS),
     Case(

@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -403,60 +404,69 @@ def extra_state_key(optimizer):
 # scalar states: the step count, NAdam's mu_product, ASGD's eta and mu
 
 
-def _count_edits(count: str) -> dict[str, Edit]:
-    def value(i: int) -> float:
-        return 10.0 * i if count == "step" else 0.5 / (i + 1)
-
-    def states(optimizer: Optimizer) -> list[dict[str, Any]]:
-        return [optimizer.state[param] for param in params_of(optimizer)]
-
-    def written_in_place(optimizer):
-        for i, state in enumerate(states(optimizer)):
-            state[count].fill_(value(i))
-
-    def of_one_written_in_place(optimizer):
-        states(optimizer)[1][count].fill_(value(0))
-
-    def of_one_replaced(optimizer):
-        state = states(optimizer)[1]
-        state[count] = torch.full_like(state[count], value(4))
-
-    def replaced(optimizer):
-        for i, state in enumerate(states(optimizer)):
-            state[count] = torch.full_like(state[count], value(i))
-
-    def replaced_by_views_of_one_tensor(optimizer):
-        views = torch.stack([3 * state[count] for state in states(optimizer)]).unbind()
-        for state, view in zip(states(optimizer), views, strict=True):
-            state[count] = view
-
-    def replaced_by_clone(optimizer):
-        for state in states(optimizer):
-            state[count] = state[count].clone()
-
-    def exchanged(optimizer):
-        first, _, last = states(optimizer)
-        first[count].fill_(value(4))
-        first[count], last[count] = last[count], first[count]
-
-    def data_swapped(optimizer):
-        for i, state in enumerate(states(optimizer)):
-            state[count].data = torch.full_like(state[count].data, value(i))
-
-    def of_float64(optimizer):
-        for state in states(optimizer):
-            state[count] = state[count].double()
-
-    edits = (
-        written_in_place, of_one_written_in_place, of_one_replaced, replaced, replaced_by_views_of_one_tensor,
-        replaced_by_clone, exchanged, data_swapped, of_float64,
-    )  # fmt: skip
-    return {f"{count}_{function.__name__}": function for function in edits}
+def _value(scalar: str, i: int) -> float:
+    return 10.0 * i if scalar == "step" else 0.5 / (i + 1)
 
 
-for _count in dict.fromkeys(name for case in CASES for name in case.cls.rule.scalars):
-    for _name, _edit in _count_edits(_count).items():
-        EDITS[_name] = _edit, lambda case, kwargs, count=_count: count in case.cls.rule.scalars
+def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+    return [optimizer.state[param] for param in params_of(optimizer)]
+
+
+def _written_in_place(optimizer, scalar):
+    for i, state in enumerate(_states(optimizer)):
+        state[scalar].fill_(_value(scalar, i))
+
+
+def _of_one_written_in_place(optimizer, scalar):
+    _states(optimizer)[1][scalar].fill_(_value(scalar, 0))
+
+
+def _of_one_replaced(optimizer, scalar):
+    state = _states(optimizer)[1]
+    state[scalar] = torch.full_like(state[scalar], _value(scalar, 4))
+
+
+def _replaced(optimizer, scalar):
+    for i, state in enumerate(_states(optimizer)):
+        state[scalar] = torch.full_like(state[scalar], _value(scalar, i))
+
+
+def _replaced_by_views_of_one_tensor(optimizer, scalar):
+    views = torch.stack([3 * state[scalar] for state in _states(optimizer)]).unbind()
+    for state, view in zip(_states(optimizer), views, strict=True):
+        state[scalar] = view
+
+
+def _replaced_by_clone(optimizer, scalar):
+    for state in _states(optimizer):
+        state[scalar] = state[scalar].clone()
+
+
+def _exchanged(optimizer, scalar):
+    first, _, last = _states(optimizer)
+    first[scalar].fill_(_value(scalar, 4))
+    first[scalar], last[scalar] = last[scalar], first[scalar]
+
+
+def _data_swapped(optimizer, scalar):
+    for i, state in enumerate(_states(optimizer)):
+        state[scalar].data = torch.full_like(state[scalar].data, _value(scalar, i))
+
+
+def _of_float64(optimizer, scalar):
+    for state in _states(optimizer):
+        state[scalar] = state[scalar].double()
+
+
+for _scalar in dict.fromkeys(name for case in CASES for name in case.cls.rule.scalars):
+    for _edit in (
+        _written_in_place, _of_one_written_in_place, _of_one_replaced, _replaced, _replaced_by_views_of_one_tensor,
+        _replaced_by_clone, _exchanged, _data_swapped, _of_float64,
+    ):  # fmt: skip
+        EDITS[f"{_scalar}{_edit.__name__}"] = (
+            partial(_edit, scalar=_scalar),
+            lambda case, kwargs, scalar=_scalar: scalar in case.cls.rule.scalars,
+        )
 
 
 # whole optimizers

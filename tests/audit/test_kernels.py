@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import triton.language as tl
 from optimx.triton_kernels.device import TRITON_DTYPE
 from triton.runtime.jit import JITFunction
-
-from tests.cases import CASES
 
 from .assembly import examine, problems
 from .compiler import TARGETS, Launch, compile_for, kernel_modules
@@ -44,26 +41,6 @@ def test_every_kernel_has_variants(launches: list[tuple[str, Launch]]) -> None:
 def test_every_algorithm_is_listed() -> None:
     modules = [module for module in kernel_modules() if hasattr(module, "prepare")]
     assert {algorithm.module for algorithm in ALGORITHMS} == set(modules)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: a.name)
-def test_every_structure_is_listed(algorithm) -> None:
-    """As far as rules can ask for them."""
-    asked_for = set()
-    for case in CASES:
-        rule = case.cls.rule
-        if rule.module != algorithm.name:
-            continue
-        assert len(rule.scalars) == algorithm.n_scalars
-        for variant, n_states in algorithm.update_variants.values():
-            assert len(rule.state_names(variant)) == n_states
-        # the first moment is not torch's
-        more = [{"beta1": 0.9}] if case.name == "adafactor" else []
-        for kwargs in (*case.variants.values(), *more):
-            (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
-            params = torch.zeros(1), torch.zeros(2, 3), torch.zeros(3, 2).mT
-            asked_for |= {rule.variant_of(rule.group_variant(group), param) for param in params}
-    assert {variant for variant, _ in algorithm.update_variants.values()} == asked_for
 
 
 def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) -> None:

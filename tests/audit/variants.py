@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from itertools import product
 from types import ModuleType
+from typing import Any
 
 import torch
-from optimx.triton_kernels import (
-    adadelta,
-    adafactor,
-    adagrad,
-    adam,
-    adamax,
-    asgd,
-    grad_norm,
-    lamb,
-    lion,
-    nadam,
-    radam,
-    rmsprop,
-    rprop,
-    sgd,
-    update,
-)
+from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, update
 from optimx.triton_kernels.device import TRITON_DTYPE
-from optimx.triton_kernels.matrix_table import tables
+from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
 from triton.backends.compiler import GPUTarget
+
+from tests.cases import CASES
 
 from .assembly import Limits
 from .budgets import instructions
@@ -38,7 +26,7 @@ from .compiler import TARGETS, Launch, record
 from .sizes import Sizes, addresses, numbers
 from .walk import Walk
 
-Dtypes = Sequence[torch.dtype]
+Dtypes = tuple[torch.dtype, ...]
 
 #: Registers of an SM; vector registers of a CU.
 REGISTER_FILE = {"cuda": 65536, "hip": 131072}
@@ -72,42 +60,27 @@ class Algorithm:
         return self.module.__name__.rpartition(".")[2]
 
 
-#: Everything that a rule of optimx can ask for.
-ALGORITHMS = (
-    Algorithm(adam, {"": ((False,), 2), "amsgrad": ((True,), 3)}),
-    Algorithm(
-        sgd, {"": ((False, False), 0), "momentum": ((True, False), 1), "nesterov": ((True, True), 1)}, n_scalars=0
-    ),
-    Algorithm(
-        rmsprop,
-        {
-            "": ((False, False), 1),
-            "momentum": ((True, False), 2),
-            "centered": ((False, True), 2),
-            "momentum-centered": ((True, True), 3),
-        },
-    ),
-    Algorithm(adagrad, {"": ((), 1)}),
-    Algorithm(adadelta, {"": ((), 2)}),
-    Algorithm(adamax, {"": ((), 2)}),
-    Algorithm(nadam, {"": ((), 2)}, n_scalars=2),
-    Algorithm(radam, {"": ((), 2)}),
-    Algorithm(rprop, {"": ((), 2)}),
-    Algorithm(asgd, {"": ((), 1)}, n_scalars=3),
-    Algorithm(lion, {"": ((), 1)}, n_scalars=0),
-    Algorithm(lamb, {"": ((), 2)}),
-    Algorithm(
-        adafactor,
-        {
-            "": ((True, False, False), 2),
-            "transposed": ((True, True, False), 2),
-            "moment": ((True, False, True), 3),
-            "transposed-moment": ((True, True, True), 3),
-            "vectors": ((False, False, False), 1),
-            "vectors-moment": ((False, False, True), 2),
-        },
-    ),
-)
+def _algorithms() -> Iterator[Algorithm]:
+    """Everything that the rules of ``tests/cases.py`` can ask for."""
+    params = torch.zeros(2, 3), torch.zeros(3, 2).mT, torch.zeros(1)
+    by_module: dict[str, dict[tuple[bool, ...], tuple[str, int]]] = {}
+    n_scalars: dict[str, int] = {}
+    for case in CASES:
+        rule = case.cls.rule
+        found = by_module.setdefault(rule.module, {})
+        n_scalars[rule.module] = len(rule.scalars)
+        for name, kwargs in [("", {}), *case.variants.items(), *case.own_variants.items()]:
+            (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
+            for kind, param in zip(("", "transposed", "vectors"), params, strict=True):
+                variant = rule.variant_of(rule.group_variant(group), param)
+                label = "-".join(filter(None, (kind, name)))
+                found.setdefault(variant, (label, len(rule.state_names(variant))))
+    for module, found in by_module.items():
+        variants = {label: (variant, n_states) for variant, (label, n_states) in found.items()}
+        yield Algorithm(import_module(f"optimx.triton_kernels.{module}"), variants, n_scalars[module])
+
+
+ALGORITHMS = tuple(_algorithms())
 #: Those that the generic kernel updates.
 ELEMENTWISE = [algorithm for algorithm in ALGORITHMS if hasattr(algorithm.module, "update")]
 
@@ -259,10 +232,29 @@ def _lamb_variants() -> Iterator[Variant]:
             )
 
 
+def _call_adafactor(
+    shape: Shape, variant: tuple[bool, ...], control: bool, aligned: bool, dtypes: Dtypes, size: Sizes
+) -> None:
+    table = size.table(len(dtypes) - 1)
+    (matrices,) = tables(
+        [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], adafactor.row_divisor(dtypes),
+        torch.device("cpu"), size.tiles, size.tiles.block(dtypes),
+    )  # fmt: skip
+    sums = adafactor.Sums.of(matrices, torch.float32, variant[0])
+    partials = size.partials(matrices.n_programs)
+    grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
+    roles: dict[str, Any] = {"dtypes": dtypes, "aligned": aligned}
+    adafactor.sums_(table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles)
+    adafactor.adafactor_(
+        table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
+        measured=control, variant=variant, **roles,
+    )  # fmt: skip
+
+
 def _adafactor_variants() -> Iterator[Variant]:
     """Matrices, kernels of convolutions and vectors."""
     shapes = {"": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
-    update_variants = dict(ALGORITHMS[-1].update_variants)
+    update_variants = next(algorithm.update_variants for algorithm in ALGORITHMS if algorithm.module is adafactor)
     # here, where rows begin counts as well, so alignment is a constant of the launch
     choices = [*((*choice, True) for choice in REDUCED), ("float32", True, False)]
     for (flags, (variant, n_states)), (name, control, aligned) in product(update_variants.items(), choices):
@@ -275,60 +267,53 @@ def _adafactor_variants() -> Iterator[Variant]:
             p, g, state = DTYPES[name]
             dtypes = (p, g, *[state] * n_states)
 
-            def call(size: Sizes, kind=kind, variant=variant, control=control, aligned=wide, dtypes=dtypes) -> None:
-                n, shape = size.n_tensors, shapes[kind]
-                table = size.table(len(dtypes) - 1)
-                (matrices,) = tables(
-                    [shape] * n, [aligned] * n, variant[0], adafactor.row_divisor(dtypes), torch.device("cpu"),
-                    size.tiles, size.tiles.block(dtypes),
-                )  # fmt: skip
-                sums = adafactor.Sums.of(matrices, torch.float32, variant[0])
-                partials = size.partials(matrices.n_programs)
-                grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
-                roles = {"dtypes": dtypes, "aligned": aligned}
-                adafactor.sums_(
-                    table,
-                    matrices,
-                    size.grads(),
-                    grad_scale,
-                    controls,
-                    sums,
-                    *partials,
-                    factored=variant[0],
-                    **roles,
-                )
-                adafactor.adafactor_(
-                    table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
-                    measured=control, variant=variant, **roles,
-                )  # fmt: skip
-
+            call = partial(_call_adafactor, shapes[kind], variant, control, wide, dtypes)
             options = _name(name, flags if kind != "convolutions" else "", kind if factored else "", control=control)
             if not aligned:
                 options += "-unaligned"
-            moments = [state] * moment
-            reads, lengths, updates, writes = [p, g], [g], [p, g, *moments], [p, *moments]
-            if not wide:
-                reads = lengths = updates = writes = []
-            # rows that begin anywhere are the exception, and take an address an element
-            threads = _threads(dtypes) if wide else THREADS_FLOAT64
-            # a vector is no walk: one block a program
-            common = {"threads": threads, "shared": SHARED_COLUMNS, "counted": wide and factored and not control}
-            last = 6 if factored else 4
-            if not (transposed or moment):
-                yield Variant("adafactor_sums", options, call, reads, **common)
-            # shapes of matrices are nothing to it
-            if name in TRITON_NAMES and not (transposed or moment) and aligned and kind != "convolutions":
-                for role in (1, 2) if factored else (1,):
-                    which = ("rows", "columns")[role - 1]
-                    yield Variant("adafactor_average", f"{options}-{which}", call, threads=THREADS, position=role)
-            if factored and not moment and aligned:
-                yield Variant("adafactor_mean", options, call, threads=THREADS_FLOAT64, shared=2048, position=3)
-            if not (transposed or moment):
-                yield Variant("adafactor_update", f"{options}-measure", call, lengths, position=last - 2, **common)
-            if name == "float32" and aligned and not (transposed or moment) and kind != "convolutions":
-                yield Variant("adafactor_size", options, call, threads=THREADS_FLOAT64, shared=512, position=last - 1)
-            if not transposed:
-                yield Variant("adafactor_update", options, call, updates, writes, position=last, **common)
+            yield from _adafactor_launches(name, options, call, variant, control, aligned, wide, dtypes, kind)
+
+
+def _adafactor_launches(
+    name: str,
+    options: str,
+    call: Callable[[Sizes], None],
+    variant: tuple[bool, ...],
+    control: bool,
+    aligned: bool,
+    wide: bool,
+    dtypes: Dtypes,
+    kind: str,
+) -> Iterator[Variant]:
+    """The launches of a call, as far as another variant has not the same."""
+    factored, transposed, moment = variant
+    plain = not (transposed or moment)
+    p, g, state, *_ = dtypes
+    moments = [state] * moment
+    reads, lengths, updates, writes = [p, g], [g], [p, g, *moments], [p, *moments]
+    if not wide:
+        reads = lengths = updates = writes = []
+    # rows that begin anywhere are the exception, and take an address an element
+    threads = _threads(dtypes) if wide else THREADS_FLOAT64
+    # a vector is no walk: one block a program
+    common: dict[str, Any] = {
+        "threads": threads, "shared": SHARED_COLUMNS, "counted": wide and factored and not control,
+    }  # fmt: skip
+    last = 6 if factored else 4
+    if plain:
+        yield Variant("adafactor_sums", options, call, reads, **common)
+        yield Variant("adafactor_update", f"{options}-measure", call, lengths, position=last - 2, **common)
+    # shapes of matrices are nothing to it
+    if plain and name in TRITON_NAMES and aligned and kind != "convolutions":
+        for role in (1, 2) if factored else (1,):
+            which = ("rows", "columns")[role - 1]
+            yield Variant("adafactor_average", f"{options}-{which}", call, threads=THREADS, position=role)
+    if factored and not moment and aligned:
+        yield Variant("adafactor_mean", options, call, threads=THREADS_FLOAT64, shared=2048, position=3)
+    if plain and name == "float32" and aligned and kind != "convolutions":
+        yield Variant("adafactor_size", options, call, threads=THREADS_FLOAT64, shared=512, position=last - 1)
+    if not transposed:
+        yield Variant("adafactor_update", options, call, updates, writes, position=last, **common)
 
 
 def _norm_variants() -> Iterator[Variant]:
