@@ -74,7 +74,8 @@ class AdamRule(UpdateRule):
         if isinstance(decay, Tensor):
             p.mul_(decay)
         elif l2.any():
-            g = torch.addcmul(g, p, l2, out=scratch[0])
+            # an infinite parameter without one must not turn the state to NaN
+            g = torch.where(l2 != 0, torch.addcmul(g, p, l2, out=scratch[0]), g)
         # no operator that wakes threads for a few elements: neither torch's own one nor sqrt
         exp_avg.lerp_(g, beta1_c)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)

@@ -66,7 +66,7 @@ def test_groups_that_differ(case: Case, kwargs: dict, device: torch.device) -> N
 
 def _mixed_calls(optimizer: Any) -> list[MixedCall]:
     calls = [call for bucket in optimizer._engine.plans[0].buckets for call in bucket._calls]
-    return [call for call in calls if isinstance(call, MixedCall) and call.settings]
+    return [call for call in calls if isinstance(call, MixedCall) and call.values]
 
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels take settings by tensor")
@@ -97,6 +97,32 @@ def test_a_setting_for_each_tensor(case: Case, kwargs: dict, max_grad_norm: floa
         stock.step()
         assert len(_mixed_calls(ours)) == (step != 4)
     assert_same(ours, stock)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels take settings by tensor")
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["default", "amsgrad"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.cls.rule.by_element], ids=lambda c: c.name)
+def test_a_setting_for_each_tensor_where_parameters_are_infinite(case: Case, amsgrad: bool, value: float) -> None:
+    """Without a weight decay a parameter's value is nothing to its state, whoever is updated beside it."""
+
+    def groups(params: Any) -> list[dict[str, Any]]:
+        return [{"params": [p], "lr": 0.01 * 0.9**i, "weight_decay": 0.1 * (i % 3)} for i, p in enumerate(params)]
+
+    params = make_params([(i,) for i in range(2, 14)])
+    ours, stock, copies = twins(case, params, {"amsgrad": amsgrad}, groups)
+    train([ours, stock], 1)
+    with torch.no_grad():
+        for param in (params[3], copies[3]):
+            param[0] = value
+    for step in range(1, 3):
+        train([ours, stock], 1, first=step)
+        assert len(_mixed_calls(ours)) == 1
+    assert copies[3].isfinite().logical_not().sum() == 1
+    for name, expected in stock.state[copies[3]].items():
+        assert expected.isfinite().all()
+        torch.testing.assert_close(ours.state[params[3]][name], expected)
+    torch.testing.assert_close(params[3], copies[3], equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
