@@ -166,6 +166,26 @@ def test_the_first_gradient_comes_late(
     assert plans == [] or not plans_once(device)
 
 
+@interpreted
+def test_a_state_that_lacks_something_is_not_completed(device: torch.device) -> None:
+    """Old checkpoints have buffers that are None, and wrappers put keys of their own first: torch completes a state
+    when the parameter takes a step, and with dampening a first step is another one."""
+    pair = Pair(SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}, device)
+    pair.step(0, [])
+    for optimizer, params in ((pair.ours, pair.params), (pair.stock, pair.copies)):
+        optimizer.state[params[1]]["momentum_buffer"] = None
+    pair.set_grads(1, [1])
+    pair.ours.step()
+    pair.stock.step()
+    assert pair.ours.state[pair.params[1]] == {"momentum_buffer": None}
+    pair.step(2, [])
+    adam = optimx.AdamW(pair.params)
+    adam.state[pair.params[1]]["z"] = torch.zeros(4)
+    pair.set_grads(3, [1])
+    adam.step()
+    assert [*adam.state[pair.params[1]]] == ["z"]
+
+
 @pytest.mark.parametrize("way", ["groups", "capturable_clip_groups"])
 @each_row_natively
 def test_a_group_loses_all(case: Case, kwargs: dict, way: str, device: torch.device, plans: list[Any]) -> None:

@@ -125,7 +125,7 @@ class StepPlan:
 
     def _sort(self, optimizer: EngineOptimizer, inputs: StepInputs) -> list[Bucket]:
         """Buckets, with positions of their members; whoever is in none is a leftover."""
-        rule, groups, params, grads = optimizer.rule, optimizer.param_groups, inputs.params, inputs.grads
+        groups, params, grads = optimizer.param_groups, inputs.params, inputs.grads
         like_grads = [
             _in_place_of_missing(param) if grad is None and param.requires_grad else grad
             for param, grad in zip(params, grads, strict=True)
@@ -140,8 +140,8 @@ class StepPlan:
             if grads[position] is None:
                 if key is None or key.backend != backends.TRITON:
                     continue
-                if not optimizer.state.get(param) and (rule.scalars or rule.state_names(key.variant)):
-                    # torch makes a state when it takes the first step
+                if not _has_states(optimizer, param, key):
+                    # torch makes what is missing of them when the parameter takes a step
                     continue
             if key is None:
                 self.leftovers.append((position, placement))
@@ -289,6 +289,12 @@ _NONE = type(None)
 def _in_place_of_missing(param: Tensor) -> Tensor:
     """What looks as a gradient usually does."""
     return param.detach()
+
+
+def _has_states(optimizer: EngineOptimizer, param: Tensor, key: BucketKey) -> bool:
+    """Whether a parameter has all states and scalars that members of such a bucket have."""
+    rule, state = optimizer.rule, optimizer.state.get(param, {})
+    return all(isinstance(state.get(name), Tensor) for name in (*rule.scalars, *rule.state_names(key.variant)))
 
 
 def _new_bucket(key: BucketKey, optimizer: EngineOptimizer) -> Bucket:
