@@ -80,14 +80,19 @@ class FormulaLoop(Optimizer):
             kind = "complex parameters" if param.is_complex() else "sparse gradients"
             raise RuntimeError(f"{type(self).__name__} does not support {kind}")
         variant = rule.variant_of(rule.group_variant(group), param)
+        values = tuple(float(value) if hasattr(value, "__array__") else value for value in rule.values(group))
+        is_first = rule.is_first(state, values)
+        values = rule.values_for(values, param.dtype)
+        if is_first:
+            values = rule.first_values(values)
         for name in rule.scalars:
-            if name not in state:
+            if not isinstance(state.get(name), Tensor):
+                value = float(state[name]) if name in state else rule.new_scalar(name, group)
                 device = param.device if rule.scalars_on_device or group.get("capturable") else "cpu"
-                state[name] = torch.full((), rule.new_scalar(name, group), dtype=torch.float32, device=device)
+                state[name] = torch.full((), value, dtype=torch.float32, device=device)
         for name in rule.state_names(variant):
-            if name not in state:
+            if not isinstance(state.get(name), Tensor):
                 state[name] = rule.new_state(name, param, group, self.defaults)
-        values = rule.values_for(tuple(map(float, rule.values(group))), param.dtype)
         row, counts = rule.prepare(values, tuple(float(state[name]) for name in rule.scalars))
         dtype = torch.float64 if param.dtype is torch.float64 else torch.float32
         roles = [param, *(state[name] for name in rule.state_names(variant))]

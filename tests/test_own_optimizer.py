@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 import optimx
 from tests.cases import make_params, set_grads
+from tests.conftest import INTERPRETED
 from tests.engine import interpreted, params_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "own_optimizer.md"
@@ -93,6 +94,71 @@ def test_the_loop_it_falls_back_to_is_the_same(adopt: ModuleType, device: torch.
     for a, b in zip(params_of(ours), params_of(plain), strict=True):
         torch.testing.assert_close(a, b)
         torch.testing.assert_close(ours.state[a]["exp_avg_sq"], plain.state[b]["exp_avg_sq"])
+
+
+class HeavyRule(optimx.UpdateRule):
+    """Momentum that uses all that a rule can say on the host: scalars, a first step, an eps of the dtype."""
+
+    module = "no_kernels.of_this"
+    scalars = ("step", "size")
+
+    def values(self, group):
+        return group["lr"], group["eps"], 0.0
+
+    def values_for(self, values, dtype):
+        lr, eps, first = values
+        return lr, torch.finfo(dtype).eps if eps is None else eps, first
+
+    def state_names(self, variant):
+        return ("buffer",)
+
+    def new_scalar(self, name, group):
+        return {"step": 0.0, "size": 1.0}[name]
+
+    def is_first(self, state, values):
+        return state.get("buffer") is None
+
+    def first_values(self, values):
+        return (*values[:-1], 1.0)
+
+    def prepare(self, values, scalars):
+        lr, eps, first = values
+        step, size = scalars
+        return (1.0, lr * size, eps, 1.0 if first else 0.1), (step + 1.0, size * 0.5)
+
+    def formula(self, variant, row, p, g, states, scratch):
+        _, lr, eps, take = row
+        states[0].lerp_(g, take)
+        p.add_(states[0], alpha=-lr).sub_(eps)
+
+
+class Heavy(optimx.MultiTensorStep, optimx.FormulaLoop):
+    rule = HeavyRule()
+
+    def __init__(self, params, lr=0.1, eps=None):
+        super().__init__(params, {"lr": lr, "eps": eps})
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the rule has no kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_the_loop_asks_a_rule_what_the_engine_asks(dtype: torch.dtype, lr: float | Tensor) -> None:
+    ours, plain = (Heavy(make_params(SHAPES, dtype=dtype), lr) for _ in range(2))
+    first_of = [params_of(optimizer)[0] for optimizer in (ours, plain)]
+    for step in range(4):
+        for optimizer, first in zip((ours, plain), first_of, strict=True):
+            set_grads(params_of(optimizer), step, skip=[step])
+            if step == 2:
+                # somebody's count that is a number, and a state that is to be made anew
+                optimizer.state[first].update(step=3, buffer=None)
+        ours.step()
+        optimx.FormulaLoop.step(plain)
+        assert {row.backend for row in optimx.explain(ours).rows} == {"native"}
+    for a, b in zip(params_of(ours), params_of(plain), strict=True):
+        torch.testing.assert_close(a, b)
+        assert ours.state[a].keys() == plain.state[b].keys()
+        for name, value in ours.state[a].items():
+            torch.testing.assert_close(value, plain.state[b][name])
 
 
 def test_checkpoints_hooks_copies(adopt: ModuleType) -> None:
