@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress
-from operator import itemgetter
+from itertools import chain, compress, count
+from operator import itemgetter, not_
 from typing import Any, NamedTuple
 
 import torch
@@ -92,7 +92,8 @@ class Bucket:
         groups: Index of the parameter's group.
         members: The tensors, between :meth:`bind` and :meth:`release`.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
-        takes_missing: A member may lack its gradient, None in ``members.grads``: then it is left as it is.
+        absent: Members that have none.
+        takes_missing: A member may lack its gradient: then it is left as it is, whatever stands in ``members.grads``.
         kernel_key: What tells its kernels from those of others; None where nothing is compiled.
     """
 
@@ -106,6 +107,7 @@ class Bucket:
         self.groups: list[int] = []
         self.members = NOBODY
         self.present: Tensor | None = None
+        self.absent: list[int] = []
         #: None where the host does not count.
         self.scalars: Scalars | None = None
         self.state_names = rule.state_names(key.variant)
@@ -125,6 +127,7 @@ class Bucket:
         """Say which of all parameters have a gradient in the coming steps: 1, else 0."""
         present = bytearray(self._pick(has_grad))
         self.present = torch.frombuffer(present, dtype=torch.bool) if 0 in present else None
+        self.absent = [*compress(count(), map(not_, present))]
 
     def updated_params(self) -> Sequence[Tensor]:
         """Of the members that have a gradient."""
@@ -210,9 +213,6 @@ class Bucket:
             new = torch.tensor([new[1:] for new in self._new_scalars], dtype=torch.float64, device="cpu")
             others = new[self._row_of_member].t()
         self.scalars.count(self.members.scalars, others, present)
-        if present is not None:
-            # whose counts were equal, may differ now
-            self._row_owners = []
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Get ready for the launches of this step; may fail, and changes no parameter, state or count."""

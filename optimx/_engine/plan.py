@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from itertools import chain, compress, count, repeat
-from operator import is_not, not_
+from operator import is_not
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class StepInputs:
     Attributes:
         params: Group after group.
         grads: Of each parameter; None where it has none.
+        like_grads: The same; for members without a gradient, what looks as one usually does. A plan's own.
         grad_types: Of these.
         values: Of all state dicts, in their order.
         identities: Of parameters, keys of the optimizer's state, and values: equal ones mean that the same tensors, or
@@ -52,6 +53,7 @@ class StepInputs:
         self.device_counts = device_counts
         self.params: tuple[Tensor, ...] = (*chain.from_iterable(group["params"] for group in optimizer.param_groups),)
         self.grads: list[Any] = [param.grad for param in self.params]
+        self.like_grads = self.grads
         self.grad_types = [*map(type, self.grads)]
         self.read_states(optimizer)
 
@@ -184,12 +186,7 @@ class StepPlan:
     def _compared(self, inputs: StepInputs) -> list[Tensor]:
         """Tensors whose dtypes, devices, shapes and strides are compared."""
         states = chain.from_iterable(bucket.compared_states() for bucket in self.buckets)
-        params, grads = self._guarded(inputs.params), self._guarded(inputs.grads)
-        if self._missing:
-            grads = [*grads]
-            for i in self._missing:
-                grads[i] = _in_place_of_missing(params[i])
-        return [*params, *grads, *states]
+        return [*self._guarded(inputs.params), *self._guarded(inputs.like_grads), *states]
 
     def _mark(self, grad_types: list[type]) -> None:
         """From now on these parameters have gradients."""
@@ -198,15 +195,20 @@ class StepPlan:
         for bucket in self.buckets:
             if bucket.takes_missing:
                 bucket.mark(has_grad)
-        #: Members without a gradient, by their place among all that are compared.
-        self._missing = [*compress(count(), map(not_, self._guarded(has_grad)))]
+        #: Members without a gradient.
+        self._missing = [bucket.positions[i] for bucket in self.buckets for i in bucket.absent]
 
     def bind(self, inputs: StepInputs) -> None:
         """Give the buckets the tensors of a step that :meth:`is_for` has found to have the right gradients."""
         if inputs.grad_types != self._grad_types:
             self._mark(inputs.grad_types)
+        inputs.like_grads = inputs.grads
+        if self._missing:
+            inputs.like_grads = [*inputs.grads]
+            for i in self._missing:
+                inputs.like_grads[i] = _in_place_of_missing(inputs.params[i])
         for bucket in self.buckets:
-            bucket.bind(inputs.params, inputs.grads, inputs.values)
+            bucket.bind(inputs.params, inputs.like_grads, inputs.values)
 
     def release(self) -> None:
         """Keep no tensor of a step."""
@@ -216,10 +218,8 @@ class StepPlan:
     def lay_out_grads(self, inputs: StepInputs) -> None:
         """Gradients laid out unlike their parameters are copied."""
         if self.relayout:
-            grads = list(inputs.grads)
+            grads = [*inputs.like_grads]
             for i in self.relayout:
-                if grads[i] is None:
-                    continue
                 grads[i] = torch.empty_like(inputs.params[i], dtype=grads[i].dtype).copy_(grads[i])
             for bucket in self.buckets:
                 bucket.bind(inputs.params, grads, inputs.values)

@@ -95,12 +95,14 @@ class Scalars:
         Returns:
             The kind of each member, int64, and a member of each kind. They are in the order of groups, then of values.
         """
-        kinds = groups
+        kinds = groups - groups[0]
         for found in self._found:
             # NaN, which equals nothing, is a kind for each
             values, which = found.unique(return_inverse=True)
             kinds = kinds * len(values) + which
-        _, kinds = kinds.unique(return_inverse=True)
+        if len(self._found) > 1 or bool(groups[0] != groups[-1]):
+            # numbers without gaps
+            _, kinds = kinds.unique(return_inverse=True)
         some = torch.empty(int(kinds.max()) + 1, dtype=torch.int64, device="cpu")
         return kinds, some.scatter_(0, kinds, torch.arange(len(kinds), device="cpu")).tolist()
 
@@ -143,7 +145,8 @@ class Scalars:
             _compat.foreach_add_(steps, 1 if increments is None else increments.unbind())
             for row, role in zip(rows, rest, strict=True):
                 _compat.foreach_copy_(role, row.unbind())
-        self._left = [self._values(role).clone() for role in roles]
+        # where some took no step, whose values are equal is to be looked at anew
+        self._left = [self._values(role).clone() for role in roles] if present is None else []
 
     def common_step(self, steps: Sequence[Tensor]) -> float | None:
         """The step count of all members; None if they differ."""

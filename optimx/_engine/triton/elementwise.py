@@ -65,13 +65,11 @@ class TritonBucket(Bucket):
         """Send this step's addresses and hyperparameters; the launches that follow read them."""
         device, grads = self.key.device, self.members.grads
         #: Of gradients; 0 where there is none.
-        self.addresses = (
-            [*map(Tensor.data_ptr, grads)]
-            if self.present is None
-            else [0 if grad is None else grad.data_ptr() for grad in grads]
-        )
+        self.addresses = [*map(Tensor.data_ptr, grads)]
         for i in self._empty:
-            self.addresses[i] = 0 if grads[i] is None else _NOWHERE
+            self.addresses[i] = _NOWHERE
+        for i in self.absent:
+            self.addresses[i] = 0
         if not self.key.on_device:
             rows, row_of_member = self.host_rows(values)
             if row_of_member is not None:
