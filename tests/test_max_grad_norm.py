@@ -380,18 +380,13 @@ def test_survives(duplicate: Callable, case: Case, device: torch.device) -> None
     assert not torch.equal(params_of(twin)[1], params_of(ours)[1])
 
 
-SIGN_OF_NAN = pytest.mark.xfail(INTERPRETED, strict=True, reason="torch's sign of NaN is 0, the kernels' is NaN")
-
-
 @interpreted
 @pytest.mark.parametrize(
     ("index", "value"),
     [(0, INF), (1, -INF), (1, NAN), (3, NAN)],
     ids=["scalar-inf", "large--inf", "large-nan", "torchs_own_step-nan"],
 )
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[SIGN_OF_NAN] if c.name in ("lion", "rprop") else []) for c in CASES]
-)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 def test_nonfinite_gradients(case: Case, value: float, index: int, device: torch.device) -> None:
     """Nobody looks for them: an infinite norm makes the factor 0 (and 0 * inf NaN), NaN makes all NaN."""
     params = make_params([(), (130,), (5, 7)], device)

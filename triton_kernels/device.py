@@ -283,8 +283,8 @@ def maximum(a, b):
 
 @triton.jit
 def sign(x):
-    """-1, 0 or 1; NaN stays NaN, as in torch."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+    """-1, 0 or 1; 0 for NaN, as in torch."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
 
 
 @triton.jit

@@ -24,11 +24,9 @@ def prepare(raw, scalars):
 def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: prev, step_size."""
     eta_minus, eta_plus, smallest, largest = hyper
-    # above or below 0, or NaN; comparisons with it are false, so it stays
+    # above or below 0, or NaN, which is neither
     agreement = g * states[0]
-    factor = tl.where(
-        agreement > 0, eta_plus, tl.where(agreement < 0, eta_minus, tl.where(agreement == 0, 1.0, agreement))
-    )
+    factor = tl.where(agreement > 0, eta_plus, tl.where(agreement < 0, eta_minus, 1.0))
     step_size = states[1] * factor
     step_size = tl.where(step_size < smallest, smallest, tl.where(step_size > largest, largest, step_size))
     g = tl.where(agreement < 0, 0.0, g)
