@@ -29,7 +29,7 @@ class BucketKey:
 
     Attributes:
         dtypes: Of parameter, gradient and states.
-        variant: The kernel variant: values of the rule's ``variant`` hyperparameters.
+        variant: What the settings that choose other arithmetic are, see :meth:`UpdateRule.variant_of`.
         on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
             (``capturable``, AMP skips, a tensor lr).
         scalar_dtype: Of the scalar states.

@@ -42,7 +42,7 @@ class UpdateRule:
     by_element: ClassVar[tuple[int, ...]] = ()
 
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
-        """The kernel variant of a group."""
+        """The settings of a group that choose other arithmetic, such as AMSGrad: a kernel is compiled for each."""
         return ()
 
     def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
