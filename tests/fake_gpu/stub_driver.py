@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +56,11 @@ def build() -> Path:
         if done.returncode:
             raise RuntimeError(f"{SOURCE.name} does not compile:\n{done.stderr}")
         fresh.rename(folder / NAME)
+    # Triton 3.5 links against it by the name that has no version
+    link = folder / NAME.removesuffix(".1")
+    if not link.exists():
+        with suppress(FileExistsError):
+            link.symlink_to(NAME)
     return folder
 
 
