@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checks import at_least, within
+from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 
 
@@ -64,10 +65,7 @@ class FormulaLoop(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:

@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from . import _compat
 from ._checks import one_of, within
 from ._engine.layout import memory_order, same_layout
+from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import each_parameter
@@ -166,10 +167,7 @@ class AdafactorLoop(TorchAdafactor):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
             _compat.without_hooks(TorchAdafactor.step)(self)
             return loss

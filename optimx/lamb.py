@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _compat
 from ._checks import above
+from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -78,10 +79,7 @@ class LAMBLoop(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group, param, grad, state in each_parameter(self):
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=_compat.scalar_dtype(False), device=param.device)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -64,10 +65,7 @@ class LionLoop(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group, param, grad, state in each_parameter(self):
             if "exp_avg" not in state:
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)

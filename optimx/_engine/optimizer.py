@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from .. import _compat
@@ -38,3 +39,11 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     def needs_norm(self) -> bool:
         """Whether the step measures the norm of the gradients."""
         return self.max_grad_norm is not None or self.normalize_grads
+
+
+def evaluated(closure: Callable[[], Any] | None) -> Any:
+    """The loss that a step's closure computes, with gradients; None without a closure."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

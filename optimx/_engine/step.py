@@ -22,7 +22,7 @@ from .. import _compat
 from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
-from .optimizer import EngineOptimizer
+from .optimizer import EngineOptimizer, evaluated
 from .states import own_states, settle_scalars
 
 
@@ -199,10 +199,7 @@ class MultiTensorStep(EngineOptimizer):
             RuntimeError: Sparse gradients where the algorithm takes none, or ``fused=True`` where it cannot hold.
         """
         _compat.check_graph_capture(self)
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)
         elif not self.needs_norm:

@@ -26,7 +26,7 @@ launch_size: LaunchSize | None = None
 class TritonBucket(Bucket):
     """Members that one launch updates.
 
-    The host computes a hyperparameter row for every distinct (group, counts). With ``on_device`` it knows no counts:
+    The host computes a hyperparameter row for every distinct (group, scalars). With ``on_device`` it knows no scalars:
     then a small kernel counts, and computes a row for every tensor from the raw hyperparameters.
 
     In a step come, in this order, :meth:`send`, the gradient norm if any, :meth:`compile` and :meth:`update`. What
@@ -47,7 +47,7 @@ class TritonBucket(Bucket):
             addresses = torch.tensor(
                 [[*map(Tensor.data_ptr, role)] for role in scalars], dtype=torch.int64, device="cpu"
             )
-            self._count_table = upload(addresses.view(len(self.rule.scalars), n).t().contiguous(), device)
+            self._scalar_table = upload(addresses.view(len(self.rule.scalars), n).t().contiguous(), device)
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
         self._addresses = self._fixed_addresses()
@@ -106,13 +106,13 @@ class TritonBucket(Bucket):
         Raises:
             CompileError: It does not compile.
         """
-        needed = self._variant_of(control)
+        needed = self._needs(control)
         if needed not in self._compiled:
             with backends.compiling(self.kernel_key):
                 self._launch(control, warmup=True)
             self._compiled.add(needed)
 
-    def _variant_of(self, control: Tensor | None) -> tuple[bool, ...]:
+    def _needs(self, control: Tensor | None) -> tuple[bool, ...]:
         """What tells the kernels of a step from those of others of this bucket."""
         return (control is not None,)
 
@@ -123,8 +123,8 @@ class TritonBucket(Bucket):
 
     def _launch(self, control: Tensor | None, warmup: bool) -> None:
         if self.key.on_device:
-            scalars, raw = self._raw_tables
-            prepare_(self.rule.kernels, raw, scalars, self._count_table, self.grads, self._rows, control, warmup=warmup)
+            given, raw = self._raw_tables
+            prepare_(self.rule.kernels, raw, given, self._scalar_table, self.grads, self._rows, control, warmup=warmup)
         self._launch_update(control, warmup)
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> None:

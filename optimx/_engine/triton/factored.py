@@ -41,8 +41,8 @@ class FactoredTritonBucket(TritonBucket):
         self._measured, self._grad_scale = False, None
         self._aligned = not any(address % 16 for address in self.addresses)
 
-    def _variant_of(self, control: Tensor | None) -> tuple[bool, ...]:
-        return *super()._variant_of(control), self._aligned, self._measured, self._grad_scale is not None
+    def _needs(self, control: Tensor | None) -> tuple[bool, ...]:
+        return *super()._needs(control), self._aligned, self._measured, self._grad_scale is not None
 
     def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         self._measured, self._grad_scale = True, grad_scale
