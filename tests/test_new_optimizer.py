@@ -27,7 +27,7 @@ NEW = {
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class SignumRule(UpdateRule):
 class SignumLoop(FormulaLoop):
     """The plain loop that :class:`Signum` falls back to."""
 
-    rule = SignumRule()
+    rule: ClassVar[UpdateRule] = SignumRule()
 
 
 class Signum(MultiTensorStep, SignumLoop):
