@@ -13,7 +13,9 @@ from bench.contestants import MAX_NORM, Run
 from bench.shapes import Shape
 
 DEFAULT, FOREACH, FUSED = "torch default", "torch foreach", "torch fused"
-STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED), "fastest stock"
+#: Of an optimizer that neither torch nor ``bench.peers`` has: the loop that ours falls back to.
+LOOP = "plain loop"
+STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED, LOOP), "fastest stock"
 OURS, COPY = "optimx", "copy"
 
 BELOW, CLIPPED = 0.5 * MAX_NORM, 10 * MAX_NORM

@@ -17,6 +17,7 @@ import torch
 
 import optimx
 from bench import packages, peers
+from bench.catalogue import looped
 
 if TYPE_CHECKING:
     from bench.case import Case
@@ -113,6 +114,13 @@ def plain_step(case: "Case", *, module: ModuleType, **options: Any) -> Run:
 torch_step = partial(plain_step, module=torch.optim)
 optimx_step = partial(plain_step, module=optimx)
 peer_step = partial(plain_step, module=peers)
+
+
+def loop_step(case: "Case") -> Run:
+    """The loop over parameters that ours falls back to."""
+    model = Model(case)
+    optimizer = looped(case.optimizer, one_group(model.params), **case.kwargs)
+    return Run(model.backward, optimizer.step, optimizer)
 
 
 def package_step(case: "Case", *, peer: packages.Peer) -> Run:

@@ -1,8 +1,8 @@
 """Does training with optimx get where training with torch.optim gets? ``python -m bench.convergence``.
 
 Every optimizer trains two small models (``bench.convergence_tasks``) from five seeds, once from torch.optim and once
-from optimx: same initial weights, same batches. Where torch has no such class, stock is the one of ``bench.peers``,
-written from the paper. What must hold is in :func:`judge`; the exit status is 1 where it does not.
+from optimx: same initial weights, same batches. Where torch has no such class, stock is what
+:func:`bench.catalogue.stock_of` says. What must hold is in :func:`judge`; the exit status is 1 where it does not.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 import optimx
-from bench import peers
-from bench.convergence_tasks import SETTINGS, TASKS, Recipe, Task, accuracy, arguments_of, loss
+from bench.catalogue import optimizers, stock_of
+from bench.convergence_tasks import TASKS, Recipe, Task, accuracy, arguments_of, loss
 from bench.provenance import circumstances, machine, machine_folder
 
 SEEDS = 5
@@ -32,8 +32,8 @@ POINTS = 20
 FLOOR = 0.1
 #: A curve that ends above this part of where it began says nothing about an optimizer.
 LEARNED = 0.7
-#: Of these there is nothing in torch.optim.
-PEERS = {"Lion": peers.Lion, "LAMB": peers.LAMB}
+
+OPTIMIZERS = optimizers()
 
 #: Takes a step with the gradients that are there: clips, updates, moves the schedule on.
 Step = Callable[[], None]
@@ -55,8 +55,9 @@ def ours(name: str, params: list[torch.nn.Parameter], arguments: dict[str, Any],
 
 
 def stock(name: str, params: list[torch.nn.Parameter], arguments: dict[str, Any], recipe: Recipe) -> Step:
-    """Torch's class as it is by default, torch's clipping before the step, and the schedule by its formula."""
-    optimizer = (PEERS.get(name) or getattr(torch.optim, name))(params, **arguments)
+    """Stock's class as it is by default, torch's clipping before the step, and the schedule by its formula."""
+    _, make = stock_of(name)
+    optimizer = make(params, **arguments)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(factor, recipe))
 
     def step() -> None:
@@ -181,7 +182,7 @@ def compare(task: Task, name: str, recipe: Recipe, seeds: int) -> dict[str, Any]
     return {
         "task": task.name,
         "optimizer": name,
-        "baseline": "bench.peers" if name in PEERS else "torch.optim",
+        "baseline": stock_of(name)[0],
         "arguments": arguments_of(name, task),
         "recipe": asdict(recipe),
         "seeds": seeds,
@@ -234,7 +235,7 @@ def command(options: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
-    chosen = [(task, name) for task in TASKS for name in SETTINGS if options.filter in f"{task}-{name}".lower()]
+    chosen = [(task, name) for task in TASKS for name in OPTIMIZERS if options.filter in f"{task}-{name}".lower()]
     if not chosen:
         print(f"bench.convergence: no task and optimizer have {options.filter!r} in their name", file=sys.stderr)
         return 2

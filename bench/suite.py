@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
-from bench.case import COPY, DEFAULT, FOREACH, FUSED, NO_SYNC, OURS, Case, Target
-from bench.contestants import Run, device_copy, optimx_step, package_step, peer_step, torch_step
+from bench import peers as our_peers
+from bench.case import COPY, DEFAULT, FOREACH, FUSED, LOOP, NO_SYNC, OURS, Case, Target
+from bench.contestants import Run, device_copy, loop_step, optimx_step, package_step, peer_step, torch_step
 from bench.packages import BY_OPTIMIZER
 from bench.shapes import MODELS, Shape, sized_down
 
@@ -19,18 +22,21 @@ LARGE, SMALL = [(2048, 2048)] * 4, [(4,)] * 1000
 #: With more tensors than this a host is not ready with the step when the device is free: it is the one that is timed.
 HOST_BOUND = 2000
 
-#: torch.optim's classes with a fused implementation; those that it lacks are held against a foreach one of ours.
-HAS_FUSED, NOT_IN_TORCH = ("AdamW", "Adam", "SGD", "Adagrad"), ("Lion", "LAMB")
-
 
 def steps(optimizer: str, peers: bool = True) -> dict[str, Callable[[Case], Run]]:
-    """Every way to take a step: torch's, ours, and that of each package which has this optimizer."""
-    if optimizer in NOT_IN_TORCH:
-        contestants: dict[str, Callable[[Case], Run]] = {FOREACH: peer_step}
-    else:
+    """Every way to take a step: stock's, ours, and that of each package which has this optimizer.
+
+    Stock is torch's class, in all of its implementations; where torch has none, see :func:`bench.catalogue.stock_of`.
+    """
+    contestants: dict[str, Callable[[Case], Run]] = {}
+    if hasattr(torch.optim, optimizer):
         contestants = {DEFAULT: torch_step, FOREACH: partial(torch_step, foreach=True)}
-    if optimizer in HAS_FUSED:
-        contestants[FUSED] = partial(torch_step, fused=True)
+        if "fused" in inspect.signature(getattr(torch.optim, optimizer)).parameters:
+            contestants[FUSED] = partial(torch_step, fused=True)
+    elif hasattr(our_peers, optimizer):
+        contestants[FOREACH] = peer_step
+    else:
+        contestants[LOOP] = loop_step
     contestants[OURS] = optimx_step
     if peers:
         contestants |= {peer.package: partial(package_step, peer=peer) for peer in BY_OPTIMIZER.get(optimizer, ())}
@@ -55,7 +61,7 @@ def step_case(
         settings = {"clock": "device", **settings}
     if traffic:
         contestants[COPY] = device_copy
-    baseline = FUSED if FUSED in contestants else FOREACH
+    baseline = next(name for name in (FUSED, FOREACH, LOOP) if name in contestants)
     return Case(name, tensors, contestants, baseline, optimizer=optimizer, traffic=traffic or {}, **settings)
 
 

@@ -7,13 +7,14 @@ from functools import partial
 
 from bench import shapes
 from bench.case import BEST_STOCK, CLIPPED, COPY, FOREACH, OURS, Case, Target, at_least
+from bench.catalogue import cost_of
 from bench.contestants import MAX_NORM, device_copy, optimx_step, torch_clip_step
 from bench.suite import LARGE, contests, model_case, no_sync, step_case
 
 #: LoRA's factors; a row and a column of each are kept.
 SMALL_MATRICES = [(32, 32)] * 300
 #: Bytes a float32 parameter. Ours: sums, length and update are a walk each.
-TRAFFIC = {FOREACH: 76.0, OURS: 24.0}
+TRAFFIC = {FOREACH: 76.0, OURS: cost_of("Adafactor", {}).moved}
 TORCH_CLIP, CLIP_INSIDE = "torch clip, foreach", "optimx max_grad_norm"
 CLIP = {
     TORCH_CLIP: partial(torch_clip_step, foreach=True),

@@ -4,50 +4,42 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 
 from bench import shapes
 from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, OURS, Case, Target, at_least
-from bench.suite import LARGE, SMALL, contests, model_case, no_sync, step_case
+from bench.catalogue import cost_of, optimizers
+from bench.suite import LARGE, SMALL, contests, model_case, no_sync, step_case, steps
 
-#: Bytes a parameter, float32. Ours: parameter and gradient read, parameter written, states read and written; torch's
-#: foreach: where somebody has counted it.
-ADAM = {FUSED: 28.0, OURS: 28.0}
-TRAFFIC: dict[str, dict[str, float]] = {
-    "adam": ADAM,
-    "sgd": {FUSED: 12.0, OURS: 12.0},
-    "sgd-momentum": {FOREACH: 32.0, FUSED: 20.0, OURS: 20.0},
-    "rmsprop": {FOREACH: 52.0, OURS: 20.0},
-    "rmsprop-centered": {OURS: 36.0},
-    "adagrad": {FOREACH: 52.0, FUSED: 20.0, OURS: 20.0},
-    "adadelta": {OURS: 28.0},
-    "adamax": {OURS: 28.0},
-    "nadam": {OURS: 28.0},
-    "radam": {OURS: 28.0},
-    "rprop": {OURS: 28.0},
-    "asgd": {OURS: 20.0},
-    "lion": {OURS: 20.0},
-    # a second pass: the norms of parameters and steps come first
-    "lamb": {OURS: 44.0},
+#: Arguments of an optimizer: of cases that move other memory, and with which stock takes the same steps.
+ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
+    "SGD": {"": {}, "momentum": {"momentum": 0.9}},
+    "RMSprop": {"": {}, "centered": {"momentum": 0.9, "centered": True}},
+    "Lion": {"": {"lr": 1e-4, "weight_decay": 0.1}},
+    "LAMB": {"": {"lr": 1e-3, "weight_decay": 0.01}},
 }
-#: Name of the cases -> class and arguments.
+#: Name of the cases -> class and arguments: all but AdamW and Adafactor, which have cases of their own.
 OTHERS = {
-    "adam": ("Adam", {}),
-    "sgd": ("SGD", {}),
-    "sgd-momentum": ("SGD", {"momentum": 0.9}),
-    "rmsprop": ("RMSprop", {}),
-    "rmsprop-centered": ("RMSprop", {"momentum": 0.9, "centered": True}),
-    "adagrad": ("Adagrad", {}),
-    "adadelta": ("Adadelta", {}),
-    "adamax": ("Adamax", {}),
-    "nadam": ("NAdam", {}),
-    "radam": ("RAdam", {}),
-    "rprop": ("Rprop", {}),
-    "asgd": ("ASGD", {}),
-    "lion": ("Lion", {"lr": 1e-4, "weight_decay": 0.1}),
-    "lamb": ("LAMB", {"lr": 1e-3, "weight_decay": 0.01}),
+    "-".join(filter(None, (optimizer.lower(), label))): (optimizer, kwargs)
+    for optimizer in optimizers()
+    if optimizer not in ("AdamW", "Adafactor")
+    for label, kwargs in ARGUMENTS.get(optimizer, {"": {}}).items()
 }
+#: Bytes a float32 parameter that torch's foreach moves, where somebody has counted it.
+FOREACH_MOVES = {"sgd-momentum": 32.0, "rmsprop": 52.0, "adagrad": 52.0}
+
+
+def traffic_of(name: str) -> dict[str, float]:
+    """Bytes a float32 parameter: ours, and torch's fused step's, which is one pass as well."""
+    optimizer, kwargs = OTHERS[name]
+    moved = cost_of(optimizer, kwargs).moved
+    passes = {contestant: moved for contestant in (FUSED, OURS) if contestant in steps(optimizer, peers=False)}
+    return passes | ({FOREACH: FOREACH_MOVES[name]} if name in FOREACH_MOVES else {})
+
+
+ADAM = traffic_of("adam")
 
 
 def adamw_on_cpu() -> list[Case]:
@@ -64,12 +56,12 @@ def adamw_on_cpu() -> list[Case]:
 def others_on_cpu() -> list[Case]:
     cases = []
     for name, (optimizer, kwargs) in OTHERS.items():
-        case = step_case(name, LARGE, optimizer, TRAFFIC[name], kwargs=kwargs)
+        case = step_case(name, LARGE, optimizer, traffic_of(name), kwargs=kwargs)
         large = (at_least(0.97 if FUSED in case.contestants else 1.5, against=BEST_STOCK),)
         if DEFAULT in case.contestants:
             small = (at_least(3, against=DEFAULT), at_least(0.97, against=BEST_STOCK))
         else:
-            small = (at_least(3, against=FOREACH),)
+            small = (at_least(3, against=case.baseline),)
         cases += [
             replace(case, name=f"{name}-4x4M", targets=large),
             step_case(f"{name}-1000x4", SMALL, optimizer, kwargs=kwargs, targets=small),
@@ -110,7 +102,7 @@ def gpu_cases() -> list[Case]:
     for name, (optimizer, kwargs) in OTHERS.items():
         # variants with less or more state say little new
         if name not in ("adam", "sgd", "rmsprop-centered"):
-            case = large(f"{name}-llama-1b", optimizer=optimizer, traffic=TRAFFIC[name], kwargs=kwargs)
+            case = large(f"{name}-llama-1b", optimizer=optimizer, traffic=traffic_of(name), kwargs=kwargs)
             cases.append(no_sync(case, *GPU_TARGETS.get(name, ())))
     return cases
 

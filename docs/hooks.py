@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import griffe
-import torch
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 import optimx
+from bench.catalogue import cost_of, optimizers
 from docs.docstrings import as_markdown
 from optimx import lr_scheduler
 from optimx._checks import Condition
@@ -42,6 +42,15 @@ RESULT_LINK = re.compile(r"(?<=\]\()\.\./bench/results/")
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Called by mkdocs for every page."""
     return expand(markdown) if not page.file.generated_by else markdown
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Called by mkdocs first: the section of optimizers, which has its index, gets a page for each."""
+    for entry in config.nav or ():
+        for section in entry.values():
+            if isinstance(section, list) and "optimizers/index.md" in section:
+                section += [{name: f"optimizers/{name.lower()}.md"} for name in optimizers()]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -133,39 +142,13 @@ def cost(name: str) -> str:
 
 def costs() -> str:
     """The cost of each optimizer with its default arguments."""
-    return cost_table((f"[{name}]({name.lower()}.md)", name, {}) for name in sorted(optimizers(), key=str.lower))
+    return cost_table((f"[{name}]({name.lower()}.md)", name, {}) for name in optimizers())
 
 
 def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
     """A table with a row for each label, optimizer's name and arguments."""
     cells = [(label, *(f"{number:.3g}" for number in cost_of(name, arguments))) for label, name, arguments in rows]
     return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), cells)
-
-
-def optimizers() -> list[str]:
-    """Names of the optimizers that are optimx's own classes."""
-    return [
-        name for name in optimx.__all__
-        if isinstance(thing := getattr(optimx, name), type) and issubclass(thing, optimx.MultiTensorStep)
-        and thing is not optimx.MultiTensorStep
-    ]  # fmt: skip
-
-
-def cost_of(name: str, arguments: dict[str, Any]) -> tuple[float, float, float]:
-    """State and traffic in bytes a parameter of a 1024 x 1024 matrix.
-
-    The state is weighed after a step, and the traffic of a step without and with clipping follows from it.
-    """
-    param = torch.nn.Parameter(torch.ones(1024, 1024))
-    param.grad = torch.ones_like(param)
-    optimizer = getattr(optimx, name)([param], **arguments)
-    optimizer.step()
-    tensors = [value for value in optimizer.state[param].values() if torch.is_tensor(value) and value.dim()]
-    state = sum(value.nbytes for value in tensors) / param.numel()
-    # parameter and gradient are read, the parameter is written, states are read and written
-    moved = 12 + 2 * state + READ_AGAIN.get(name, 0)
-    # the norm takes one more pass over the gradients; Adafactor has it from its sums
-    return state, moved, moved + (0 if name == "Adafactor" else 4)
 
 
 #: Arguments that change the memory.
@@ -180,9 +163,6 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "SGD": {"default": {}, "`momentum=0.9`": {"momentum": 0.9}},
 }
-#: Bytes that are read a second time. LAMB reads parameter, gradient and averages once more, for the lengths; Adafactor
-#: reads the gradient for its sums, and gradient and parameter for the length of the step.
-READ_AGAIN = {"LAMB": 16, "Adafactor": 12}
 
 
 def names(kind: str) -> str:

@@ -19,8 +19,10 @@ import pytest
 import torch
 
 import bench.__main__ as driver
+import optimx
 from bench import packages, peers, shapes, suite, tables, test_host
-from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK, Case, Target
+from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, LOOP, OURS, STOCK, Case, Target
+from bench.catalogue import cost_of, optimizers, stock_of
 from bench.contestants import (
     COPY_NUMEL,
     HOLD_CYCLES,
@@ -35,7 +37,9 @@ from bench.contestants import (
 from bench.counting import count, peak_memory, state_bytes
 from bench.provenance import slug
 from bench.results import Row, empty_rows, judge, summarize
+from bench.test_step import ARGUMENTS
 from bench.timing import Budget, device_time, measure
+from tests.cases import CASES as TABLE
 from tests.reference.lamb import lamb
 from tests.reference.lion import lion
 
@@ -128,7 +132,7 @@ def test_contestants_on_a_gpu_fit_together():
     """In the 79 GiB of the smallest GPU that the cases are for, of which some are the driver's."""
     for case in CASES:
         # parameters, gradients and those to come, states; a foreach step's intermediates, one at a time
-        each = 3 + (1 if case.optimizer in ("SGD", "Adagrad", "RMSprop", "Lion") else 2)
+        each = 3 + cost_of(case.optimizer, case.kwargs).state / 4
         floats = case.numel * (
             each * sum(name != COPY for name in case.contestants) + 3 * (FOREACH in case.contestants)
         )
@@ -138,8 +142,37 @@ def test_contestants_on_a_gpu_fit_together():
 
 def test_optimizers_take_the_arguments_of_their_cases():
     for case in CASES:
-        module = peers if hasattr(peers, case.optimizer) else torch.optim
-        inspect.signature(getattr(module, case.optimizer)).bind([], **case.kwargs)
+        _, make = stock_of(case.optimizer)
+        inspect.signature(make).bind([], **case.kwargs)
+
+
+def test_every_optimizer_has_cases():
+    measured = {case.optimizer for case in CASES if OURS in case.contestants}
+    assert measured == {case.cls.__name__ for case in TABLE} == {*optimizers()}
+
+
+@pytest.mark.parametrize("name", optimizers())
+def test_the_cost_is_what_a_step_leaves(name):
+    """What the rule says of states is what a step makes; a state is float32, so one of a matrix's shape is 4 bytes."""
+    for kwargs in ARGUMENTS.get(name, {"": {}}).values():
+        param = torch.nn.Parameter(torch.ones(1024, 1024))
+        param.grad = torch.ones_like(param)
+        optimizer = getattr(optimx, name)([param], **kwargs)
+        optimizer.step()
+        tensors = [value for value in optimizer.state[param].values() if torch.is_tensor(value) and value.dim()]
+        assert cost_of(name, kwargs).state == sum(value.nbytes for value in tensors) / param.numel()
+
+
+@pytest.mark.parametrize("name", ["Lion", "LAMB"])
+def test_whom_nobody_has_is_held_against_its_loop(name, monkeypatch):
+    """As an optimizer would be that neither torch nor `bench.peers` has."""
+    monkeypatch.delattr(peers, name)
+    case = replace(suite.step_case("loop", [(12, 10), (7,)], name, peers=False), kwargs={"lr": 0.01})
+    assert (case.baseline, [*case.contestants]) == (LOOP, [LOOP, OURS])
+    (looped, size), (ours, own_size) = (after_steps(case, start) for start in case.contestants.values())
+    assert (looped - ours).abs().max() < 1e-5 * (ours - starting_point(case)).abs().max()
+    assert size == own_size
+    assert [row.error for row in measure(case, BUDGET).rows.values()] == [None, None]
 
 
 OPTIMIZERS = {case.call: case for case in CASES if case.device == "cpu" and case.contestants.get(OURS) is optimx_step}

@@ -10,9 +10,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from bench import convergence
+from bench.catalogue import optimizers, stock_of
 from bench.convergence import Curves, factor, judge, main
 from bench.convergence_chart import draw
-from bench.convergence_tasks import SETTINGS, Recipe
+from bench.convergence_tasks import SETTINGS, TASKS, Recipe, arguments_of
 from optimx.lr_scheduler import Cosine, Warmup
 from tests.cases import CASES
 
@@ -35,14 +36,20 @@ def run(tmp_path, which):
 
 
 def test_every_optimizer_takes_part():
-    assert set(SETTINGS) == {case.cls.__name__ for case in CASES}
+    names = {case.cls.__name__ for case in CASES}
+    assert {*optimizers()} == names
+    assert SETTINGS.keys() <= names
+    for name in names:
+        for task in TASKS.values():
+            _, make = stock_of(name)
+            make([torch.nn.Parameter(torch.ones(2))], **arguments_of(name, task))
 
 
 @pytest.mark.parametrize(
     ("which", "names"),
     [
         pytest.param("digits-ra", ["RAdam"], id="plain"),
-        pytest.param("digits-l", ["Lion", "LAMB"], id="peers"),
+        pytest.param("digits-l", ["LAMB", "Lion"], id="peers"),
         pytest.param("digits-rp", ["Rprop"], id="full-batch"),
         pytest.param("text-sgd", ["SGD"], id="clipped-and-scheduled"),
     ],

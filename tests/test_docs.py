@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import optimx
+from bench.catalogue import optimizers
 from optimx.config import BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
 
 pytest.importorskip("mkdocstrings_handlers.python")
+
+from mkdocs.config import load_config
 
 from docs import hooks
 from docs.docstrings import as_markdown
@@ -36,11 +41,66 @@ def test_unknown_names_are_errors(directive: str) -> None:
 
 def test_every_optimizer_has_a_page() -> None:
     pages = {page for page in PAGES if page.startswith("optimizers/")}
-    assert pages == {"optimizers/index.md", *(f"optimizers/{name.lower()}.md" for name in hooks.optimizers())}
-    for name in hooks.optimizers():
+    assert pages == {"optimizers/index.md", *(f"optimizers/{name.lower()}.md" for name in optimizers())}
+    for name in optimizers():
         page = PAGES[f"optimizers/{name.lower()}.md"]
         assert f"<!-- cost {name} -->" in page
         assert f"::: optimx.{name}\n" in page
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    """Of mkdocs.yml, or added by the hook for an optimizer."""
+    config = hooks.on_config(load_config(str(DOCS.parent / "mkdocs.yml")))
+    found: list[str] = []
+
+    def collect(entry: object) -> None:
+        if isinstance(entry, str):
+            found.append(entry)
+        else:
+            for part in entry.values() if isinstance(entry, dict) else entry:  # type: ignore[attr-defined]
+                collect(part)
+
+    collect(config.nav)
+    assert sorted(found) == sorted(PAGES)
+
+
+def classes_in(text: str, row: str) -> set[str]:
+    """The names in the first cell of the row of a table that has this one."""
+    (cell,) = re.findall(rf"^\| ([^|]*`{row}`[^|]*) \|", text, re.MULTILINE)
+    return {*re.findall(r"`(\w+)`", cell)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/migration.md"])
+def test_pages_name_every_class_that_torch_has(page: str) -> None:
+    """Optimizers that torch lacks are in the catalogue, docs/optimizers/index.md; a page names some of them."""
+    text = (DOCS.parent / page).read_text()
+    torchs = {name for name in optimizers() if hasattr(torch.optim, name)}
+    named = classes_in(text, "AdamW") | classes_in(text, "Adafactor")
+    assert named >= torchs, f"{page} should name in the row of AdamW: {sorted(torchs - named)}"
+    assert classes_in(text, "Lion") <= {*optimizers()} - torchs, f"{page}: the row of Lion has what torch has"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/optimizers/index.md"])
+def test_what_is_torchs_own_is_named(page: str) -> None:
+    theirs = {
+        name for name in torch.optim.__all__
+        if isinstance(thing := getattr(torch.optim, name), type) and issubclass(thing, torch.optim.Optimizer)
+        and thing is not torch.optim.Optimizer and getattr(optimx, name) is thing
+    }  # fmt: skip
+    (line,) = re.findall(r"^.*are torch's own classes\.$", (DOCS.parent / page).read_text(), re.MULTILINE)
+    assert {*re.findall(r"`(\w+)`", line)} == theirs, f"{page} should name {sorted(theirs)}"
+
+
+def test_counts_of_the_convergence_check_are_those_of_its_results() -> None:
+    text = " ".join(PAGES["benchmarks.md"].split())
+    (said,) = re.findall(r"for (\w+) optimizers, (\w+) tasks and (\w+) seeds, all (\d+) final losses", text)
+    runs = json.loads((hooks.RESULTS / "cpu-amd-epyc-2-threads" / "convergence.json").read_text())["runs"]
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+             "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]  # fmt: skip
+    measured = [len({run[key] for run in runs}) for key in ("optimizer", "task")]
+    (seeds,) = {run["seeds"] for run in runs}
+    expected = (*(words[count] for count in (*measured, seeds)), str(len(runs)))
+    assert said == expected, f"docs/benchmarks.md should say {expected}, which is what was measured"
 
 
 @pytest.mark.parametrize(

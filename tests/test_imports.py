@@ -34,10 +34,7 @@ FLOORS = [
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._transformers_checkpoint",
-        *(f"optimx.{name.lower()}" for name in (
-            "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "LAMB", "Lion", "NAdam", "RAdam",
-            "RMSprop", "Rprop", "SGD",
-        )),
+        *(case.cls.__module__ for case in CASES),
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
