@@ -11,7 +11,7 @@ from torch.optim import *  # noqa: F403
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
 from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
-from ._engine.rule import UpdateRule
+from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
 from .adadelta import Adadelta
@@ -50,6 +50,7 @@ __all__ = sorted(
         "LAMB",
         "Lion",
         "MultiTensorStep",
+        "StateKind",
         "UpdateRule",
         "build",
         "clip_grad_norm_",

@@ -79,10 +79,7 @@ class FormulaLoop(Optimizer):
             raise RuntimeError(f"{type(self).__name__} does not support {kind}")
         variant = rule.variant_of(rule.group_variant(group), param)
         values = tuple(float(value) if hasattr(value, "__array__") else value for value in rule.values(group))
-        is_first = rule.is_first(state, values)
-        values = rule.values_for(values, param.dtype)
-        if is_first:
-            values = rule.first_values(values)
+        values = rule.values_for(values, param.dtype, rule.is_first(state, values))
         for name in rule.scalars:
             if not isinstance(state.get(name), Tensor):
                 value = float(state[name]) if name in state else rule.new_scalar(name, group)

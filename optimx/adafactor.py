@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,15 +14,12 @@ from torch.optim.optimizer import ParamsT
 
 from . import _compat
 from ._checks import one_of, within
-from ._engine.layout import memory_order, same_layout
+from ._engine.layout import memory_order
 from ._engine.optimizer import evaluated
-from ._engine.rule import UpdateRule
+from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import each_parameter
 from ._transformers_checkpoint import RELATIVE_LR, from_transformers, is_of_transformers
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Adafactor"]
 
@@ -70,9 +67,6 @@ class AdafactorRule(UpdateRule):
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
         return False, False, group.get("beta1") is not None
 
-    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        return *super().flags_of(group), group.get("variant"), group.get("state_dtype")
-
     def unsuitable(self, param: Tensor) -> str | None:
         return "neither rows nor columns are contiguous" if memory_order(param) is None else None
 
@@ -101,35 +95,17 @@ class AdafactorRule(UpdateRule):
             second = ("col_var", "row_var") if transposed else ("row_var", "col_var")
         return (*second, "exp_avg") if moment else second
 
-    def _shape(self, name: str, param: Tensor) -> torch.Size:
-        if name == "row_var":
-            return torch.Size((*param.shape[:-1], 1))
-        if name == "col_var":
-            return torch.Size((*param.shape[:-2], 1, param.shape[-1]))
-        return param.shape
-
-    def suits(self, name: str, state: Tensor, param: Tensor) -> bool:
-        if name in ("row_var", "col_var"):
-            return state.shape == self._shape(name, param) and state.is_contiguous()
-        return same_layout(state, param)
-
-    def state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
+    def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
         dtype = group.get("state_dtype")
         if dtype is None and group.get("variant") == "hf":
             dtype = torch.float32
-        return param.dtype if dtype is None else torch.promote_types(dtype, param.dtype)
+        shapes = {"row_var": (*param.shape[:-1], 1), "col_var": (*param.shape[:-2], 1, *param.shape[-1:])}
+        return StateKind(
+            dtype=None if dtype is None else torch.promote_types(dtype, param.dtype),
+            shape=torch.Size(shapes[name]) if name in shapes else None,
+        )
 
-    def unrounded(self, group: dict[str, Any]) -> tuple[str, ...]:
-        own_dtype = group.get("state_dtype") is not None or group.get("variant") == "hf"
-        return ("row_var", "col_var", "variance", "exp_avg") if own_dtype else ()
-
-    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
-        dtype, shape = self.state_dtype(param, group), self._shape(name, param)
-        if shape == param.shape and name not in ("row_var", "col_var"):
-            return torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return param.new_zeros(shape, dtype=dtype)
-
-    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype, first: bool) -> tuple[Any, ...]:
         # torch's default of eps depends on the parameter's dtype
         return values if values[2] is not None else (*values[:2], torch.finfo(dtype).eps, *values[3:])
 
@@ -180,7 +156,7 @@ class AdafactorLoop(TorchAdafactor):
             for name in names:
                 if name not in state:
                     state[name] = RULE.new_state(name, param, group, self.defaults)
-            values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
+            values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype, first=False)
             (_, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = RULE.prepare(
                 values, (float(state["step"]),)
             )
@@ -364,7 +340,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             return 0.0
         param = group["params"][0]
         done = self.state.get(param, {}).get("step", 1.0)
-        values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype)
+        values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype, first=False)
         row, _ = RULE.prepare(values, (max(float(done), 1.0) - 1.0,))
         _, _, _, _, rho, eps2, scaled, *_ = row
         return rho * max(eps2, float(_rms(param.detach().float()))) if scaled else rho

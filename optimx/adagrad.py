@@ -11,7 +11,7 @@ from torch.optim import Adagrad as TorchAdagrad
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._engine.rule import Operator, UpdateRule
+from ._engine.rule import Operator, StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Adagrad"]
@@ -39,9 +39,8 @@ class AdagradRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return ("sum",)
 
-    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
-        value = defaults["initial_accumulator_value"]
-        return torch.full_like(param, value, memory_format=torch.preserve_format)
+    def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
+        return StateKind(defaults["initial_accumulator_value"])
 
     def prepare(self, values, scalars):
         lr, lr_decay, weight_decay, eps, maximize = values

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Rprop as TorchRprop
 from torch.optim.optimizer import ParamsT
 
-from ._engine.rule import UpdateRule
+from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Rprop"]
@@ -39,9 +39,8 @@ class RpropRule(UpdateRule):
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         return "prev", "step_size"
 
-    def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
-        value = float(group["lr"]) if name == "step_size" else 0.0
-        return torch.full_like(param, value, memory_format=torch.preserve_format)
+    def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
+        return StateKind(float(group["lr"]) if name == "step_size" else 0.0)
 
     def prepare(self, values, scalars):
         eta_minus, eta_plus, smallest, largest, maximize = values

@@ -53,8 +53,8 @@ class SGDRule(UpdateRule):
         _, momentum, dampening, *_ = values
         return momentum != 0 and dampening != 0 and state.get("momentum_buffer") is None
 
-    def first_values(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (*values[:-1], 1.0)
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype, first: bool) -> tuple[Any, ...]:
+        return (*values[:-1], float(first))
 
     def prepare(self, values, scalars):
         lr, momentum, dampening, weight_decay, maximize, first = values

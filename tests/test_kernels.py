@@ -91,7 +91,7 @@ def rows(*values: Sequence[float], device: torch.device) -> Tensor:
 
 def values_of(rule: Any, group: dict[str, Any]) -> tuple[Any, ...]:
     """The raw hyperparameters."""
-    return rule.values_for(rule.values(group), torch.float32)
+    return rule.values_for(rule.values(group), torch.float32, first=False)
 
 
 def counts_of(rule: Any, group: dict[str, Any]) -> tuple[float, ...]:
@@ -763,7 +763,7 @@ def test_rows_have_the_kernels_columns(case: Case) -> None:
     """By name: what the host makes in one order, the kernel must not read in another."""
     rule = case.cls.rule
     group = case.cls([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
-    values = rule.values_for(rule.values(group), torch.float32)
+    values = rule.values_for(rule.values(group), torch.float32, first=False)
     row, _ = rule.prepare(tuple(map(float, values)), counts_of(rule, group))
     assert row._fields == rule.kernels.HYPER
     assert len(values) == len(rule.kernels.RAW)

@@ -97,7 +97,8 @@ def test_the_loop_it_falls_back_to_is_the_same(adopt: ModuleType, device: torch.
 
 
 class HeavyRule(optimx.UpdateRule):
-    """Momentum that uses all that a rule can say on the host: scalars, a first step, an eps of the dtype."""
+    """Momentum that uses all that a rule can say on the host: scalars, states of their own kind, a first step, an eps
+    of the dtype."""
 
     module = "no_kernels.of_this"
     scalars = ("step", "size")
@@ -105,21 +106,21 @@ class HeavyRule(optimx.UpdateRule):
     def values(self, group):
         return group["lr"], group["eps"], 0.0
 
-    def values_for(self, values, dtype):
-        lr, eps, first = values
-        return lr, torch.finfo(dtype).eps if eps is None else eps, first
+    def values_for(self, values, dtype, first):
+        lr, eps, _ = values
+        return lr, torch.finfo(dtype).eps if eps is None else eps, float(first)
 
     def state_names(self, variant):
         return ("buffer",)
+
+    def kind_of(self, name, param, group, defaults):
+        return optimx.StateKind(0.25, torch.promote_types(param.dtype, torch.float32))
 
     def new_scalar(self, name, group):
         return {"step": 0.0, "size": 1.0}[name]
 
     def is_first(self, state, values):
         return state.get("buffer") is None
-
-    def first_values(self, values):
-        return (*values[:-1], 1.0)
 
     def prepare(self, values, scalars):
         lr, eps, first = values

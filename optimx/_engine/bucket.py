@@ -172,8 +172,7 @@ class Bucket:
 
     def values_of(self, values: Sequence[tuple[Any, ...]]) -> Sequence[tuple[Any, ...]]:
         """Each group's hyperparameters, for the members and the step at hand."""
-        values = [self.rule.values_for(of_group, self.key.dtypes[0]) for of_group in values]
-        return [*map(self.rule.first_values, values)] if self.key.first else values
+        return [self.rule.values_for(of_group, self.key.dtypes[0], self.key.first) for of_group in values]
 
     def host_rows(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[Row], Tensor | None]:
         """The distinct hyperparameter rows of the coming step.

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from .. import _compat
 from . import backends
 from .bucket import BucketKey
-from .layout import extent, is_dense
+from .layout import extent, is_dense, same_layout
 from .optimizer import EngineOptimizer
-from .rule import UpdateRule
+from .rule import StateKind, UpdateRule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = {bool, int, float, type(None)}
@@ -82,15 +82,16 @@ def place(
     variant = rule.variant_of(rule.group_variant(group), param)
     names = rule.state_names(variant)
     states = {name: state[name] for name in names if state.get(name) is not None}
-    fresh = rule.state_dtype(param, group)
-    dtypes = (param.dtype, grad.dtype, *(getattr(states.get(name), "dtype", fresh) for name in names))
+    kinds = {name: rule.kind_of(name, param, group, optimizer.defaults) for name in names}
+    of_states = (getattr(states.get(name), "dtype", kind.dtype or param.dtype) for name, kind in kinds.items())
+    dtypes = (param.dtype, grad.dtype, *of_states)
     values = rule.values(group)
     on_triton = backend == backends.TRITON
     capturable = bool(group.get("capturable", optimizer.capturable))
     on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
     scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
     reason = (
-        _states_problem(rule, states, param)
+        _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
         or (on_triton and _capture_problem(capturable))
         or reason
@@ -102,6 +103,11 @@ def place(
     if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
         return Placement(None, reason)
     return Placement(key)
+
+
+def placement_flags(rule: UpdateRule, group: dict[str, Any]) -> tuple[Any, ...]:
+    """What a group says, beside its variant, about who updates it, where scalars live, and what states are."""
+    return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable", *rule.optional_settings)))
 
 
 def asks_for_torch(group: dict[str, Any]) -> bool:
@@ -164,11 +170,13 @@ def _scalar_dtype(
     return dtype, ""
 
 
-def _states_problem(rule: UpdateRule, states: dict[str, Any], param: Tensor) -> str:
+def _states_problem(kinds: dict[str, StateKind], states: dict[str, Any], param: Tensor) -> str:
     for name, tensor in states.items():
         if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
             return "a state is not a plain floating-point tensor"
-        if tensor.device != param.device or not rule.suits(name, tensor, param):
+        shape = kinds[name].shape
+        suits = same_layout(tensor, param) if shape is None else tensor.shape == shape and tensor.is_contiguous()
+        if tensor.device != param.device or not suits:
             return "a state differs from the parameter in device, shape or layout"
     return ""
 

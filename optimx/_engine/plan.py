@@ -26,7 +26,7 @@ from .cpu import BUCKETS as CPU_BUCKETS
 from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
-from .placement import Placement, has_device_values, place_all
+from .placement import Placement, has_device_values, place_all, placement_flags
 from .states import create_states
 
 
@@ -91,7 +91,7 @@ class StepPlan:
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
         self.variant = [rule.group_variant(group) for group in groups]
-        self.flags = [rule.flags_of(group) for group in groups]
+        self.flags = [placement_flags(rule, group) for group in groups]
         self._capturable = optimizer.capturable
         self.is_of_graph = _compat.is_capturing()
         self.is_captured = self.is_retired = False
@@ -251,7 +251,7 @@ class StepPlan:
         rule, groups = optimizer.rule, optimizer.param_groups
         same = (
             [*map(rule.group_variant, groups)] == self.variant
-            and [*map(rule.flags_of, groups)] == self.flags
+            and [placement_flags(rule, group) for group in groups] == self.flags
             and [*map(has_device_values, inputs.group_values)] == self._on_device
         )
         if same:

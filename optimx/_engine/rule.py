@@ -5,15 +5,27 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .layout import same_layout
-
 Row = tuple[float, ...]
 Operator = Callable[..., None]
+
+
+class StateKind(NamedTuple):
+    """What a state tensor is before a parameter's first step.
+
+    Attributes:
+        value: Of all its elements.
+        dtype: None: the parameter's. Loading a checkpoint does not round a state of another one.
+        shape: Of a contiguous tensor; None: the parameter's, and laid out in memory as the parameter is.
+    """
+
+    value: float = 0.0
+    dtype: torch.dtype | None = None
+    shape: torch.Size | None = None
 
 
 class UpdateRule:
@@ -45,16 +57,16 @@ class UpdateRule:
         """The settings of a group that choose other arithmetic, such as AMSGrad: a kernel is compiled for each."""
         return ()
 
-    def flags_of(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What a group says about who updates it and where scalars live."""
-        return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable")))
-
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The hyperparameters, ``RAW`` in the kernel's module: numbers, or tensors of one element if given as such."""
         raise NotImplementedError
 
-    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
-        """A group's values for parameters of ``dtype``, where a default depends on it."""
+    def values_for(self, values: tuple[Any, ...], dtype: torch.dtype, first: bool) -> tuple[Any, ...]:
+        """A group's values for parameters of ``dtype``, where a default depends on it.
+
+        Args:
+            first: The coming step differs from those after it, see :meth:`is_first`.
+        """
         return values
 
     def unsuitable(self, param: Tensor) -> str | None:
@@ -69,33 +81,24 @@ class UpdateRule:
         """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""
         raise NotImplementedError
 
-    def suits(self, name: str, state: Tensor, param: Tensor) -> bool:
-        """Whether a state has the shape and the order in memory that the kernel expects."""
-        return same_layout(state, param)
-
-    def state_dtype(self, param: Tensor, group: dict[str, Any]) -> torch.dtype:
-        """Of new state tensors."""
-        return param.dtype
-
-    def unrounded(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """States that loading a checkpoint must not round to the parameter's dtype, beside the scalar ones."""
-        return ()
+    def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
+        """What a state tensor is before the first step: of zeros, and like the parameter, mostly."""
+        return StateKind()
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""
-        return torch.zeros_like(param, memory_format=torch.preserve_format)
+        value, dtype, shape = self.kind_of(name, param, group, defaults)
+        if shape is None:
+            return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
+        return param.new_full(shape, value, dtype=dtype)
 
     def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         """A scalar state before the first step."""
         return 0.0
 
     def is_first(self, state: dict[str, Any], values: tuple[Any, ...]) -> bool:
-        """Whether the coming step differs from those after it; then :meth:`first_values` replace the values."""
+        """Whether a parameter's coming step differs from those after it; :meth:`values_for` makes the difference."""
         return False
-
-    def first_values(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The values of a first step that differs."""
-        return values
 
     def prepare(self, values: tuple[float, ...], scalars: tuple[float, ...]) -> tuple[Row, tuple[float, ...]]:
         """One step of the scalars.

@@ -152,9 +152,10 @@ class MultiTensorStep(EngineOptimizer):
                 # torch rounds all scalars but step counts to the parameter's dtype
                 if isinstance(state.get(name), Tensor) and isinstance(saved.get(name), Tensor):
                     state[name] = saved[name].detach().to(state[name].device)
-            for name in self.rule.unrounded(group):
-                if isinstance(saved.get(name), Tensor):
-                    state[name] = saved[name].detach().to(param.device, self.rule.state_dtype(param, group))
+            for name in saved.keys() - {*self.rule.scalars}:
+                dtype = self.rule.kind_of(name, param, group, self.defaults).dtype
+                if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
+                    state[name] = saved[name].detach().to(param.device, dtype)
         own_states(self, state_dict["state"])
 
     def state_dict(self) -> dict[str, Any]:
