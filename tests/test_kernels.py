@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from optimx.triton_kernels import adafactor, grad_norm, lamb, update  # noqa: E402
+from optimx.triton_kernels import grad_norm, lamb, matrix_walk, update  # noqa: E402
 from optimx.triton_kernels.device import Launcher, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
 from optimx.triton_kernels.matrix_table import tables  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
@@ -323,16 +323,16 @@ def test_adafactor_without_some_gradients(triton_backend: torch.device, kind: st
         before = [t.clone() for tensors, _ in made for t in tensors]
         table = TensorTable(numels, [params, *states], range(len(shapes)), device, SIZE)
         where, hyper = addresses(grads, device, these), rows(*[row] * len(shapes), device=device)
-        aligned, divisor = [shift == 0 for shift in shifts], adafactor.row_divisor(dtypes)
+        aligned, divisor = [shift == 0 for shift in shifts], matrix_walk.row_divisor(dtypes)
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for matrices in tables(cuts, aligned, factored, divisor, device, SIZE, SIZE.block(dtypes)):
-            sums = adafactor.Sums.of(matrices, torch.float32, factored)
+            sums = matrix_walk.Sums.of(matrices, torch.float32, factored)
             for memory in vars(sums).values():
                 memory.fill_(float("nan"))
             partials = torch.zeros(2, matrices.n_programs, dtype=torch.float64, device=device)
             same: dict[str, Any] = {"dtypes": dtypes, "aligned": matrices.aligned}
-            adafactor.sums_(table, matrices, where, None, None, sums, *partials, factored=factored, **same)
-            adafactor.adafactor_(
+            matrix_walk.sums_(table, matrices, where, None, None, sums, *partials, factored=factored, **same)
+            matrix_walk.update_(
                 table, matrices, where, hyper, None, None, sums,
                 measured=False, variant=(factored, False, moment), **same,
             )  # fmt: skip
@@ -453,7 +453,7 @@ def test_fused_counts_on_the_device(triton_backend: torch.device, case: Case, mo
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of kernels, as profilers will show them."""
     launched: list[str] = []
-    for module in (update, lamb, adafactor, grad_norm):
+    for module in (update, lamb, matrix_walk, grad_norm):
         original = module.launch
 
         def record(variant, n_programs, *args, warmup=False, original=original):

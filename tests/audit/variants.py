@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, update
+from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
@@ -237,15 +237,17 @@ def _call_adafactor(
 ) -> None:
     table = size.table(len(dtypes) - 1)
     (matrices,) = tables(
-        [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], adafactor.row_divisor(dtypes),
+        [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], matrix_walk.row_divisor(dtypes),
         torch.device("cpu"), size.tiles, size.tiles.block(dtypes),
     )  # fmt: skip
-    sums = adafactor.Sums.of(matrices, torch.float32, variant[0])
+    sums = matrix_walk.Sums.of(matrices, torch.float32, variant[0])
     partials = size.partials(matrices.n_programs)
     grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
     roles: dict[str, Any] = {"dtypes": dtypes, "aligned": aligned}
-    adafactor.sums_(table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles)
-    adafactor.adafactor_(
+    matrix_walk.sums_(
+        table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles
+    )
+    matrix_walk.update_(
         table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
         measured=control, variant=variant, **roles,
     )  # fmt: skip

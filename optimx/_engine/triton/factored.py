@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...triton_kernels import adafactor
+from ...triton_kernels import matrix_walk
 from ...triton_kernels.matrix_table import tables
 from .elementwise import TritonBucket
 
@@ -26,11 +26,11 @@ class FactoredTritonBucket(TritonBucket):
         # averages are of any length, and read as such
         walked = [params, states[-1]] if moment else [params]
         aligned = [all(tensor.data_ptr() % 16 == 0 for tensor in tensors) for tensors in zip(*walked, strict=True)]
-        divisor = adafactor.row_divisor(self.key.dtypes)
+        divisor = matrix_walk.row_divisor(self.key.dtypes)
         self._matrices = tables(shapes, aligned, factored, divisor, self.key.device, size, size.block(self.key.dtypes))
         self._measured = False
         self._grad_scale: Tensor | None = None
-        self._sums: list[adafactor.Sums] = []
+        self._sums: list[matrix_walk.Sums] = []
 
     @property
     def n_partials(self) -> int:
@@ -51,11 +51,11 @@ class FactoredTritonBucket(TritonBucket):
     def _sum(self, partials: Tensor, grad_scale: Tensor | None, control: Tensor | None, warmup: bool) -> None:
         dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         factored = self.key.variant[0]
-        self._sums = [adafactor.Sums.of(table, dtype, factored) for table in self._matrices]
+        self._sums = [matrix_walk.Sums.of(table, dtype, factored) for table in self._matrices]
         first = 0
         for table, sums in zip(self._matrices, self._sums, strict=True):
             norms, bad = partials[:, first : first + table.n_programs]
-            adafactor.sums_(
+            matrix_walk.sums_(
                 self.table, table, self.grads, grad_scale, control, sums, norms, bad, factored=factored,
                 dtypes=self.key.dtypes, aligned=self._aligned and table.aligned, warmup=warmup,
             )  # fmt: skip
@@ -66,7 +66,7 @@ class FactoredTritonBucket(TritonBucket):
             partials = torch.empty(2, max(1, self.n_partials), dtype=torch.float64, device=self.key.device)
             self._sum(partials, None, control, warmup)
         for table, sums in zip(self._matrices, self._sums, strict=True):
-            adafactor.adafactor_(
+            matrix_walk.update_(
                 self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
                 variant=self.key.variant, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
                 warmup=warmup,

@@ -1,0 +1,226 @@
+"""Launches of a walk over matrices that keeps averages of rows and columns: see :mod:`.adafactor` for the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import adafactor
+from .device import TRITON_DTYPE, Launcher, compute_dtype, launch
+from .matrix_table import ENTRIES, MatrixTable, Tile
+from .tensor_table import TensorTable
+
+Dtypes = tuple[torch.dtype, ...]
+
+
+@dataclass
+class Sums:
+    """Memory of one step: what a launch leaves for the next.
+
+    Attributes:
+        rows, columns: Partial sums of squared gradients.
+        params, updates: float64 ``[n_programs]``, partial sums of squares.
+        means: One a matrix.
+        sizes: float64 ``[n_tensors, 2]``.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    params: Tensor
+    updates: Tensor
+    means: Tensor
+    sizes: Tensor
+
+    @classmethod
+    def of(cls, table: MatrixTable, dtype: torch.dtype, factored: bool) -> Sums:
+        """Memory for a table, to compute in ``dtype``."""
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=table.device)
+
+        return cls(
+            empty(table.n_row_sums if factored else 1, dtype=dtype), empty(table.n_column_sums, dtype=dtype),
+            empty(table.n_programs), empty(table.n_programs), empty(table.n_matrices, dtype=dtype),
+            empty(table.n_tensors, 2),
+        )  # fmt: skip
+
+
+def sums_(
+    tensors: TensorTable,
+    matrices: MatrixTable,
+    grads: Tensor,
+    grad_scale: Tensor | None,
+    control: Tensor | None,
+    sums: Sums,
+    norms: Tensor,
+    bad: Tensor,
+    *,
+    factored: bool,
+    dtypes: Dtypes,
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Sum squared gradients, divided by ``grad_scale``, and squared parameters.
+
+    Args:
+        tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments.
+        matrices: Which of them, and how they are cut.
+        grads: int64, addresses; 0 where there is no gradient: then only ``norms`` and ``bad`` are written, 0.
+        grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
+        control: float64 ``[3]`` from :func:`~.grad_norm.finish_`, where it is known already: the gradients' factor, in
+            place of ``grad_scale``, and whether to do nothing.
+        sums: Written.
+        norms, bad: float64 ``[n_programs]``, written: squares of gradients, and marks of infinite and NaN ones.
+        factored: False for vectors.
+        dtypes: Of params, grads and each state.
+        aligned: Addresses are multiples of 16 bytes, and so are rows.
+        warmup: Compile, launch nothing.
+    """
+    launcher = _sums_launcher(
+        factored, dtypes, aligned, matrices.tile, tensors.size.num_warps, grad_scale is not None, control is not None
+    )
+    launch(
+        launcher, matrices.n_programs,
+        tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
+        norms if grad_scale is None else grad_scale, norms if control is None else control,
+        sums.rows, sums.columns, sums.params, norms, bad, warmup=warmup,
+    )  # fmt: skip
+
+
+@cache
+def _sums_launcher(
+    factored: bool,
+    dtypes: Dtypes,
+    aligned: bool,
+    tile: Tile,
+    num_warps: int,
+    has_scale: bool,
+    has_control: bool,
+) -> Launcher:
+    return Launcher(
+        adafactor._adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]),
+        COMPUTE=compute_dtype(dtypes[0]), N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=has_scale,
+        HAS_CONTROL=has_control, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps,
+    )  # fmt: skip
+
+
+def update_(
+    tensors: TensorTable,
+    matrices: MatrixTable,
+    grads: Tensor,
+    hyper: Tensor,
+    grad_scale: Tensor | None,
+    control: Tensor | None,
+    sums: Sums,
+    *,
+    measured: bool,
+    variant: tuple[bool, ...],
+    dtypes: Dtypes,
+    aligned: bool,
+    warmup: bool = False,
+) -> None:
+    """Update every tensor of ``matrices`` in place, from the sums that :func:`sums_` left.
+
+    Args:
+        tensors, matrices, grads, grad_scale, control, sums, dtypes, aligned, warmup: As for :func:`sums_`.
+        measured: The sums were made without ``control``, of gradients that are not clipped.
+        hyper: float64 ``[n_rows, len(adafactor.HYPER)]``; ``tensors.rows`` says which is whose.
+        variant: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
+    """
+    factored = variant[0]
+    kernels = _launchers(
+        variant, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
+        grad_scale is not None, control is not None,
+    )  # fmt: skip
+    some_control = hyper if control is None else control
+    # the only average of a vector is that of its columns
+    for which, partials in enumerate((sums.rows, sums.columns)):
+        if which or factored:
+            chunk_tensor, chunk_start = matrices.entry_chunks[which]
+            launch(
+                kernels.averages[which], len(chunk_tensor),
+                tensors.fixed, grads, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows,
+                hyper, hyper if grad_scale is None else grad_scale, some_control, partials, warmup=warmup,
+            )  # fmt: skip
+    if factored:
+        chunk_tensor, chunk_start = matrices.mean_chunks
+        launch(
+            kernels.mean, len(chunk_tensor), tensors.fixed, matrices.tensor, matrices.shapes, chunk_tensor, chunk_start,
+            tensors.rows, hyper, some_control, sums.means, warmup=warmup,
+        )  # fmt: skip
+    walk = (
+        tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
+        some_control, sums.means, sums.sizes, sums.updates,
+    )  # fmt: skip
+    launch(kernels.length, matrices.n_programs, *walk, warmup=warmup)
+    launch(
+        kernels.size, matrices.n_tensors, matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control,
+        sums.params, sums.updates, sums.sizes, matrices.n_tensors, matrices.n_programs, warmup=warmup,
+    )  # fmt: skip
+    launch(kernels.update, matrices.n_programs, *walk, warmup=warmup)
+
+
+class _Variants(NamedTuple):
+    """The kernels of :func:`update_`; ``averages`` of rows and of columns."""
+
+    averages: tuple[Launcher, Launcher]
+    mean: Launcher
+    length: Launcher
+    size: Launcher
+    update: Launcher
+
+
+@cache
+def _launchers(
+    variant: tuple[bool, ...],
+    dtypes: Dtypes,
+    aligned: bool,
+    tile: Tile,
+    matrices_per_mean: int,
+    num_warps: int,
+    measured: bool,
+    has_scale: bool,
+    has_control: bool,
+) -> _Variants:
+    factored, transposed, moment = variant
+    common = {"COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": has_control}
+    state = TRITON_DTYPE[dtypes[2]]
+    # of a vector, which has no averages of rows, those of columns are the first
+    rows, columns = (
+        Launcher(
+            adafactor._adafactor_average_kernel, DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=has_scale,
+            BLOCK_SIZE=ENTRIES, num_warps=2, **common,
+        )
+        for role in (1, 2 if factored else 1)
+    )  # fmt: skip
+    length, update = (
+        Launcher(
+            adafactor._adafactor_update_kernel, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes), FACTORED=factored,
+            MOMENT=moment, MEASURE=measure, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps, **common,
+        )
+        for measure in (True, False)
+    )  # fmt: skip
+    return _Variants(
+        (rows, columns),
+        Launcher(
+            adafactor._adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, MATRICES=matrices_per_mean,
+            BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
+        ),
+        length,
+        Launcher(adafactor._adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2),
+        update,
+    )  # fmt: skip
+
+
+def _widths(dtypes: Dtypes, aligned: bool) -> dict[str, int]:
+    """What the compiler may take addresses and lengths of rows to be multiples of."""
+    return {"ALIGNMENT": 16 if aligned else 1, "N_DIVISOR": row_divisor(dtypes) if aligned else 1}
+
+
+def row_divisor(dtypes: Dtypes) -> int:
+    """Rows whose length is a multiple of it begin at a multiple of 16 bytes, whatever the dtype."""
+    return 16 // min(dtype.itemsize for dtype in dtypes)
