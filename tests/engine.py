@@ -31,11 +31,11 @@ _FORMULAS = [variant for variant in VARIANTS if variant.is_formula]
 KERNELS = first_of(sorted(_FORMULAS, key=lambda variant: -len(variant.kwargs)), attrgetter("kernel"))
 #: Every optimizer, and its variants that keep something else, or begin in another way.
 STATES = first_of((variant for variant in _FORMULAS if variant.in_stock), attrgetter("kept"))
-#: Of these, one of each kind that the engine treats differently; and one of each walk.
+#: Of these, one of each kind that the engine treats differently.
 PLANS = first_of(STATES, attrgetter("plan"))
-WALKS = first_of(STATES, lambda variant: variant.plan[0])
-#: The optimizers of :data:`PLANS`.
+#: The optimizers of :data:`PLANS`; and without those whose tiles take the interpreter five times as long as a vector.
 KINDS = [BY_NAME[name] for name in dict.fromkeys(variant.case.name for variant in PLANS)]
+QUICK = [case for case in KINDS if case.cls.rule.walk != "factored"]
 
 
 def pick(*names: str) -> list[Variant]:
@@ -68,15 +68,16 @@ def each(variants: Iterable[Variant], taken: Collection[Variant | Case], **more:
     return pytest.mark.parametrize(("case", "kwargs"), params(variants, taken, **more))
 
 
-def each_of(cases: Iterable[Case], taken: Collection[Case] = KINDS) -> pytest.MarkDecorator:
+def each_of(cases: Iterable[Case], taken: Collection[Case] = QUICK) -> pytest.MarkDecorator:
     """Decorate a test of ``case``; ``taken`` run interpreted as well."""
     marked = [pytest.param(case, id=case.name, marks=[interpreted] * (case in taken)) for case in cases]
     return pytest.mark.parametrize("case", marked)
 
 
 each_case = each_of(CASES)
-#: For what the kernels have little part in.
-each_case_thinly = each_of(CASES, [variant.case for variant in WALKS])
+each_case_and_walk = each_of(CASES, KINDS)
+#: For what the kernels have little part in: no count, and two of them.
+each_case_thinly = each_of(CASES, [BY_NAME["sgd"], BY_NAME["nadam"]])
 each_case_natively = each_of(CASES, ())
 each_kind = each_of(KINDS, ())
 each_variant = each(BESIDE_STOCK, KERNELS)

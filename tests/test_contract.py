@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from tests.cases import BY_NAME, CLOSE, Case, assert_same, make_leftovers, make_params, set_grads, train, twins
-from tests.engine import a_step, builders, each_case, interpreted, params_of, usual
+from tests.engine import a_step, builders, each_case, each_case_and_walk, interpreted, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 
@@ -168,7 +168,7 @@ def test_failing_closure_changes_nothing(case: Case, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@each_case
+@each_case_and_walk
 def test_zero_grad_and_accumulation(case: Case, set_to_none: bool, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     for optimizer in (ours, stock):
@@ -185,7 +185,7 @@ def test_zero_grad_and_accumulation(case: Case, set_to_none: bool, device: torch
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_parameters_without_gradient_keep_their_count(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params([*SHAPES, (2,)], device), usual(case))
     for step, skip in enumerate([(), (0,), (1, 2), (0, 1)]):
@@ -195,7 +195,7 @@ def test_parameters_without_gradient_keep_their_count(case: Case, device: torch.
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_first_gradient_late(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     train([ours, stock], 2, skip=[1])
@@ -244,7 +244,7 @@ def test_no_gradients_at_all(case: Case, ours: dict, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("shapes", [[(0,), (3, 0)], [()], [(), (0,), (2,)]], ids=str)
-@each_case
+@each_case_and_walk
 def test_empty_and_scalar_parameters(case: Case, shapes: list[tuple[int, ...]], device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(shapes, device), usual(case, weight_decay=0.1))
     train([ours, stock], 2)
@@ -345,7 +345,7 @@ def saved_then_stepped(optimizer: Optimizer) -> Tensor:
     return loss
 
 
-@each_case
+@each_case_and_walk
 def test_backward_through_a_stepped_parameter_fails(case: Case, device: torch.device) -> None:
     """In-place changes behind autograd's back would give wrong gradients instead of torch's error."""
     for make in builders(case):
@@ -354,7 +354,7 @@ def test_backward_through_a_stepped_parameter_fails(case: Case, device: torch.de
             loss.backward()
 
 
-@each_case
+@each_case_and_walk
 def test_versions_count_steps(case: Case, device: torch.device) -> None:
     params = make_params(SHAPES, device)
     optimizer = case.cls(params, **usual(case))

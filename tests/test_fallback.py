@@ -31,7 +31,7 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.engine import KINDS, builders, each, each_case, interpreted, params_of, usual, with_flags
+from tests.engine import QUICK, builders, each, each_case, each_case_and_walk, interpreted, params_of, usual, with_flags
 
 SHAPES = [(5,), (3, 4)]
 
@@ -71,7 +71,7 @@ def reasons(optimizer: Optimizer) -> list[str]:
 # who updates what
 
 
-@each(with_flags({"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}), KINDS)
+@each(with_flags({"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}), QUICK)
 def test_asked_for_torchs_implementation(
     case: Case, kwargs: dict[str, bool], stock_steps: list, device: torch.device
 ) -> None:
@@ -88,7 +88,7 @@ def test_asked_for_torchs_implementation(
     assert all(map(torch.equal, params_of(ours), params_of(stock)))
 
 
-@each(with_flags({}, {"fused": True}), KINDS)
+@each(with_flags({}, {"fused": True}), QUICK)
 def test_defaults_never_reach_torchs_step(case: Case, kwargs: dict, stock_steps: list, device: torch.device) -> None:
     optimizer = case.cls(make_params(SHAPES, device), **usual(case, **kwargs))
     train([optimizer], 2)
@@ -138,7 +138,7 @@ def with_gaps(param: Tensor) -> Parameter:
     return Parameter(torch.stack([param.detach(), param.detach()], -1)[..., 0])
 
 
-@each(with_flags({"foreach": None}, {"foreach": True}), KINDS)
+@each(with_flags({"foreach": None}, {"foreach": True}), QUICK)
 def test_kind_changes_between_steps(case: Case, kwargs: dict, device: torch.device) -> None:
     """A parameter moves between a bucket and torch's step, and back, with its state."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -156,7 +156,7 @@ def test_kind_changes_between_steps(case: Case, kwargs: dict, device: torch.devi
 
 @each(
     with_flags({}, {"weight_decay": 0.1}, {"maximize": True}, {"amsgrad": True}, {"centered": True}, {"foreach": True}),
-    KINDS,
+    QUICK,
 )
 def test_complex_parameters(case: Case, kwargs: dict, device: torch.device) -> None:
     if not case.takes_complex:
@@ -173,7 +173,7 @@ def test_complex_parameters(case: Case, kwargs: dict, device: torch.device) -> N
     assert all("complex64" in reason or "foreach" in reason for reason in reasons(ours))
 
 
-@each(with_flags({"fused": True}), KINDS)
+@each(with_flags({"fused": True}), QUICK)
 def test_fused_with_complex_parameters_fails_as_in_stock(case: Case, kwargs: dict, device: torch.device) -> None:
     messages = []
     for make in builders(case):
@@ -297,7 +297,7 @@ def test_sparse_gradients_fail_as_in_stock(
 LR_IS_A_NUMBER = ("rmsprop", "adagrad", "adadelta", "adamax")
 
 
-@each(with_flags({"differentiable": True}), KINDS)
+@each(with_flags({"differentiable": True}), QUICK)
 def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, device: torch.device) -> None:
     results = []
     if case.name == "sgd":
@@ -327,7 +327,7 @@ def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, 
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@each(with_flags({"capturable": True}, {"capturable": True, "fused": True}), KINDS)
+@each(with_flags({"capturable": True}, {"capturable": True, "fused": True}), QUICK)
 def test_capturable_on_a_cpu(case: Case, kwargs: dict) -> None:
     """Torch's loops refuse it, its fused step does not."""
     outcomes: list[Any] = []
@@ -452,7 +452,7 @@ def test_lr_of_one_element_in_a_loop_of_our_own(name: str, device: torch.device)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@each(with_flags({}), KINDS)
+@each(with_flags({}), QUICK)
 def test_a_copy_falls_back_too(case: Case, kwargs: dict, copied: Callable[[Any], Any], device: torch.device) -> None:
     """Torch's Adafactor asks its groups for a capturable that they do not have, once it is a copy."""
     optimizer = case.cls(make_params(SHAPES, device), **usual(case))
@@ -593,7 +593,7 @@ def test_triton_is_missing(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about the native kernels")
-@each_case
+@each_case_and_walk
 def test_cpu_needs_no_triton(case: Case, monkeypatch: pytest.MonkeyPatch, stock_steps: list) -> None:
     monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
     ours, stock, _ = twins(case, make_params(SHAPES), usual(case), max_grad_norm=1e9)
@@ -602,7 +602,7 @@ def test_cpu_needs_no_triton(case: Case, monkeypatch: pytest.MonkeyPatch, stock_
     assert stock_steps == []
 
 
-@each(with_flags({"foreach": True}), KINDS)
+@each(with_flags({"foreach": True}), QUICK)
 def test_step_overridden_by_a_user(case: Case, kwargs: dict, device: torch.device) -> None:
     """Torch runs the hooks of such a class twice, at each of the two steps; ours are no more and no fewer."""
     logs = []

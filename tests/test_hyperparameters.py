@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 from tests.cases import CLOSE, Case, add_group, assert_same, loop, make_params, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import a_step, builders, each_case, outcomes, params_of, usual
+from tests.engine import a_step, builders, each_case, each_case_and_walk, outcomes, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 
@@ -61,7 +61,7 @@ def test_group_added_midway(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_maximize_of_a_group_flipped(case: Case, device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [{"params": params[:1]}, {"params": params[1:], "maximize": True}]
@@ -139,7 +139,7 @@ def test_plateau_scheduler_and_swa(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0d", "1d"])
-@each_case
+@each_case_and_walk
 def test_tensor_lr_changed_in_place(case: Case, shape: tuple[int, ...], device: torch.device) -> None:
     kwargs = usual(case, lr=torch.full(shape, 0.1), weight_decay=0.1)
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs)

@@ -27,7 +27,7 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.engine import BESIDE_STOCK, PLANS, each, each_case, each_variant
+from tests.engine import BESIDE_STOCK, PLANS, each, each_case_and_walk, each_variant
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -188,7 +188,7 @@ def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> Non
         torch.testing.assert_close(param.double().cpu(), expected, rtol=tolerance, atol=tolerance * largest)
 
 
-@each_case
+@each_case_and_walk
 @pytest.mark.parametrize(
     "dtypes",
     [

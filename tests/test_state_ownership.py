@@ -27,7 +27,7 @@ from tests.edits import EDITS, SETTINGS, apply, complete
 from tests.engine import a_step, each_of, params_of, usual
 
 #: The interpreter, at milliseconds a program, takes those whose buckets differ in what they keep.
-each_case = each_of(CASES, [BY_NAME[name] for name in ("sgd", "nadam", "asgd")])
+each_case = each_of(CASES, [BY_NAME[name] for name in ("nadam", "asgd")])
 #: Small ones, which lie together on a CPU, and a large one.
 SHAPES = [(5,), (3, 4), (3, 4), (150,) if INTERPRETED else (4100,)]
 #: What hundreds of steps are to the interpreter.
