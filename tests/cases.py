@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -31,21 +31,6 @@ from tests.reference.rmsprop import rmsprop
 from tests.reference.rprop import rprop
 from tests.reference.sgd import sgd
 
-_adafactor_loop = torch.optim._adafactor._single_tensor_adafactor
-
-
-def _adafactor_loop_without_empty(params, *lists, **kwargs) -> None:
-    """Torch's loop divides by the size of an empty tensor (`test_stock_defects`); as an oracle it must not."""
-    *others, steps, grad_scale, found_inf = (*lists, kwargs.pop("grad_scale"), kwargs.pop("found_inf"))
-    full = [i for i, param in enumerate(params) if param.numel()]
-    for i in {*range(len(params))} - {*full}:
-        steps[i] += 1
-    picked = ([role[i] for i in full] for role in (params, *others, steps))
-    _adafactor_loop(*picked, grad_scale=grad_scale, found_inf=found_inf, **kwargs)
-
-
-torch.optim._adafactor._single_tensor_adafactor = _adafactor_loop_without_empty
-
 
 @dataclass(frozen=True)
 class Case:
@@ -55,11 +40,10 @@ class Case:
         cls: Ours.
         stock: Torch's class; for optimizers of our own, the plain loop that they fall back to.
         reference: The paper's algorithm on lists of floats.
-        variants: Arguments that lead to different arithmetic, by a readable id.
+        variants: Arguments that lead to different arithmetic, by a readable id; also those that stock has not.
         other: Hyperparameters for a second group.
         stored: Hyperparameters that a state begins with, in the dtype of the parameter.
         takes_complex: Whether it updates complex parameters.
-        own_variants: As ``variants``, of arguments that torch's class has not.
     """
 
     cls: type[torch.optim.Optimizer]
@@ -69,7 +53,6 @@ class Case:
     other: dict[str, Any] = field(default_factory=dict)
     stored: tuple[str, ...] = ()
     takes_complex: bool = True
-    own_variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -102,6 +85,55 @@ class Case:
         return rule.state_names(rule.variant_of(rule.group_variant(optimizer.param_groups[0]), param))
 
 
+class Variant(NamedTuple):
+    """An optimizer and arguments of it.
+
+    What a test says of it is derived from the rule: two variants of one kernel, of one kind of state, or of one kind of
+    plan are told apart by nothing else.
+    """
+
+    case: Case
+    name: str
+    kwargs: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return f"{self.case.name}-{self.name}"
+
+    @property
+    def in_stock(self) -> bool:
+        """Whether stock has all of these arguments."""
+        return all(map(self.case.has, self.kwargs))
+
+    @property
+    def is_formula(self) -> bool:
+        """Whether the numbers are others, not only who computes them, or in what hyperparameters are given."""
+        return "fused" not in self.kwargs and not self.name.startswith("tensor_")
+
+    @property
+    def kernel(self) -> tuple[Any, ...]:
+        """What is compiled: of a vector, where a kernel also depends on the shape."""
+        return self.case.cls.rule.module, *self._of_group()[0]
+
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        """What is kept of a parameter, and whether its first step is another than those after it."""
+        variant, is_first = self._of_group()
+        return self.case.name, self.case.cls.rule.state_names(variant), is_first
+
+    @property
+    def plan(self) -> tuple[Any, ...]:
+        """What the engine treats differently: the walk, how many scalars and where, a first step, nothing kept."""
+        rule, (variant, is_first) = self.case.cls.rule, self._of_group()
+        return rule.walk, len(rule.scalars), rule.scalars_on_device, is_first, bool(rule.state_names(variant))
+
+    def _of_group(self) -> tuple[tuple[bool, ...], bool]:
+        rule: Any = self.case.cls.rule
+        (group,) = self.case.cls([Parameter(torch.zeros(1))], **self.kwargs).param_groups
+        return rule.group_variant(group), rule.is_first({}, rule.values(group))
+
+
+#: Where eps is 1e-8 its place does not show: each has a variant with one that does.
 _DECAY: dict[str, dict[str, Any]] = {
     "default": {},
     "decay": {"weight_decay": 0.1},
@@ -110,7 +142,7 @@ _DECAY: dict[str, dict[str, Any]] = {
 }
 _ADAM: dict[str, dict[str, Any]] = {
     **_DECAY,
-    "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
+    "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 0.1},
     "beta1_zero": {"betas": (0.0, 0.9)},
 }
 _AMSGRAD: dict[str, dict[str, Any]] = {
@@ -122,12 +154,21 @@ _AMSGRAD: dict[str, dict[str, Any]] = {
 _DECOUPLED: dict[str, dict[str, Any]] = {
     **_ADAM,
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
+    "decoupled_maximize": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01, "maximize": True},
 }
 _BETAS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "betas": (0.5, 0.6)}
 
 CASES = [
-    Case(optimx.Adam, torch.optim.Adam, partial(adam), _AMSGRAD, _BETAS),
-    Case(optimx.AdamW, torch.optim.AdamW, partial(adam, decoupled=True, weight_decay=1e-2), _AMSGRAD, _BETAS),
+    Case(
+        optimx.AdamW, torch.optim.AdamW, partial(adam, decoupled_weight_decay=True, weight_decay=1e-2), _AMSGRAD, _BETAS
+    ),
+    Case(
+        optimx.Adam,
+        torch.optim.Adam,
+        adam,
+        {**_AMSGRAD, "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01}},
+        _BETAS,
+    ),
     Case(
         optimx.SGD,
         torch.optim.SGD,
@@ -137,6 +178,7 @@ CASES = [
             "momentum": {"lr": 0.1, "momentum": 0.9},
             "momentum_decay": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
             "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1},
+            "dampening_alone": {"lr": 0.1, "dampening": 0.4},
             "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
             "fused": {"fused": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
         },
@@ -148,9 +190,9 @@ CASES = [
         rmsprop,
         {
             **_DECAY,
-            "momentum": {"momentum": 0.9, "alpha": 0.9, "eps": 1e-6},
-            "centered": {"centered": True, "weight_decay": 0.1},
-            "centered_momentum": {"centered": True, "momentum": 0.9, "maximize": True},
+            "momentum": {"momentum": 0.9, "alpha": 0.9, "eps": 0.1},
+            "centered": {"centered": True, "alpha": 0.9, "eps": 0.1, "weight_decay": 0.1},
+            "centered_momentum": {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
         },
         {"lr": 0.05, "weight_decay": 0.3, "alpha": 0.5},
     ),
@@ -160,7 +202,13 @@ CASES = [
         adagrad,
         {
             **_DECAY,
-            "lr_decay": {"lr": 0.1, "lr_decay": 0.5, "initial_accumulator_value": 0.1},
+            "lr_decay": {
+                "lr": 0.1,
+                "lr_decay": 0.5,
+                "initial_accumulator_value": 0.1,
+                "weight_decay": 0.1,
+                "eps": 0.1,
+            },
             "fused": {"fused": True, "weight_decay": 0.1},
         },
         {"lr": 0.05, "weight_decay": 0.3, "lr_decay": 0.1},
@@ -170,7 +218,7 @@ CASES = [
         optimx.Adadelta,
         torch.optim.Adadelta,
         adadelta,
-        {**_DECAY, "rho": {"lr": 0.5, "rho": 0.5, "eps": 1e-4}},
+        {**_DECAY, "rho": {"lr": 0.5, "rho": 0.5, "eps": 0.1}},
         {"lr": 0.5, "weight_decay": 0.3, "rho": 0.6},
     ),
     Case(
@@ -179,21 +227,40 @@ CASES = [
         adafactor,
         {
             **_DECAY,
-            "eps": {"lr": 0.5, "eps": (0.3, 2.0), "beta2_decay": -0.5, "d": 1.3, "weight_decay": 0.1},
+            "eps": {
+                "lr": 0.5,
+                "eps": (0.3, 2.0),
+                "beta2_decay": -0.5,
+                "d": 1.3,
+                "weight_decay": 0.1,
+                "maximize": True,
+            },
+            "moment": {"beta1": 0.9, "weight_decay": 0.1},
+            "absolute": {"relative_step": False, "scale_parameter": False, "lr": 0.3},
+            "hf": {"variant": "hf", "lr": None},
+            "hf_moment": {"variant": "hf", "lr": None, "beta1": 0.9, "weight_decay": 0.1},
+            "hf_lr": {"variant": "hf", "lr": 0.05, "scale_parameter": False, "clip_threshold": 1.5, "decay_rate": -0.6},
+            "hf_warmup": {"variant": "hf", "lr": None, "warmup_init": True, "weight_decay": 0.5, "maximize": True},
         },
         {"lr": 0.3, "weight_decay": 0.3, "beta2_decay": -0.5, "d": 1.5},
         takes_complex=False,
-        own_variants={"moment": {"beta1": 0.9}},
     ),
     Case(optimx.Adamax, torch.optim.Adamax, adamax, _ADAM, _BETAS),
     Case(
         optimx.NAdam,
         torch.optim.NAdam,
         nadam,
-        {**_DECOUPLED, "momentum_decay": {"lr": 0.01, "momentum_decay": 0.3}},
+        {**_DECOUPLED, "momentum_decay": {"lr": 0.1, "momentum_decay": 1.0}},
         {**_BETAS, "momentum_decay": 0.1},
     ),
-    Case(optimx.RAdam, torch.optim.RAdam, radam, _DECOUPLED, _BETAS),
+    Case(
+        optimx.RAdam,
+        torch.optim.RAdam,
+        radam,
+        # rho stays below 5: the averages of squares are never used; a threshold of 4 would use them
+        {**_DECOUPLED, "never_rectified": {"lr": 0.1, "betas": (0.9, 0.64)}},
+        _BETAS,
+    ),
     Case(
         optimx.Rprop,
         torch.optim.Rprop,
@@ -201,7 +268,8 @@ CASES = [
         {
             "default": {},
             "maximize": {"maximize": True},
-            "etas": {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (0.05, 0.2)},
+            "etas": {"lr": 0.1, "etas": (0.3, 1.7), "step_sizes": (0.05, 0.13)},
+            "lr_above_step_sizes": {"lr": 1.0, "step_sizes": (0.01, 0.5)},
             "tensor_lr": {"lr": torch.tensor(0.05)},
         },
         {"lr": 0.05, "etas": (0.4, 1.3)},
@@ -211,7 +279,7 @@ CASES = [
         optimx.ASGD,
         torch.optim.ASGD,
         asgd,
-        {**_DECAY, "averaged": {"lr": 0.05, "lambd": 0.1, "alpha": 0.6, "t0": 1, "weight_decay": 0.1}},
+        {**_DECAY, "averaged": {"lr": 0.05, "lambd": 0.5, "alpha": 0.6, "t0": 1, "weight_decay": 0.1}},
         {"lr": 0.05, "weight_decay": 0.3, "t0": 2},
     ),
     Case(
@@ -229,15 +297,15 @@ CASES = [
             **_ADAM,
             "unadapted": {"weight_decay": 0.0},
             "always_adapt": {"weight_decay": 0.0, "always_adapt": True},
-            "clamped": {"weight_decay": 0.1, "max_trust_ratio": 0.7, "lr": 0.05},
+            "clamped": {"weight_decay": 0.1, "max_trust_ratio": 1.0, "lr": 0.05, "maximize": True},
             "uncorrected": {"bias_correction": False, "lr": 0.05},
         },
         _BETAS,
     ),
 ]
+BY_NAME = {case.name: case for case in CASES}
 
-#: Cases for tests that one variant each is enough for.
-by_case = [(case, case.name) for case in CASES]
+VARIANTS = [Variant(case, name, kwargs) for case in CASES for name, kwargs in case.variants.items()]
 
 #: Shapes that bite with chunks of 128 elements.
 SHAPES = [(), (0,), (1,), (63,), (127,), (128,), (129,), (3, 5, 7), (16, 24)]

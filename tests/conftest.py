@@ -3,7 +3,11 @@ on the CPU (``TRITON_INTERPRET=1``, `make test` does both), and on a GPU where t
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,10 @@ import torch
 from optimx._engine import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def pytest_report_header() -> str:
+    return "" if torch.cuda.is_available() else "no GPU: tests of every device run on the CPU alone"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,39 +30,83 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-if INTERPRETED:
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_like_a_gpu() -> Iterator[None]:
+    """Triton's interpreter converts as a GPU does, and leaves out what costs it time and changes nothing."""
+    if not INTERPRETED:
+        yield
+        return
     from triton.runtime import interpreter
 
-    _convert_float = interpreter._convert_float
+    convert, call, np_dtype = (
+        interpreter._convert_float, interpreter.InterpretedFunction.__call__, interpreter._get_np_dtype
+    )  # fmt: skip
+    patched: set[str] = set()
+    known: dict[str, Any] = {}
 
-    def _convert_bf16(data, source, target, rounding):
-        """As a GPU converts: Triton's interpreter cuts float32 off where hardware rounds to the nearest bf16."""
+    def convert_bf16(data, source, target, rounding):
+        """Triton's interpreter cuts float32 off where hardware rounds to the nearest bf16."""
         names = (str(source), str(target))
         if names == ("fp32", "bf16"):
             bits = torch.from_numpy(data.astype("float32").reshape(-1)).bfloat16().view(torch.uint16)
             return bits.numpy().reshape(data.shape)
         if names == ("bf16", "fp32"):
             return (data.astype("uint32") << 16).reshape(data.shape)
-        return _convert_float(data, source, target, rounding)
+        return convert(data, source, target, rounding)
 
-    interpreter._convert_float = _convert_bf16
-    _call = interpreter.InterpretedFunction.__call__
-
-    _patched: set[str] = set()
-
-    def _call_helper(self, *args, **kwargs):
+    def call_helper(self, *args, **kwargs):
         """Launching has patched triton.language for our helpers already, and the first call of one of its own has for
         the others; once more a call takes half of the time."""
         module = self.fn.__module__
-        if module.startswith("optimx.") or module in _patched:
+        if module.startswith("optimx.") or module in patched:
             return self.rewrite()(*args, **kwargs)
-        _patched.add(module)
-        return _call(self, *args, **kwargs)
+        patched.add(module)
+        return call(self, *args, **kwargs)
 
-    interpreter.InterpretedFunction.__call__ = _call_helper
+    def known_np_dtype(dtype):
+        """Found once, not in a table that is made for every value."""
+        if dtype.name not in known:
+            known[dtype.name] = np_dtype(dtype)
+        return known[dtype.name]
+
+    builder = interpreter.interpreter_builder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert_bf16)
+        patch.setattr(interpreter.InterpretedFunction, "__call__", call_helper)
+        patch.setattr(interpreter, "_get_np_dtype", known_np_dtype)
+        # every sum of integers is computed twice, for an assertion that is made in debug mode only
+        patch.setattr(builder, "options", replace(builder.options, sanitize_overflow=builder.options.debug))
+        yield
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="session", autouse=True)
+def torchs_adafactor_loop() -> Iterator[Callable[..., None]]:
+    """Torch's loop, which divides by the size of an empty tensor (`test_stock_defects`); as an oracle it must not."""
+    loop = torch.optim._adafactor._single_tensor_adafactor
+
+    def without_empty(params, *lists, **kwargs) -> None:
+        *others, steps, grad_scale, found_inf = (*lists, kwargs.pop("grad_scale"), kwargs.pop("found_inf"))
+        full = [i for i, param in enumerate(params) if param.numel()]
+        for i in {*range(len(params))} - {*full}:
+            steps[i] += 1
+        picked = ([role[i] for i in full] for role in (params, *others, steps))
+        loop(*picked, grad_scale=grad_scale, found_inf=found_inf, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim._adafactor, "_single_tensor_adafactor", without_empty)
+        yield loop
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_old_is_searched() -> Iterator[None]:
+    """What there is before the first test, thousands of tests above all, has no part in garbage collections."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(params=["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()])
 def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 

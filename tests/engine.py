@@ -1,54 +1,86 @@
-"""What tests of the engine share besides the table: which of its rows, and with which arguments."""
+"""What tests of the engine share besides the table: which of its rows they run over, and which of them interpreted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tests.cases import CASES, Case, loop, set_grads
+from tests.cases import BY_NAME, CASES, VARIANTS, Case, Variant, loop, set_grads
 
 interpreted = pytest.mark.interpreted
 
-#: Rules that the engine treats differently: one count and an operator; none, and a first step of its own; several;
-#: several on the device; launches of its own.
-DIFFERENT = ("adamw", "sgd", "nadam", "asgd", "lamb")
 
-each_case = pytest.mark.parametrize("case", [pytest.param(c, id=c.name, marks=interpreted) for c in CASES])
-#: For what is about Python more than about kernels: the interpreter, at milliseconds a program, takes fewer.
-each_case_natively = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[interpreted] if c.name in DIFFERENT else []) for c in CASES]
-)
-each_different_case = pytest.mark.parametrize("case", [c for c in CASES if c.name in DIFFERENT], ids=lambda c: c.name)
+def first_of(variants: Iterable[Variant], key: Callable[[Variant], Any]) -> list[Variant]:
+    """The first variant of each kind."""
+    found: dict[Any, Variant] = {}
+    for variant in variants:
+        found.setdefault(key(variant), variant)
+    return [*found.values()]
 
 
-def _kernels() -> set[str]:
-    richest: dict[tuple, tuple[int, str]] = {}
-    for case in CASES:
-        for name, kwargs in case.variants.items():
-            if name != "fused" and not name.startswith("tensor_"):
-                rule = case.cls.rule
-                group = case.cls([Parameter(torch.zeros(1))], **kwargs).param_groups[0]
-                key = rule.module, rule.group_variant(group)
-                richest[key] = max(richest.get(key, (0, "")), (len(kwargs), f"{case.name}-{name}"))
-    return {name for _, name in richest.values()}
-
-
+#: What can be held against stock.
+BESIDE_STOCK = [variant for variant in VARIANTS if variant.in_stock]
+_FORMULAS = [variant for variant in VARIANTS if variant.is_formula]
 #: One variant of every kernel that is compiled: that in which the most of its arithmetic takes part.
-KERNELS = _kernels()
-#: Cases, arguments and ids.
-VARIANTS = [(case, kwargs, f"{case.name}-{name}") for case in CASES for name, kwargs in case.variants.items()]
-#: All of them natively; interpreted, those of :data:`KERNELS`.
-each_variant_natively = pytest.mark.parametrize(
-    ("case", "kwargs"),
-    [pytest.param(case, kw, id=name, marks=[interpreted] if name in KERNELS else []) for case, kw, name in VARIANTS],
-)
+KERNELS = first_of(sorted(_FORMULAS, key=lambda variant: -len(variant.kwargs)), attrgetter("kernel"))
+#: Every optimizer, and its variants that keep something else, or begin in another way.
+STATES = first_of((variant for variant in _FORMULAS if variant.in_stock), attrgetter("kept"))
+#: Of these, one of each kind that the engine treats differently.
+PLANS = first_of(STATES, attrgetter("plan"))
+#: The optimizers of :data:`PLANS`; and without those whose tiles take the interpreter five times as long as a vector.
+KINDS = [BY_NAME[name] for name in dict.fromkeys(variant.case.name for variant in PLANS)]
+QUICK = [case for case in KINDS if case.cls.rule.walk != "factored"]
+
+
+def pick(*names: str) -> list[Variant]:
+    """Variants by their ids."""
+    return [next(variant for variant in VARIANTS if variant.id == name) for name in names]
+
+
+def params(variants: Iterable[Variant], taken: Collection[Variant | Case], **more: Any) -> list[Any]:
+    """Parameters ``case`` and ``kwargs`` of a test, with further arguments.
+
+    Args:
+        taken: Those that run interpreted as well, or their optimizers: the interpreter, at milliseconds a program,
+            takes fewer.
+    """
+    names = {entry.id if isinstance(entry, Variant) else entry.name for entry in taken}
+    return [
+        pytest.param(case, {**kwargs, **more}, id=f"{case.name}-{name}", marks=[interpreted] * bool(names & {*labels}))
+        for case, name, kwargs in variants
+        for labels in [(case.name, f"{case.name}-{name}")]
+    ]
+
+
+def with_flags(*flags: dict[str, bool]) -> list[Variant]:
+    """The optimizers that have these arguments, with them."""
+    return [Variant(case, str(kwargs), kwargs) for kwargs in flags for case in CASES if all(map(case.has, kwargs))]
+
+
+def each(variants: Iterable[Variant], taken: Collection[Variant | Case], **more: Any) -> pytest.MarkDecorator:
+    """Decorate a test of ``case`` and ``kwargs``, see :func:`params`."""
+    return pytest.mark.parametrize(("case", "kwargs"), params(variants, taken, **more))
+
+
+def each_of(cases: Iterable[Case], taken: Collection[Case] = QUICK) -> pytest.MarkDecorator:
+    """Decorate a test of ``case``; ``taken`` run interpreted as well."""
+    marked = [pytest.param(case, id=case.name, marks=[interpreted] * (case in taken)) for case in cases]
+    return pytest.mark.parametrize("case", marked)
+
+
+each_case = each_of(CASES)
+each_case_and_walk = each_of(CASES, KINDS)
+#: For what the kernels have little part in: no count, and two of them.
+each_case_thinly = each_of(CASES, [BY_NAME["sgd"], BY_NAME["nadam"]])
+each_case_natively = each_of(CASES, ())
+each_kind = each_of(KINDS, ())
+each_variant = each(BESIDE_STOCK, KERNELS)
 
 
 def builders(case: Case) -> tuple[Callable[..., Optimizer], Callable[..., Optimizer]]:

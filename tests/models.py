@@ -9,7 +9,7 @@ from torch import nn
 
 from bench.packages import import_torchvision
 
-# timm and transformers load it
+# timm and transformers load it, and tests import those while they are collected: a fixture would come too late
 import_torchvision()
 
 

@@ -15,14 +15,14 @@ from torch.nn import Parameter
 
 import optimx
 from optimx.adafactor import AdafactorLoop
-from tests.cases import CASES, CLOSE, assert_same, make_params, set_grads, train, twins
+from tests.cases import BY_NAME, CLOSE, VARIANTS, Case, assert_same, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import interpreted, params_of
+from tests.engine import KERNELS, each, interpreted, params_of
 from tests.reference.adafactor import adafactor
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
-(ADAFACTOR,) = (case for case in CASES if case.name == "adafactor")
+ADAFACTOR = BY_NAME["adafactor"]
 
 #: Around tiles of 8 rows, 16 or 32 columns and strips of 16 rows; wide and tall; kernels of convolutions; batches.
 SHAPES = [
@@ -34,21 +34,7 @@ if INTERPRETED:
     # at milliseconds a program
     SHAPES = [(), (0,), (33,), (1, 40), (17, 9), (9, 33), (2, 2, 3, 3), (3, 9, 5)]
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "torch": {},
-    "torch_eps": {"lr": 0.5, "eps": (0.3, 2.0), "beta2_decay": -0.5, "d": 1.3, "weight_decay": 0.1, "maximize": True},
-    "torch_moment": {"beta1": 0.9, "weight_decay": 0.1},
-    "torch_absolute": {"relative_step": False, "scale_parameter": False, "lr": 0.3},
-    "hf": {"variant": "hf", "lr": None},
-    "hf_moment": {"variant": "hf", "lr": None, "beta1": 0.9, "weight_decay": 0.1},
-    "hf_lr": {"variant": "hf", "lr": 0.05, "scale_parameter": False, "clip_threshold": 1.5, "decay_rate": -0.6},
-    "hf_warmup": {"variant": "hf", "lr": None, "warmup_init": True, "weight_decay": 0.5, "maximize": True},
-}
-TAKEN = ("torch_eps", "hf_moment", "hf_warmup")
-each_variant = pytest.mark.parametrize(
-    "kwargs",
-    [pytest.param(kwargs, id=name, marks=[interpreted] * (name in TAKEN)) for name, kwargs in VARIANTS.items()],
-)
+ITS_VARIANTS = [variant for variant in VARIANTS if variant.case is ADAFACTOR and variant.is_formula]
 
 
 def reference_arguments(optimizer: optimx.Adafactor) -> dict[str, Any]:
@@ -65,12 +51,12 @@ def flat(tensor: Tensor) -> list[float]:
 # numbers
 
 
-@each_variant
-def test_equals_the_paper(kwargs: dict, device: torch.device) -> None:
+@each(ITS_VARIANTS, KERNELS)
+def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> None:
     """In float64, beside loops over lists of floats."""
     params = make_params(SHAPES, device, torch.float64)
     begun = [flat(param) for param in params]
-    ours = optimx.Adafactor(params, **kwargs)
+    ours = case.cls(params, **kwargs)
     gradients: list[list[list[float]]] = [[] for _ in params]
     for step in range(3):
         set_grads(params, step, scale=0.3)
@@ -83,9 +69,9 @@ def test_equals_the_paper(kwargs: dict, device: torch.device) -> None:
             assert flat(param) == pytest.approx(expected, rel=1e-10, abs=1e-12), tuple(param.shape)
 
 
-@pytest.mark.parametrize("kwargs", VARIANTS.values(), ids=VARIANTS)
-def test_the_loop_equals_the_kernels(kwargs: dict, device: torch.device) -> None:
-    ours, loop = (optimx.Adafactor(make_params(SHAPES, device, torch.float64), **kwargs) for _ in range(2))
+@each(ITS_VARIANTS, ())
+def test_the_loop_equals_the_kernels(case: Case, kwargs: dict, device: torch.device) -> None:
+    ours, loop = (case.cls(make_params(SHAPES, device, torch.float64), **kwargs) for _ in range(2))
     for step in range(3):
         for optimizer in (ours, loop):
             set_grads(params_of(optimizer), step, scale=0.3)

@@ -628,12 +628,16 @@ def test_a_run_compares_itself_with_an_earlier_one(tmp_path, capfd, monkeypatch)
     assert driver.main(["host", *arguments]) == 0
     before = (tmp_path / "host.json").read_text()
     capfd.readouterr()
-    # its own folder, whose files the run is about to replace; and a question that has no results there
-    assert driver.main(["host", "schedulers", *arguments, "--compare", str(tmp_path)]) == 0
+    # its own folder, whose files the run is about to replace
+    assert driver.main(["host", *arguments, "--compare", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     assert printed.count("host-1x4-optimx] (NOW)") == 1
     assert printed.count("host-1x4-optimx] (") == 2
     assert (tmp_path / "host.json").read_text() != before
+    # a question that has no results there
+    words = driver.pytest_command(driver.parse(["schedulers", "--compare", str(tmp_path)]), "schedulers", None)
+    assert "--benchmark-quiet" in words
+    assert not any("--benchmark-compare" in word for word in words)
 
 
 def test_the_parts_are_all_questions():

@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,16 +15,20 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from tests.cases import CASES, CLOSE, Case, assert_close, assert_same, make_params, set_grads, train, twins
+from tests.cases import BY_NAME, CASES, CLOSE, Case, assert_close, assert_same, make_params, set_grads, train, twins
 from tests.engine import (
-    DIFFERENT,
-    KERNELS,
-    VARIANTS,
+    BESIDE_STOCK,
+    PLANS,
+    QUICK,
+    STATES,
     builders,
-    each_case_natively,
+    each,
+    each_case,
+    each_of,
     interpreted,
     params_of,
     usual,
+    with_flags,
 )
 
 SHAPES = [(5,), (3, 4), ()]
@@ -70,19 +74,12 @@ def described(state_dict: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def variants(interpreted_too: Collection[str]) -> list:
-    return [
-        pytest.param(case, kwargs, id=name, marks=[interpreted] * (name in KERNELS and case.name in interpreted_too))
-        for case, kwargs, name in VARIANTS
-        if "-tensor_" not in name
-    ]
+#: Arithmetic has no part in checkpoints, which states there are does; of a fused optimizer they are counted elsewhere.
+SAVED = [*STATES, *(variant for variant in BESIDE_STOCK if "fused" in variant.kwargs)]
+TAKEN = [variant for variant in PLANS if variant.case in QUICK]
 
 
-#: The kernels' arithmetic has no part in checkpoints, which states they have does.
-each_variant = pytest.mark.parametrize(("case", "kwargs"), variants(DIFFERENT))
-
-
-@each_variant
+@each(SAVED, TAKEN)
 def test_state_dict_has_stocks_keys_shapes_and_dtypes(case: Case, kwargs: dict, device: torch.device) -> None:
     dicts = []
     for make in builders(case):
@@ -94,14 +91,14 @@ def test_state_dict_has_stocks_keys_shapes_and_dtypes(case: Case, kwargs: dict, 
     assert dicts[0] == dicts[1]
 
 
-@each_case_natively
+@each_case
 def test_settings_of_the_whole_optimizer_are_not_in_the_state_dict(case: Case) -> None:
     make_ours, make_stock = builders(case)
     keys = make_stock(make_params(SHAPES)).state_dict()["param_groups"][0].keys()
     assert make_ours(make_params(SHAPES), max_grad_norm=1.0).state_dict()["param_groups"][0].keys() == keys
 
 
-@each_variant
+@each(SAVED, TAKEN)
 def test_ours_to_stock_to_ours(case: Case, kwargs: dict, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), {"lr": 0.05, **kwargs}, two_groups)
     train([ours, stock], 2)
@@ -128,7 +125,7 @@ TOGGLES: list[tuple[str, dict[str, tuple[Any, Any]], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "toggled", "kwargs"), TOGGLES, ids=str)
 def test_states_toggled_a_group(name: str, toggled: dict, kwargs: dict, device: torch.device) -> None:
     """Going through checkpoints: states stay where they were, and come where they are missing."""
-    case = next(case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     off, on = ({key: values[i] for key, values in toggled.items()} for i in (0, 1))
 
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
@@ -166,24 +163,13 @@ def test_across_fused_flags(case: Case, saved: bool | None, fused: bool | None, 
     assert described(ours.state_dict()) == described(stock.state_dict())
 
 
-OTHER_FLAGS = [{"foreach": True}, {"foreach": False}, {"fused": True, "capturable": True}]
-
-
-@pytest.mark.parametrize(
-    ("case", "flags"),
-    [
-        pytest.param(case, flags, id=f"{case.name}-{flags}", marks=[interpreted] * (case.name in DIFFERENT))
-        for case in CASES
-        for flags in OTHER_FLAGS
-        if all(map(case.has, flags))
-    ],
-)
-def test_across_other_flags(case: Case, flags: dict[str, bool], device: torch.device) -> None:
+@each(with_flags({"foreach": True}, {"foreach": False}, {"fused": True, "capturable": True}), QUICK)
+def test_across_other_flags(case: Case, kwargs: dict[str, bool], device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), two_groups)
     train([ours, stock], 2)
     saved = ours.state_dict()
     for group in saved["param_groups"]:
-        group.update(flags)
+        group.update(kwargs)
     fresh = case.cls(two_groups(params_of(ours)), lr=0.1)
     fresh.load_state_dict(saved)
     train([fresh, stock], 2, first=2)
@@ -202,7 +188,7 @@ def test_state_on_a_device_without_capturable(case: Case, device: torch.device) 
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@each_case_natively
+@each_case
 def test_load_before_and_after_the_first_step(case: Case, when: str, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), two_groups)
     train([ours, stock], 2)
@@ -218,7 +204,7 @@ def test_load_before_and_after_the_first_step(case: Case, when: str, device: tor
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_same_dict_loaded_twice(case: Case, device: torch.device) -> None:
     """One live dict, several optimizers: they count for themselves."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), two_groups)
@@ -237,7 +223,7 @@ def test_same_dict_loaded_twice(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("source", ["stock", "ours"])
-@each_case_natively
+@each_case
 def test_live_state_dict_does_not_share_counts(case: Case, source: str, device: torch.device) -> None:
     """``ours.load_state_dict(other.state_dict())`` without a copy: torch hands the very tensors over."""
     make_ours, make_stock = builders(case)
@@ -256,7 +242,7 @@ def test_live_state_dict_does_not_share_counts(case: Case, source: str, device: 
         assert [state["step"].item() for state in other.state.values()] == [3] * len(SHAPES)
 
 
-@each_case_natively
+@each_case
 def test_saved_dict_is_alive_as_stocks(case: Case, device: torch.device) -> None:
     """A state dict holds the optimizer's tensors, not copies: who keeps one without a copy sees later steps."""
     for make in builders(case):
@@ -277,7 +263,7 @@ COPIES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("copied", COPIES)
-@each_case_natively
+@each_case
 def test_copies_train_on_their_own(case: Case, copied: str, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), two_groups, max_grad_norm=1e9)
     train([ours, stock], 2)
@@ -292,7 +278,7 @@ def test_copies_train_on_their_own(case: Case, copied: str, device: torch.device
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@each_case_natively
+@each_case
 def test_checkpoint_continues_bitwise(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """In 16 bits too, where torch rounds NAdam's mu_product and ASGD's eta and mu to the parameter's dtype."""
     ours = case.cls(two_groups(make_params(SHAPES, device, dtype)), **usual(case))
@@ -304,7 +290,7 @@ def test_checkpoint_continues_bitwise(case: Case, dtype: torch.dtype, device: to
 
 
 @pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize(("case", "kwargs"), variants([]))
+@each(SAVED, ())
 def test_copies_continue_bitwise(case: Case, kwargs: dict, copied: str, device: torch.device) -> None:
     ours = case.cls(two_groups(make_params(SHAPES, device)), **copy.deepcopy(kwargs), max_grad_norm=1.0)
     train([ours], 2, skip=[1])
@@ -315,7 +301,7 @@ def test_copies_continue_bitwise(case: Case, kwargs: dict, copied: str, device: 
     torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
-@each_case_natively
+@each_case
 def test_copy_keeps_settings_of_the_whole_optimizer(case: Case) -> None:
     keys = case.cls(make_params(SHAPES)).param_groups[0].keys()
     for name, value in (("max_grad_norm", 2.0), ("capturable", True), ("normalize_grads", True)):
@@ -325,7 +311,7 @@ def test_copy_keeps_settings_of_the_whole_optimizer(case: Case) -> None:
                 assert getattr(copied(ours), name) == value
 
 
-@each_case_natively
+@each_case
 def test_copy_of_an_optimizer_that_has_not_stepped(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), max_grad_norm=1e9)
     ours, stock = copy.deepcopy(ours), copy.deepcopy(stock)
@@ -333,7 +319,7 @@ def test_copy_of_an_optimizer_that_has_not_stepped(case: Case, device: torch.dev
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_model_and_optimizer_copied_together(case: Case, device: torch.device) -> None:
     model = nn.Linear(3, 2).to(device)
     optimizer = case.cls(model.parameters(), **usual(case))
@@ -347,7 +333,7 @@ def test_model_and_optimizer_copied_together(case: Case, device: torch.device) -
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "swap_in_optimizer_params_and_state"), reason="torch has none before 2.13")
-@each_case_natively
+@each_case
 def test_swapped_in_parameters_and_state(case: Case, device: torch.device) -> None:
     """The step acts on what is swapped in, in place, and the optimizer's own come back untouched."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case), two_groups)
@@ -390,7 +376,7 @@ class _Wrapper:
         self.optimizer.step()
 
 
-@each_case_natively
+@each_case
 def test_states_that_others_began(case: Case, device: torch.device) -> None:
     """Stock fails with a KeyError, where it has more than a buffer; here only what is missing is filled in."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case, amsgrad=True, centered=True))
@@ -406,7 +392,7 @@ def test_states_that_others_began(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_state_begun_with_some_of_the_tensors(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     rule, group = case.cls.rule, ours.param_groups[0]
@@ -422,10 +408,7 @@ def test_state_begun_with_some_of_the_tensors(case: Case, device: torch.device) 
 
 
 @pytest.mark.parametrize("kind", [int, float], ids=["int", "float"])
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(c, id=c.name, marks=[interpreted] * (c.name in DIFFERENT)) for c in CASES if c.is_torchs],
-)
+@each_of([case for case in CASES if case.is_torchs])
 def test_old_checkpoints_count_with_numbers(case: Case, kind: type, device: torch.device) -> None:
     """Torch before 1.12 saved ``step`` as a number, and had fewer keys in its groups."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -447,7 +430,7 @@ def test_old_checkpoints_count_with_numbers(case: Case, kind: type, device: torc
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_state_dtypes_follow_the_parameters(case: Case, device: torch.device) -> None:
     """As in stock, floating-point state is cast to the parameter's dtype when it is loaded; counts are not."""
     make_ours, make_stock = builders(case)
@@ -467,7 +450,7 @@ def test_state_dtypes_follow_the_parameters(case: Case, device: torch.device) ->
             torch.testing.assert_close(ours.state[param][name], stock.state[twin][name], **close)
 
 
-@each_case_natively
+@each_case
 def test_default_dtype_float64(case: Case, device: torch.device) -> None:
     """Torch then counts in float64, and checkpoints with float32 counts go on in float32."""
     make_ours, make_stock = builders(case)
@@ -503,7 +486,7 @@ def in_two_groups(make: Callable[..., Optimizer], optimizer: Optimizer) -> Optim
     return split
 
 
-@each_case_natively
+@each_case
 def test_hook_changes_what_is_loaded(case: Case, device: torch.device) -> None:
     """What the hook returns is loaded, not what it was given."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -523,7 +506,7 @@ def test_hook_changes_what_is_loaded(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_errors_of_loading(case: Case, device: torch.device) -> None:
     messages = []
     for make in builders(case):
@@ -536,7 +519,7 @@ def test_errors_of_loading(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
-@each_case_natively
+@each_case
 def test_distributed_checkpoint_state_dicts(case: Case, device: torch.device) -> None:
     """They name parameters, and fill an optimizer's state with a step of zero gradients before they load."""
     from torch.distributed.checkpoint import state_dict as dcp

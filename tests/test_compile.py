@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from tests.cases import CASES, Case, assert_same, make_params, set_grads, train
-from tests.engine import DIFFERENT, builders, each_different_case, params_of, usual
+from tests.cases import Case, assert_same, make_params, set_grads, train
+from tests.engine import QUICK, builders, each_kind, each_of, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 
@@ -24,15 +24,8 @@ def fresh_dynamo():
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("case", "lr"),
-    [
-        pytest.param(case, lr, id=f"{case.name}-{lr}")
-        for case in CASES
-        for lr in (0.1, "tensor")
-        if lr == 0.1 or case.name in DIFFERENT
-    ],
-)
+@pytest.mark.parametrize("lr", [0.1, "tensor"])
+@each_kind
 def test_compiled_step(case: Case, lr: float | str, device: torch.device) -> None:
     optimizers = [
         make(make_params(SHAPES, device), **usual(case, lr=torch.tensor(0.1) if lr == "tensor" else lr))
@@ -52,7 +45,7 @@ def test_compiled_step(case: Case, lr: float | str, device: torch.device) -> Non
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
-@each_different_case
+@each_of(QUICK, ())
 def test_compiled_training_step(case: Case, max_grad_norm: float | None, device: torch.device) -> None:
     make_ours, make_stock = builders(case)
     ours = make_ours(make_params(SHAPES, device), **usual(case), max_grad_norm=max_grad_norm)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from tests.cases import CASES, CLOSE, Case, assert_same, make_leftovers, make_params, set_grads, train, twins
-from tests.engine import a_step, builders, each_case, each_case_natively, interpreted, params_of, usual
+from tests.cases import BY_NAME, CLOSE, Case, assert_same, make_leftovers, make_params, set_grads, train, twins
+from tests.engine import a_step, builders, each_case, each_case_and_walk, interpreted, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 
@@ -49,7 +49,7 @@ def hooked_step(optimizer: Optimizer) -> list[str]:
 
 
 @pytest.mark.parametrize("of_params", [make_params, make_leftovers], ids=["ours", "torchs"])
-@each_case_natively
+@each_case
 def test_step_hooks_run_once(case: Case, of_params: Callable, device: torch.device) -> None:
     """Also where the step goes on to torch's, as for complex parameters."""
     expected = ["global pre True True", "pre True True", "post True False", "global post True False"]
@@ -59,7 +59,7 @@ def test_step_hooks_run_once(case: Case, of_params: Callable, device: torch.devi
         assert hooked_step(optimizer) == expected
 
 
-@each_case_natively
+@each_case
 def test_removed_hooks_do_not_run(case: Case, device: torch.device) -> None:
     optimizer = case.cls(make_params(SHAPES, device))
     assert hooked_step(optimizer)
@@ -69,7 +69,7 @@ def test_removed_hooks_do_not_run(case: Case, device: torch.device) -> None:
     assert calls == []
 
 
-@each_case_natively
+@each_case
 def test_pre_hook_may_change_the_arguments(case: Case, device: torch.device) -> None:
     for make in builders(case):
         optimizer = make(make_params(SHAPES, device))
@@ -77,7 +77,7 @@ def test_pre_hook_may_change_the_arguments(case: Case, device: torch.device) -> 
         assert optimizer.step() == 7.0
 
 
-@each_case_natively
+@each_case
 def test_pre_hook_may_change_gradients(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     for optimizer in (ours, stock):
@@ -91,7 +91,7 @@ def test_pre_hook_may_change_gradients(case: Case, device: torch.device) -> None
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_state_dict_hooks(case: Case, device: torch.device) -> None:
     logs = []
     for make in builders(case):
@@ -120,7 +120,7 @@ def test_state_dict_hooks(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("how", ["positional", "keyword"])
-@each_case_natively
+@each_case
 def test_closure(case: Case, how: str, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     losses = []
@@ -145,7 +145,7 @@ def test_closure(case: Case, how: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("loss", [None, 3, {"loss": 1.0}], ids=["none", "int", "dict"])
-@each_case_natively
+@each_case
 def test_step_returns_what_the_closure_returned(case: Case, loss: Any, device: torch.device) -> None:
     optimizer = case.cls(make_params(SHAPES, device))
     set_grads(params_of(optimizer), 0)
@@ -153,7 +153,7 @@ def test_step_returns_what_the_closure_returned(case: Case, loss: Any, device: t
     assert optimizer.step(lambda: loss) is loss
 
 
-@each_case_natively
+@each_case
 def test_failing_closure_changes_nothing(case: Case, device: torch.device) -> None:
     params = make_params(SHAPES, device)
     optimizer = case.cls(params, **usual(case))
@@ -168,7 +168,7 @@ def test_failing_closure_changes_nothing(case: Case, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("set_to_none", [True, False])
-@each_case
+@each_case_and_walk
 def test_zero_grad_and_accumulation(case: Case, set_to_none: bool, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     for optimizer in (ours, stock):
@@ -185,7 +185,7 @@ def test_zero_grad_and_accumulation(case: Case, set_to_none: bool, device: torch
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_parameters_without_gradient_keep_their_count(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params([*SHAPES, (2,)], device), usual(case))
     for step, skip in enumerate([(), (0,), (1, 2), (0, 1)]):
@@ -195,7 +195,7 @@ def test_parameters_without_gradient_keep_their_count(case: Case, device: torch.
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_first_gradient_late(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     train([ours, stock], 2, skip=[1])
@@ -217,7 +217,7 @@ FIRST_STEPS = [
 @pytest.mark.parametrize("kwargs", FIRST_STEPS, ids=str)
 def test_sgd_first_steps_at_different_times(kwargs: dict, ours: dict, device: torch.device) -> None:
     """A parameter's first step is not dampened, whenever it comes; and its buffer is not there before."""
-    case = next(case for case in CASES if case.name == "sgd")
+    case = BY_NAME["sgd"]
     shapes = [*SHAPES, (2,), (0,), ()]
     optimizer, stock, copies = twins(case, make_params(shapes, device), {"lr": 0.1, **kwargs}, **ours)
     for step, skip in enumerate([(1, 2, 4), (0, 2), (1, 4), (), (3,)]):
@@ -232,7 +232,7 @@ def test_sgd_first_steps_at_different_times(kwargs: dict, ours: dict, device: to
 
 
 @pytest.mark.parametrize("ours", [{}, {"max_grad_norm": 1.0}], ids=["plain", "clipped"])
-@each_case_natively
+@each_case
 def test_no_gradients_at_all(case: Case, ours: dict, device: torch.device) -> None:
     optimizer, stock, _ = twins(case, make_params(SHAPES, device), usual(case), **ours)
     before = [param.detach().clone() for param in params_of(optimizer)]
@@ -244,14 +244,14 @@ def test_no_gradients_at_all(case: Case, ours: dict, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("shapes", [[(0,), (3, 0)], [()], [(), (0,), (2,)]], ids=str)
-@each_case
+@each_case_and_walk
 def test_empty_and_scalar_parameters(case: Case, shapes: list[tuple[int, ...]], device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(shapes, device), usual(case, weight_decay=0.1))
     train([ours, stock], 2)
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_gradients_are_left_alone(case: Case, device: torch.device) -> None:
     params = make_params([*SHAPES, ()], device)
     optimizer = case.cls(params, **usual(case, weight_decay=0.1, maximize=True), max_grad_norm=0.1)
@@ -266,7 +266,7 @@ def test_gradients_are_left_alone(case: Case, device: torch.device) -> None:
         assert versions == [grad._version for grad in grads]
 
 
-@each_case_natively
+@each_case
 def test_gradients_with_a_graph(case: Case, device: torch.device) -> None:
     """``backward(create_graph=True)`` leaves gradients that require gradients."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -283,7 +283,7 @@ def test_gradients_with_a_graph(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_one_tensor_is_the_gradient_of_all(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params([(5,), (5,)], device), usual(case))
     for optimizer in (ours, stock):
@@ -296,7 +296,7 @@ def test_one_tensor_is_the_gradient_of_all(case: Case, device: torch.device) -> 
 
 
 @pytest.mark.parametrize("shape", [(1,), (4,)], ids=str)
-@each_case_natively
+@each_case
 def test_negative_view_as_gradient(case: Case, shape: tuple[int, ...], device: torch.device) -> None:
     """The imaginary part of a conjugate is a view whose memory holds the values with the other sign."""
     ours, stock, _ = twins(case, make_params([shape], device), usual(case))
@@ -311,7 +311,7 @@ def test_negative_view_as_gradient(case: Case, shape: tuple[int, ...], device: t
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_step_inside_backward(case: Case, device: torch.device) -> None:
     """One optimizer a parameter, stepped as soon as its gradient is there."""
     models = []
@@ -345,7 +345,7 @@ def saved_then_stepped(optimizer: Optimizer) -> Tensor:
     return loss
 
 
-@each_case
+@each_case_and_walk
 def test_backward_through_a_stepped_parameter_fails(case: Case, device: torch.device) -> None:
     """In-place changes behind autograd's back would give wrong gradients instead of torch's error."""
     for make in builders(case):
@@ -354,7 +354,7 @@ def test_backward_through_a_stepped_parameter_fails(case: Case, device: torch.de
             loss.backward()
 
 
-@each_case
+@each_case_and_walk
 def test_versions_count_steps(case: Case, device: torch.device) -> None:
     params = make_params(SHAPES, device)
     optimizer = case.cls(params, **usual(case))
@@ -366,7 +366,7 @@ def test_versions_count_steps(case: Case, device: torch.device) -> None:
         assert bumped == [step != 1, True]
 
 
-@each_case_natively
+@each_case
 def test_requires_grad_toggled(case: Case, device: torch.device) -> None:
     """The step looks at gradients, not at ``requires_grad``."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -380,7 +380,7 @@ def test_requires_grad_toggled(case: Case, device: torch.device) -> None:
 # the surroundings
 
 
-@each_case_natively
+@each_case
 def test_repeatable(case: Case, device: torch.device) -> None:
     runs = []
     for _ in range(2):
@@ -391,7 +391,7 @@ def test_repeatable(case: Case, device: torch.device) -> None:
     assert all(map(torch.equal, *runs))
 
 
-@each_case_natively
+@each_case
 def test_another_thread(case: Case, device: torch.device) -> None:
     """Gradient mode is a thread's own."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -412,7 +412,7 @@ def test_another_thread(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
-@each_case_natively
+@each_case
 def test_default_device_is_another(case: Case, kwargs: dict, device: torch.device) -> None:
     """``torch.set_default_device`` is about the user's tensors, not about ours."""
     ours, stock, copies = twins(case, make_params(SHAPES, device), usual(case))
@@ -429,7 +429,7 @@ def test_default_device_is_another(case: Case, kwargs: dict, device: torch.devic
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-@each_case_natively
+@each_case
 def test_default_dtype_is_another(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     torch.set_default_dtype(dtype)
@@ -448,7 +448,7 @@ def test_default_dtype_is_another(case: Case, dtype: torch.dtype, device: torch.
         torch.set_default_dtype(torch.float32)
 
 
-@each_case_natively
+@each_case
 def test_profiler_name(case: Case, device: torch.device) -> None:
     optimizer = case.cls(make_params(SHAPES, device))
     set_grads(params_of(optimizer), 0)
@@ -462,7 +462,7 @@ def test_profiler_name(case: Case, device: torch.device) -> None:
     ]
 
 
-@each_case_natively
+@each_case
 def test_subclass_of_a_user(case: Case, device: torch.device) -> None:
     class Mine(case.cls):  # type: ignore[misc, name-defined]
         def __init__(self, params: Any, layer: int, **kwargs: Any) -> None:

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 import optimx
 from tests.cases import Case, make_params
-from tests.engine import each_different_case, usual
+from tests.engine import each_kind, usual
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,7 +54,7 @@ def trained(case: Case, devices: list[str], scaler: Any, kwargs: dict[str, Any])
 
 @pytest.mark.parametrize("amp", [False, True], ids=["plain", "amp"])
 @pytest.mark.parametrize("kwargs", [{}, {"max_grad_norm": 0.5}, {"capturable": True, "max_grad_norm": 0.5}], ids=str)
-@each_different_case
+@each_kind
 def test_same_on_any_devices(case: Case, kwargs: dict[str, Any], amp: bool) -> None:
     runs = [
         trained(case, devices, optimx.GradScaler("cuda", init_scale=8.0) if amp else None, kwargs)

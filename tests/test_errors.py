@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from tests.cases import CASES, Case, make_params
-from tests.engine import each_case_natively, outcomes
+from tests.engine import each_case, outcomes
 
 SHAPES = [(5,), (3, 4)]
 
@@ -81,7 +81,7 @@ def test_bad_hyperparameters_are_bad() -> None:
         assert any(isinstance(stock, tuple) for _, stock in results), kwargs
 
 
-@each_case_natively
+@each_case
 def test_unknown_argument(case: Case) -> None:
     with pytest.raises(TypeError, match="no_such_argument"):
         case.cls(make_params(SHAPES), no_such_argument=1)
@@ -137,7 +137,7 @@ def test_bad_hyperparameters_of_our_own(case: Case, kwargs: dict[str, Any], mess
         pytest.param(lambda: [{"params": [p]} for p in make_params([(1,)]) * 2], id="param_in_two_groups"),
     ],
 )
-@each_case_natively
+@each_case
 def test_bad_params(case: Case, make: Callable[[], Any]) -> None:
     # one value for both, as messages may show it
     params = make()
@@ -147,7 +147,7 @@ def test_bad_params(case: Case, make: Callable[[], Any]) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, -1.0, 0, float("nan")])
-@each_case_natively
+@each_case
 def test_bad_max_grad_norm(case: Case, value: float) -> None:
     with pytest.raises(ValueError, match=f"^max_grad_norm should be > 0 but is: {value}$"):
         case.cls(make_params(SHAPES), max_grad_norm=value)

@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
-from tests.cases import CASES, Case, make_leftovers, make_params, set_grads, train
+from tests.cases import BY_NAME, CASES, Case, make_leftovers, make_params, set_grads, train
 from tests.conftest import INTERPRETED
-from tests.engine import each_case_natively as each_case
-from tests.engine import interpreted, usual
+from tests.engine import each_case, interpreted, usual
 
 
 def fast(device: torch.device) -> str:
@@ -50,7 +49,7 @@ STRUCTURES = [
 @pytest.mark.parametrize(("name", "kwargs"), STRUCTURES, ids=str)
 def test_a_row_for_every_launch(name: str, kwargs: dict, device: torch.device) -> None:
     """Other dtypes, other kernel variants, and torch's own step with its reasons."""
-    (case,) = (case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     params = [
         Parameter(torch.ones(8, device=device)),
         Parameter(torch.ones(8, device=device, dtype=torch.bfloat16)),
@@ -168,7 +167,7 @@ def test_reasons(case: Case, edit: Callable[[dict, dict], None], reason: str, de
     ("name", "count"), [(case.name, count) for case in CASES for count in case.cls.rule.scalars[1:]], ids=str
 )
 def test_scalar_states_of_two_dtypes(name: str, count: str, device: torch.device) -> None:
-    (case,) = (case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     (param,) = params = make_params([(5,)], device)
     optimizer = case.cls(params)
     train([optimizer], 1)

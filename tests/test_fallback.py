@@ -17,24 +17,23 @@ from torch.optim import Optimizer
 import optimx
 from optimx._engine import backends
 from optimx._engine.step import MultiTensorStep
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    CLOSE,
+    Case,
+    assert_same,
+    loop,
+    make_leftovers,
+    make_params,
+    set_grads,
+    train,
+    twins,
+)
 from tests.conftest import INTERPRETED
-from tests.engine import DIFFERENT, builders, each_case, each_case_natively, interpreted, params_of, usual
+from tests.engine import QUICK, builders, each, each_case, each_case_and_walk, interpreted, params_of, usual, with_flags
 
 SHAPES = [(5,), (3, 4)]
-
-
-def each_case_with(*flags: dict[str, bool]) -> pytest.MarkDecorator:
-    """The optimizers that have these arguments."""
-    return pytest.mark.parametrize(
-        ("case", "kwargs"),
-        [
-            pytest.param(case, kwargs, id=f"{case.name}-{kwargs}", marks=[interpreted] * (case.name in DIFFERENT))
-            for kwargs in flags
-            for case in CASES
-            if all(map(case.has, kwargs))
-        ],
-    )
 
 
 def complex_params(device: torch.device) -> list[Parameter]:
@@ -72,7 +71,7 @@ def reasons(optimizer: Optimizer) -> list[str]:
 # who updates what
 
 
-@each_case_with({"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True})
+@each(with_flags({"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}), QUICK)
 def test_asked_for_torchs_implementation(
     case: Case, kwargs: dict[str, bool], stock_steps: list, device: torch.device
 ) -> None:
@@ -89,7 +88,7 @@ def test_asked_for_torchs_implementation(
     assert all(map(torch.equal, params_of(ours), params_of(stock)))
 
 
-@each_case_with({}, {"fused": True})
+@each(with_flags({}, {"fused": True}), QUICK)
 def test_defaults_never_reach_torchs_step(case: Case, kwargs: dict, stock_steps: list, device: torch.device) -> None:
     optimizer = case.cls(make_params(SHAPES, device), **usual(case, **kwargs))
     train([optimizer], 2)
@@ -99,7 +98,7 @@ def test_defaults_never_reach_torchs_step(case: Case, kwargs: dict, stock_steps:
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
-@each_case_natively
+@each_case
 def test_one_optimizer_of_both_kinds(
     case: Case, max_grad_norm: float | None, stock_steps: list, device: torch.device
 ) -> None:
@@ -139,7 +138,7 @@ def with_gaps(param: Tensor) -> Parameter:
     return Parameter(torch.stack([param.detach(), param.detach()], -1)[..., 0])
 
 
-@each_case_with({"foreach": None}, {"foreach": True})
+@each(with_flags({"foreach": None}, {"foreach": True}), QUICK)
 def test_kind_changes_between_steps(case: Case, kwargs: dict, device: torch.device) -> None:
     """A parameter moves between a bucket and torch's step, and back, with its state."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
@@ -155,7 +154,10 @@ def test_kind_changes_between_steps(case: Case, kwargs: dict, device: torch.devi
 # what torch takes and kernels do not
 
 
-@each_case_with({}, {"weight_decay": 0.1}, {"maximize": True}, {"amsgrad": True}, {"centered": True}, {"foreach": True})
+@each(
+    with_flags({}, {"weight_decay": 0.1}, {"maximize": True}, {"amsgrad": True}, {"centered": True}, {"foreach": True}),
+    QUICK,
+)
 def test_complex_parameters(case: Case, kwargs: dict, device: torch.device) -> None:
     if not case.takes_complex:
         pytest.skip("complex parameters are refused (test_adafactor)")
@@ -171,7 +173,7 @@ def test_complex_parameters(case: Case, kwargs: dict, device: torch.device) -> N
     assert all("complex64" in reason or "foreach" in reason for reason in reasons(ours))
 
 
-@each_case_with({"fused": True})
+@each(with_flags({"fused": True}), QUICK)
 def test_fused_with_complex_parameters_fails_as_in_stock(case: Case, kwargs: dict, device: torch.device) -> None:
     messages = []
     for make in builders(case):
@@ -211,7 +213,7 @@ def test_sparse_gradients(
     name: str, kwargs: dict, max_grad_norm: float | None, stock_steps: list, device: torch.device
 ) -> None:
     """They go to torch's step, dense ones beside them do not."""
-    case = next(case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     models, optimizers = [], []
     for make in (case.cls, case.stock):
         torch.manual_seed(0)
@@ -253,7 +255,7 @@ def test_sparse_gradients(
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
 @pytest.mark.parametrize("alone", [True, False], ids=["alone", "mixed"])
-@each_case_natively
+@each_case
 def test_sparse_gradients_fail_as_in_stock(
     case: Case, alone: bool, max_grad_norm: float | None, device: torch.device
 ) -> None:
@@ -295,7 +297,7 @@ def test_sparse_gradients_fail_as_in_stock(
 LR_IS_A_NUMBER = ("rmsprop", "adagrad", "adadelta", "adamax")
 
 
-@each_case_with({"differentiable": True})
+@each(with_flags({"differentiable": True}), QUICK)
 def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, device: torch.device) -> None:
     results = []
     if case.name == "sgd":
@@ -325,7 +327,7 @@ def test_gradients_flow_through_a_differentiable_step(case: Case, kwargs: dict, 
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@each_case_with({"capturable": True}, {"capturable": True, "fused": True})
+@each(with_flags({"capturable": True}, {"capturable": True, "fused": True}), QUICK)
 def test_capturable_on_a_cpu(case: Case, kwargs: dict) -> None:
     """Torch's loops refuse it, its fused step does not."""
     outcomes: list[Any] = []
@@ -359,7 +361,7 @@ def test_capturable_where_torch_has_none(case: Case, stock_steps: list, device: 
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
-@each_case_natively
+@each_case
 def test_tensor_subclasses(case: Case, max_grad_norm: float | None, stock_steps: list) -> None:
     two_tensor = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
     ours, stock, copies = twins(case, make_params(SHAPES), usual(case))
@@ -385,7 +387,7 @@ class _Renamed(Tensor):
     """A subclass that redefines no operator is a tensor like any other."""
 
 
-@each_case_natively
+@each_case
 def test_harmless_subclasses_stay_with_the_kernels(case: Case, stock_steps: list, device: torch.device) -> None:
     (param,) = make_params([(5,)], device)
     harmless = Parameter(param.detach().clone().as_subclass(_Renamed))
@@ -415,7 +417,7 @@ def step_twice(optimizer: Optimizer) -> list[dict[str, Any]] | tuple[type, str]:
     ]
 
 
-@each_case_natively
+@each_case
 def test_meta_parameters(case: Case, stock_steps: list) -> None:
     ours, stock = (make(make_params(SHAPES, "meta"), **usual(case)) for make in builders(case))
     assert step_twice(ours) == step_twice(stock)
@@ -423,7 +425,7 @@ def test_meta_parameters(case: Case, stock_steps: list) -> None:
     assert reasons(ours) == ["no kernels for meta devices"]
 
 
-@each_case_natively
+@each_case
 def test_fake_tensors(case: Case) -> None:
     """Tools that trace a training step, or estimate its memory, step on tensors without memory."""
     from torch._subclasses import FakeTensorMode
@@ -439,7 +441,7 @@ def test_fake_tensors(case: Case) -> None:
 @pytest.mark.parametrize("name", ["lion", "lamb"])
 def test_lr_of_one_element_in_a_loop_of_our_own(name: str, device: torch.device) -> None:
     """On the CPU, of one dimension: operators take it for a number on any device, and scalars keep their shape."""
-    (case,) = (case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     results = []
     for lr in (0.1, torch.tensor([0.1])):
         params = [*make_leftovers(case, [(3,), ()], device), *make_params([(3,), ()], device)]
@@ -450,7 +452,7 @@ def test_lr_of_one_element_in_a_loop_of_our_own(name: str, device: torch.device)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
-@each_case_with({})
+@each(with_flags({}), QUICK)
 def test_a_copy_falls_back_too(case: Case, kwargs: dict, copied: Callable[[Any], Any], device: torch.device) -> None:
     """Torch's Adafactor asks its groups for a capturable that they do not have, once it is a copy."""
     optimizer = case.cls(make_params(SHAPES, device), **usual(case))
@@ -484,7 +486,7 @@ def break_kernels(
 
 @pytest.mark.parametrize("ours", [{}, {"max_grad_norm": 0.5}], ids=["plain", "clipped"])
 @pytest.mark.parametrize("good_steps", [0, 2], ids=["at_once", "later"])
-@each_case_natively
+@each_case
 def test_broken_triton(
     case: Case,
     good_steps: int,
@@ -497,8 +499,8 @@ def test_broken_triton(
     optimizer, stock, copies = twins(case, make_params(SHAPES, triton_backend), usual(case), **ours)
 
     def step_both(step: int) -> None:
-        for each in (optimizer, stock):
-            set_grads(params_of(each), step)
+        for one in (optimizer, stock):
+            set_grads(params_of(one), step)
         if ours:
             nn.utils.clip_grad_norm_(copies, 0.5)
         optimizer.step()
@@ -533,7 +535,7 @@ def test_broken_triton(
         pytest.param(RuntimeError("called a synchronizing CUDA operation"), id="wait"),
     ],
 )
-@each_case_natively
+@each_case
 def test_errors_that_are_not_tritons(
     case: Case, error: Exception, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device
 ) -> None:
@@ -553,7 +555,7 @@ def test_errors_that_are_not_tritons(
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_one_broken_kernel_leaves_the_others(
     case: Case, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device, stock_steps: list
 ) -> None:
@@ -576,7 +578,7 @@ def test_one_broken_kernel_leaves_the_others(
     }
 
 
-@each_case_natively
+@each_case
 def test_triton_is_missing(
     case: Case, monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device, stock_steps: list
 ) -> None:
@@ -591,7 +593,7 @@ def test_triton_is_missing(
 
 
 @pytest.mark.skipif(INTERPRETED, reason="about the native kernels")
-@each_case
+@each_case_and_walk
 def test_cpu_needs_no_triton(case: Case, monkeypatch: pytest.MonkeyPatch, stock_steps: list) -> None:
     monkeypatch.setattr(backends, "_triton_missing", lambda: "triton is not installed")
     ours, stock, _ = twins(case, make_params(SHAPES), usual(case), max_grad_norm=1e9)
@@ -600,7 +602,7 @@ def test_cpu_needs_no_triton(case: Case, monkeypatch: pytest.MonkeyPatch, stock_
     assert stock_steps == []
 
 
-@each_case_with({"foreach": True})
+@each(with_flags({"foreach": True}), QUICK)
 def test_step_overridden_by_a_user(case: Case, kwargs: dict, device: torch.device) -> None:
     """Torch runs the hooks of such a class twice, at each of the two steps; ours are no more and no fewer."""
     logs = []

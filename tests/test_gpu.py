@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
-from tests.cases import CASES, CLOSE, HALF, Case, assert_same, loop, make_params, set_grads, twins
+from tests.cases import BY_NAME, CASES, CLOSE, HALF, Case, assert_same, loop, make_params, set_grads, twins
 from tests.engine import params_of, usual
 
 pytestmark = pytest.mark.gpu
@@ -215,7 +215,7 @@ def test_lamb_norms_over_many_chunks(dtype: torch.dtype, adapt: bool) -> None:
             param.data.mul_(scale)
         exact = [Parameter(param.detach().double()) for param in params]
         ours = optimx.LAMB(params, **kwargs)
-        (lamb,) = (case for case in CASES if case.name == "lamb")
+        lamb = BY_NAME["lamb"]
         stock = loop(lamb, exact, **kwargs)
         for step in range(3):
             set_grads(params, step)

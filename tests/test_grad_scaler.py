@@ -17,6 +17,7 @@ import optimx
 from optimx._engine.cpu import batch as _batch
 from optimx._engine.cpu import elementwise as _native
 from tests.cases import (
+    BY_NAME,
     CASES,
     CLOSE,
     Case,
@@ -30,7 +31,7 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.engine import DIFFERENT, each_variant_natively, interpreted, params_of, usual
+from tests.engine import BESIDE_STOCK, STATES, each, each_variant, interpreted, params_of, pick, usual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
@@ -39,30 +40,14 @@ SHAPES = [(), (0,), (129,), (3, 5, 7)]
 SCALE = 2.0**10
 
 
-def _rows(taken: set[str], fused: bool = False) -> pytest.MarkDecorator:
-    """Every optimizer with a state, SGD whose first step differs and SGD without a state, and torch's fused ones.
-
-    The interpreter, at milliseconds a program, gets what it takes.
-    """
-    rows = [(case.name, case, usual(case, lr=0.01)) for case in CASES]
-    (sgd,) = (case for case in CASES if case.name == "sgd")
-    if fused:
-        rows += [(f"{c.name}_fused", c, {**kwargs, "fused": True}) for _, c, kwargs in rows if c.has("fused")]
-    rows.append(("sgd_plain", sgd, {"lr": 0.01}))
-    rows.append(("sgd_dampening", sgd, {"lr": 0.01, "momentum": 0.9, "dampening": 0.5}))
-    return pytest.mark.parametrize(
-        ("case", "kwargs"),
-        [pytest.param(c, kw, id=name, marks=[interpreted] if name in taken else []) for name, c, kw in rows],
-    )
-
-
+FUSED = [variant for variant in BESIDE_STOCK if "fused" in variant.kwargs]
 #: All counts are on the device here, NAdam's as ASGD's; SGD without dampening has a first step like any other.
-_TAKEN = {*DIFFERENT, "sgd_dampening"} - {"nadam", "sgd"}
-each_row = _rows(_TAKEN)
-each_row_and_fused = _rows({*_TAKEN, "adamw_fused"}, fused=True)
+TAKEN = pick("adamw-default", "adamw-fused", "sgd-dampening", "asgd-default", "lamb-default")
+each_row = each(STATES, TAKEN, lr=0.01)
+each_row_and_fused = each([*STATES, *FUSED], TAKEN, lr=0.01)
 #: For what the kernels of an algorithm have no part in.
-each_row_natively = _rows({"adamw", "sgd_dampening"})
-each_row_and_fused_natively = _rows({"adamw", "sgd_dampening", "adamw_fused"}, fused=True)
+each_row_thinly = each(STATES, TAKEN[:3], lr=0.01)
+each_row_and_fused_thinly = each([*STATES, *FUSED], TAKEN[:3], lr=0.01)
 each_scaler = pytest.mark.parametrize(
     "scaler_cls", [torch.amp.GradScaler, optimx.GradScaler], ids=["torchs_scaler", "our_scaler"]
 )
@@ -171,7 +156,7 @@ def test_equals_stock(case: Case, kwargs: dict, scaler_cls: type, device: torch.
     assert not hasattr(ours, "found_inf")
 
 
-@each_variant_natively
+@each_variant
 def test_variants(case: Case, kwargs: dict, device: torch.device) -> None:
     """Where only the device knows the step counts, it also computes what depends on them."""
     ours, stock, _ = twins(case, make_params([(5,)], device), kwargs)
@@ -205,7 +190,7 @@ def test_clipping_inside_the_step(case: Case, kwargs: dict, scaler_cls: type, de
 @each_scaler
 def test_normalizing(scaler_cls: type, device: torch.device) -> None:
     """As clipping, of the unscaled gradients; a skipped step is skipped."""
-    lamb = next(case for case in CASES if case.name == "lamb")
+    lamb = BY_NAME["lamb"]
     ours, stock, _ = twins(lamb, make_params(SHAPES, device), {"lr": 0.01, "eps": 1e-3}, normalize_grads=True)
     scaler, torchs = new_scaler(scaler_cls, device), new_scaler(torch.amp.GradScaler, device)
 
@@ -226,7 +211,7 @@ def test_normalizing(scaler_cls: type, device: torch.device) -> None:
 
 
 @each_scaler
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_unscale_and_clip_by_hand(case: Case, kwargs: dict, scaler_cls: type, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs)
     scaler, torchs = new_scaler(scaler_cls, device), new_scaler(torch.amp.GradScaler, device)
@@ -239,7 +224,7 @@ def test_unscale_and_clip_by_hand(case: Case, kwargs: dict, scaler_cls: type, de
 
 
 @each_scaler
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_unscale_by_hand_and_clip_inside(case: Case, kwargs: dict, scaler_cls: type, device: torch.device) -> None:
     """What unscale_ has unscaled must not be unscaled again."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs, max_grad_norm=2.0)
@@ -356,7 +341,7 @@ def test_state_begins_at_the_first_step_that_is_not_skipped(
     name: str, kwargs: dict, later: dict, scaler_cls: type, device: torch.device
 ) -> None:
     """A warmup goes on while the scaler is looking for its scale."""
-    (case,) = (case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs)
     scaler, torchs = new_scaler(scaler_cls, device), new_scaler(torch.amp.GradScaler, device)
     for step, bad in enumerate([(2, INF), None, None]):
@@ -371,7 +356,7 @@ def test_state_begins_at_the_first_step_that_is_not_skipped(
     [lambda o: o, copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))],
     ids=["same", "deepcopy", "pickle"],
 )
-@each_row_natively
+@each_row_thinly
 def test_steps_with_and_without_scaler(case: Case, kwargs: dict, duplicate: Callable, device: torch.device) -> None:
     """Nothing of the scaler's stays behind, nor is a count lost between device and host."""
     ours, stock, _ = twins(case, make_params([(5,), (129,)], device), kwargs)
@@ -396,7 +381,7 @@ def test_steps_with_and_without_scaler(case: Case, kwargs: dict, duplicate: Call
 
 @pytest.mark.parametrize("steps", [0, 2], ids=["ever", "any_more"])
 @each_scaler
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_no_gradients_at_all(case: Case, kwargs: dict, scaler_cls: type, steps: int, device: torch.device) -> None:
     """Torch's scaler has nothing to decide by, and says so."""
     optimizer = case.cls(make_params([(5,)], device), **kwargs, max_grad_norm=1.0)
@@ -416,7 +401,7 @@ def test_no_gradients_at_all(case: Case, kwargs: dict, scaler_cls: type, steps: 
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e6], ids=["plain", "clipped", "not_clipped"])
-@each_row_natively
+@each_row_thinly
 def test_gradients_are_left_alone(case: Case, kwargs: dict, max_grad_norm: float | None, device: torch.device) -> None:
     """Our scaler has them unscaled in registers. Torch's writes them, if only times 1."""
     params = make_params([(), (300,), (3, 5, 7)], device)
@@ -451,13 +436,13 @@ PROPORTIONAL: dict[str, dict[str, Any]] = {
 
 @each_scaler
 @pytest.mark.parametrize("max_grad_norm", [None, 1e-8, 1.0], ids=["plain", "clipped", "not_clipped"])
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_gradients_that_float16_holds_only_scaled(
     case: Case, kwargs: dict, max_grad_norm: float | None, scaler_cls: type, device: torch.device
 ) -> None:
     """Unscaled in float32, they still move the parameters. Torch's scaler, which has to write them, refuses."""
     scale = 2.0**14
-    kwargs = {**kwargs, **usual(case, lr=0.5, eps=TINY / 1000), **PROPORTIONAL.get(case.name, {})}
+    kwargs = {**kwargs, **usual(case, lr=0.5, eps=TINY / 1000, weight_decay=0.0), **PROPORTIONAL.get(case.name, {})}
     params = make_params([(), (129,), (5, 7)], device, torch.float16)
     ours, stock, exact = twins(case, params, kwargs, max_grad_norm=max_grad_norm)
     scaler = new_scaler(scaler_cls, device, init_scale=scale)
@@ -486,7 +471,7 @@ def test_gradients_that_float16_holds_only_scaled(
 
 @clipping_or_not
 @each_scaler
-@each_row_natively
+@each_row_thinly
 def test_large_finite_gradients_are_no_reason_to_skip(
     case: Case, kwargs: dict, scaler_cls: type, max_grad_norm: float | None, device: torch.device
 ) -> None:
@@ -504,7 +489,7 @@ def test_large_finite_gradients_are_no_reason_to_skip(
 
 
 @each_scaler
-@each_row_natively
+@each_row_thinly
 def test_parameters_without_gradient_keep_their_count(
     case: Case, kwargs: dict, scaler_cls: type, device: torch.device
 ) -> None:
@@ -523,7 +508,7 @@ def test_parameters_without_gradient_keep_their_count(
 
 @clipping_or_not
 @each_scaler
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_mixed_dtypes(
     case: Case, kwargs: dict, scaler_cls: type, max_grad_norm: float | None, device: torch.device
 ) -> None:
@@ -563,7 +548,7 @@ MIXTURES: dict[str, Callable[[list[Tensor]], list[dict]]] = {
 @clipping_or_not
 @pytest.mark.parametrize("mixture", MIXTURES)
 @each_scaler
-@each_row_and_fused_natively
+@each_row_and_fused_thinly
 def test_with_parameters_on_torchs_step(
     case: Case, kwargs: dict, scaler_cls: type, mixture: str, max_grad_norm: float | None, device: torch.device
 ) -> None:
@@ -592,7 +577,7 @@ def test_with_parameters_on_torchs_step(
 
 
 @clipping_or_not
-@each_row_natively
+@each_row_thinly
 def test_complex_parameters(case: Case, kwargs: dict, max_grad_norm: float | None, device: torch.device) -> None:
     """Torch's scaler has no kernel for them. Equal to a loop without a scaler that leaves out the bad steps."""
     params = make_params([(130,)], device) + make_leftovers(case, [(4,)], device)
@@ -634,7 +619,7 @@ def test_who_takes_the_scale(case: Case, asked: dict) -> None:
     assert claims(case.cls) == (claims(case.stock) if case.is_torchs else [False] * 4)
 
 
-@each_row_natively
+@each_row_thinly
 def test_group_added_for_torchs_step(case: Case, kwargs: dict, device: torch.device) -> None:
     """Later than the optimizer said that it takes the scale itself."""
     if not case.has("foreach"):
@@ -671,7 +656,7 @@ def test_our_scaler_drives_torchs_optimizers(kwargs: dict, device: torch.device)
 
 
 @each_scaler
-@each_row_natively
+@each_row_thinly
 def test_two_optimizers_on_one_scaler(case: Case, kwargs: dict, scaler_cls: type, device: torch.device) -> None:
     """Each skips for its own gradients; the scale shrinks for either's."""
     params = make_params([(5,), (129,)], device)
@@ -696,7 +681,7 @@ def test_two_optimizers_on_one_scaler(case: Case, kwargs: dict, scaler_cls: type
 
 
 @each_scaler
-@each_row_natively
+@each_row_thinly
 def test_disabled(case: Case, kwargs: dict, scaler_cls: type, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs, max_grad_norm=2.0)
     scaler = scaler_cls(device.type, enabled=False)
@@ -795,7 +780,7 @@ def test_checkpoint_after_scaled_steps(
 
 
 @each_scaler
-@each_row_natively
+@each_row_thinly
 def test_many_tensors_in_several_pieces(
     case: Case, kwargs: dict, scaler_cls: type, monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:

@@ -13,12 +13,12 @@ from torch.optim import lr_scheduler
 
 from tests.cases import CLOSE, Case, add_group, assert_same, loop, make_params, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import a_step, builders, each_case, each_case_natively, outcomes, params_of, usual
+from tests.engine import a_step, builders, each_case, each_case_and_walk, outcomes, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 
 
-@each_case_natively
+@each_case
 def test_hundreds_of_groups(case: Case, device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         settings = [usual(case, lr=0.1 / (i + 1), weight_decay=i / 500) for i, _ in enumerate(params)]
@@ -30,7 +30,7 @@ def test_hundreds_of_groups(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_parameters_in_the_second_group_only(case: Case, device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [{"params": [], "lr": 9.0}, {"params": params, **usual(case)}]
@@ -41,7 +41,7 @@ def test_parameters_in_the_second_group_only(case: Case, device: torch.device) -
 
 
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
-@each_case_natively
+@each_case
 def test_duplicate_parameters(case: Case, device: torch.device) -> None:
     """Torch warns, and steps such a parameter twice."""
     a, b = make_params(SHAPES, device)
@@ -51,7 +51,7 @@ def test_duplicate_parameters(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_group_added_midway(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     train([ours, stock], 2)
@@ -61,7 +61,7 @@ def test_group_added_midway(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_and_walk
 def test_maximize_of_a_group_flipped(case: Case, device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [{"params": params[:1]}, {"params": params[1:], "maximize": True}]
@@ -74,7 +74,7 @@ def test_maximize_of_a_group_flipped(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case
 def test_named_parameters(case: Case, device: torch.device) -> None:
     dicts = []
     for make in builders(case):
@@ -101,7 +101,7 @@ SCHEDULERS: dict[str, Callable[..., lr_scheduler.LRScheduler]] = {
 
 @pytest.mark.parametrize("lr", [0.1, "tensor"], ids=["float", "tensor"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-@each_case_natively
+@each_case
 def test_schedulers(case: Case, name: str, lr: float | str, device: torch.device) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [{"params": params[:1]}, {"params": params[1:], **usual(case, lr=initial(), weight_decay=0.1)}]
@@ -125,7 +125,7 @@ def test_schedulers(case: Case, name: str, lr: float | str, device: torch.device
     assert_same(ours, stock, {"rtol": 1e-5, "atol": 1e-6} if lr == "tensor" else None)
 
 
-@each_case_natively
+@each_case
 def test_plateau_scheduler_and_swa(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), usual(case))
     plateaus = [lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=0) for optimizer in (ours, stock)]
@@ -139,7 +139,7 @@ def test_plateau_scheduler_and_swa(case: Case, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["0d", "1d"])
-@each_case
+@each_case_and_walk
 def test_tensor_lr_changed_in_place(case: Case, shape: tuple[int, ...], device: torch.device) -> None:
     kwargs = usual(case, lr=torch.full(shape, 0.1), weight_decay=0.1)
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs)
@@ -167,7 +167,7 @@ def _numpy(name: str, value: float) -> Any:
         pytest.param(lambda: {"lr": float("nan")}, id="nan"),
     ],
 )
-@each_case_natively
+@each_case
 def test_types_of_hyperparameters(case: Case, make: Callable[[], dict[str, Any]], device: torch.device) -> None:
     kwargs = usual(case, **make())
     ours, stock = outcomes(case, lambda make: make(make_params(SHAPES, device), **kwargs))
@@ -180,7 +180,7 @@ def test_types_of_hyperparameters(case: Case, make: Callable[[], dict[str, Any]]
         torch.testing.assert_close(a, b, **close, equal_nan=True)
 
 
-@each_case_natively
+@each_case
 def test_int_hyperparameters_written_into_groups(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), {})
     for optimizer in (ours, stock):

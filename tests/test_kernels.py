@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import optimx
-from tests.cases import CASES, CLOSE, SHAPES, Case, loop, make_params, set_grads
+from tests.cases import BY_NAME, CASES, CLOSE, SHAPES, Case, loop, make_params, set_grads
 from tests.conftest import INTERPRETED
-from tests.engine import KERNELS, VARIANTS
+from tests.engine import KERNELS, each
 
 pytestmark = pytest.mark.interpreted
 pytest.importorskip("triton")
@@ -39,10 +39,7 @@ SIGNED = ("ax", "exp_avg", "grad_avg", "momentum_buffer", "prev")
 
 
 #: Every kernel that goes from element to element.
-each_kernel = pytest.mark.parametrize(
-    ("case", "kwargs"),
-    [pytest.param(c, kw, id=name) for c, kw, name in VARIANTS if name in KERNELS and c.name != "adafactor"],
-)
+each_kernel = each([variant for variant in KERNELS if variant.case.cls.rule.walk != "factored"], ())
 
 
 def _group(case: Case, kwargs: dict) -> tuple[dict[str, Any], tuple[bool, ...]]:
@@ -248,8 +245,11 @@ def test_alignment_is_of_each_tensor_and_changes_no_bit(
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("shift", [0, 1], ids=["aligned", "misaligned"])
-@pytest.mark.parametrize("poison", [float("nan"), 7.0], ids=["nan", "seven"])
+@pytest.mark.parametrize(
+    ("shift", "poison"),
+    [(0, float("nan")), (1, 7.0), *[(1, float("nan")), (0, 7.0)] * (not INTERPRETED)],
+    ids=["aligned-nan", "misaligned-seven", *["misaligned-nan", "aligned-seven"] * (not INTERPRETED)],
+)
 @each_kernel
 def test_without_a_gradient_a_tensor_is_left_alone(
     triton_backend: torch.device, case: Case, kwargs: dict, shift: int, poison: float
@@ -299,6 +299,9 @@ MATRICES = {
     "convolutions": [(40, 3, 3), (9, 4, 2, 3), (7, 3, 3), (7, 3, 3), (2, 2)],
     "vectors": [(300,), (128,), (65,), (65,), (1,)],
 }
+if INTERPRETED:
+    MATRICES["matrices"] = [(20, 40), (2, 5, 24), (18, 16), (18, 16), (1, 70)]
+    MATRICES["convolutions"] = [(20, 3, 3), (3, 4, 2, 3), (7, 3, 3), (7, 3, 3), (2, 2)]
 
 
 @pytest.mark.parametrize("moment", [False, True], ids=["plain", "moment"])
@@ -487,7 +490,7 @@ def test_lambs_trust_ratio_is_of_the_whole_tensor(triton_backend: torch.device, 
 @pytest.mark.parametrize(("shift", "largest"), [(0, None), (1, 0.5)], ids=["aligned-unlimited", "misaligned-clamped"])
 def test_lambs_norms_of_many_chunks(triton_backend: torch.device, shift: int, largest: float | None) -> None:
     """More of them than the kernel of the ratio reads at once; and a tensor of zeros with gradients of zeros."""
-    case = next(case for case in CASES if case.name == "lamb")
+    case = BY_NAME["lamb"]
     kwargs = {"lr": 0.1, "weight_decay": 0.1, "max_trust_ratio": largest}
     shapes, size = [(5,), (16 * 270 + 3,), (40,), ()], LaunchSize(chunk_size=16, block_size=32)
     launch = Launch(case, kwargs, triton_backend, torch.float32, shift, shapes=shapes, size=size)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tests.cases import Case, assert_same, loop, train, twins
-from tests.engine import each_case_natively, usual
+from tests.engine import each_case, usual
 
 
 def strided(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
@@ -38,7 +38,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("of_param", LAYOUTS)
-@each_case_natively
+@each_case
 def test_layouts(case: Case, of_param: str, device: torch.device) -> None:
     """Parameters of one layout, one for each layout of gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -66,7 +66,7 @@ def test_layouts(case: Case, of_param: str, device: torch.device) -> None:
             assert all(state.stride() == param.stride() for state in states)
 
 
-@each_case_natively
+@each_case
 def test_strides_of_single_elements_mean_nothing(case: Case, device: torch.device) -> None:
     param = Parameter(torch.arange(5.0, device=device).as_strided((1, 5, 1), (1, 1, 77)))
     ours, stock, _ = twins(case, [param], usual(case))

@@ -17,6 +17,7 @@ import optimx
 from optimx._engine.cpu import batch as _batch
 from optimx._engine.cpu import elementwise as _native
 from tests.cases import (
+    BY_NAME,
     CASES,
     CLOSE,
     HALF,
@@ -31,24 +32,13 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.engine import DIFFERENT, KERNELS, VARIANTS, interpreted, params_of, usual
+from tests.engine import BESIDE_STOCK, PLANS, each, each_case, each_case_thinly, interpreted, params_of, usual
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
 
-
-def _each(taken: Sequence[str]) -> pytest.MarkDecorator:
-    """Every optimizer; the interpreter, at milliseconds a program, gets what it takes."""
-    return pytest.mark.parametrize(
-        "case", [pytest.param(c, id=c.name, marks=[interpreted] if c.name in taken else []) for c in CASES]
-    )
-
-
-each_case = _each(DIFFERENT)
-#: For what the kernels of an algorithm have no part in.
-each_case_natively = _each(["sgd", "nadam"])
 
 #: Adafactor steps by averages as they are stored: squares of 16 bits must not matter.
 STORED = {"adafactor": {"eps": (0.1, 1e-3)}}
@@ -118,13 +108,7 @@ def three_groups(params: list[Tensor]) -> list[dict]:
     return [{"params": params[:3]}, {"params": params[3:5], "lr": 0.05, "weight_decay": 0.3}, {"params": params[5:]}]
 
 
-@pytest.mark.parametrize(
-    ("case", "kwargs"),
-    [
-        pytest.param(case, kwargs, id=name, marks=[interpreted] * (name in KERNELS and case.name in DIFFERENT))
-        for case, kwargs, name in VARIANTS
-    ],
-)
+@each(BESIDE_STOCK, PLANS)
 def test_equals_clipping_before_the_step(case: Case, kwargs: dict, device: torch.device) -> None:
     shapes = [(), (130,)] if INTERPRETED else [(), (0,), (129,), (3, 5, 7)]
     ours, stock, _ = twins(case, make_params(shapes, device), kwargs, max_grad_norm=1.0)
@@ -169,7 +153,7 @@ def test_capturable(case: Case, device: torch.device) -> None:
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case_thinly
 def test_mixed_dtypes(case: Case, device: torch.device) -> None:
     shapes = [(5, 7), (130,), ()]
     params = [p for dtype in DTYPES for p in make_params(shapes, device, dtype)]
@@ -190,7 +174,7 @@ def test_mixed_dtypes(case: Case, device: torch.device) -> None:
     [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float64, torch.float32)],
     ids=["float32-bf16_grad", "bf16-float32_grad", "float64-float32_grad"],
 )
-@each_case_natively
+@each_case_thinly
 def test_gradients_of_another_dtype(case: Case, dtype: torch.dtype, of_grad: torch.dtype, device: torch.device) -> None:
     params = make_params([(), (129,), (10, 12)], device, dtype)
     ours, stock, _ = twins(case, params, usual(case, lr=2**-7), max_grad_norm=0.5)
@@ -217,7 +201,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=["float32", "float64", "bf16"])
-@each_case_natively
+@each_case_thinly
 def test_large_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Several pieces or chunks, the last one short, in memory orders that pairing by offset must respect."""
     if INTERPRETED:
@@ -240,7 +224,7 @@ def test_large_tensors(case: Case, dtype: torch.dtype, device: torch.device) -> 
 
 
 @pytest.mark.usefixtures("small_pieces")
-@each_case_natively
+@each_case_thinly
 def test_many_small_tensors(case: Case, device: torch.device) -> None:
     count, unit = (8, 40) if INTERPRETED else (80, 2)
     ours, stock, _ = twins(
@@ -253,7 +237,7 @@ def test_many_small_tensors(case: Case, device: torch.device) -> None:
 
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e4], ids=["clipped", "not_clipped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@each_case_natively
+@each_case_thinly
 def test_gradients_are_left_alone(case: Case, dtype: torch.dtype, max_grad_norm: float, device: torch.device) -> None:
     params = make_params([*SHAPES, (20, 30)], device=device, dtype=dtype)
     (leftover,) = make_leftovers(case, [(5,)], device)
@@ -271,7 +255,7 @@ def test_gradients_are_left_alone(case: Case, dtype: torch.dtype, max_grad_norm:
             assert (grad.stride(), grad._version) == (strides, version)
 
 
-@each_case_natively
+@each_case_thinly
 def test_grad_norm(case: Case, device: torch.device) -> None:
     params = make_params([(), (129,), (3, 5)], device)
     optimizer = case.cls(params, **usual(case))
@@ -298,7 +282,7 @@ def test_grad_norm(case: Case, device: torch.device) -> None:
     assert optimizer.grad_norm is None
 
 
-@each_case_natively
+@each_case_thinly
 def test_grad_norm_without_gradients_is_0(case: Case, device: torch.device) -> None:
     """What clip_grad_norm_ returns, so that a loop can log it without asking."""
     params = make_params([(3,), (0,)], device=device)
@@ -313,7 +297,7 @@ def test_grad_norm_without_gradients_is_0(case: Case, device: torch.device) -> N
     assert all(map(torch.equal, params, before))
 
 
-@each_case_natively
+@each_case_thinly
 def test_limit_may_change_between_steps(case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params([(), (129,)], device), usual(case, lr=0.01), max_grad_norm=1.0)
     for step, limit in enumerate([1.0, 0.1, None, 5, INF, torch.tensor(0.5)]):
@@ -325,14 +309,14 @@ def test_limit_may_change_between_steps(case: Case, device: torch.device) -> Non
 @pytest.mark.parametrize(
     ("value", "shown"), [(-1, "-1"), (0, "0"), (-0.5, "-0.5"), (NAN, "nan"), (-INF, "-inf")], ids=str
 )
-@each_case_natively
+@each_case_thinly
 def test_invalid(case: Case, value: float, shown: str) -> None:
     with pytest.raises(ValueError) as error:
         case.cls(make_params([(3,)]), max_grad_norm=value)
     assert str(error.value) == f"max_grad_norm should be > 0 but is: {shown}"
 
 
-@each_case_natively
+@each_case_thinly
 def test_not_in_groups_nor_checkpoints(case: Case, device: torch.device) -> None:
     """A key of ours there would break torch.optim's checkpoints, in both directions."""
     params = make_params([(3,), (130,)], device=device)
@@ -369,7 +353,7 @@ def _torch_save(thing):
 
 
 @pytest.mark.parametrize("duplicate", [_deepcopy, _pickle, _torch_save], ids=lambda f: f.__name__.strip("_"))
-@each_case_natively
+@each_case_thinly
 def test_survives(duplicate: Callable, case: Case, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params([(3,), (130,)], device), usual(case, lr=0.01), max_grad_norm=0.5)
     clipped_step(ours, stock, 0)
@@ -423,7 +407,7 @@ def takes(case: Case, mixture: str) -> bool:
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("max_grad_norm", [0.5, 1e4], ids=["clipped", "not_clipped"])
-@each_case_natively
+@each_case_thinly
 def test_with_parameters_on_torchs_step(case: Case, mixture: str, max_grad_norm: float, device: torch.device) -> None:
     """One norm over all of them, of this step's gradients, and all are clipped."""
     if not takes(case, mixture):
@@ -437,7 +421,7 @@ def test_with_parameters_on_torchs_step(case: Case, mixture: str, max_grad_norm:
 
 
 @pytest.mark.parametrize("asked", [{"foreach": True}, {"foreach": False}, {"fused": False}], ids=str)
-@each_case_natively
+@each_case_thinly
 def test_optimizer_on_torchs_step(case: Case, asked: dict, device: torch.device) -> None:
     if not all(map(case.has, asked)):
         pytest.skip("there is no such argument")
@@ -517,7 +501,7 @@ def test_sparse_gradients(case: Case, max_grad_norm: float, device: torch.device
     assert_same(ours, stock)
 
 
-@each_case_natively
+@each_case_thinly
 def test_closure(case: Case, device: torch.device) -> None:
     """The gradients that count are those the closure made."""
     params = make_params([(3,), (130,)], device)
@@ -542,7 +526,7 @@ def test_closure(case: Case, device: torch.device) -> None:
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bf16"])
-@each_case_natively
+@each_case_thinly
 def test_repeatable(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     """Bitwise: sums are met in a fixed order, wherever the tensors lie."""
     shapes = [(), (300,)] if INTERPRETED else [*SHAPES, (3001,)]
@@ -563,7 +547,7 @@ def test_repeatable(case: Case, dtype: torch.dtype, device: torch.device) -> Non
 # LAMB's other way: gradients of length 1
 
 
-LAMB = next(case for case in CASES if case.name == "lamb")
+LAMB = BY_NAME["lamb"]
 
 
 @interpreted

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 import optimx
 from tests.cases import CASES, Case, assert_same, loop, make_params, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import each_case, params_of, usual
+from tests.engine import each_case_natively, params_of, usual
 
 SHAPES = [(5,), (3, 4)]
 of_torch = [case for case in CASES if case.is_torchs]
@@ -33,7 +33,7 @@ pytestmark = natively
 
 
 @pytest.mark.parametrize("make", ["array", "float32"])
-@each_case
+@each_case_natively
 def test_lr_of_numpy(case: Case, make: str) -> None:
     """What scipy's interpolations give; written anew, or in place."""
     numpy = pytest.importorskip("numpy")
@@ -54,7 +54,7 @@ def test_lr_of_numpy(case: Case, make: str) -> None:
     torch.testing.assert_close(params_of(ours), params_of(plain), rtol=0, atol=0)
 
 
-@each_case
+@each_case_natively
 def test_a_default_that_groups_lack(case: Case) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES), usual(case))
     train([ours, stock], 1)
@@ -64,7 +64,7 @@ def test_a_default_that_groups_lack(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", ["max_grad_norm", "normalize_grads"])
-@each_case
+@each_case_natively
 def test_a_group_with_a_setting_of_the_whole(case: Case, name: str) -> None:
     """Clipping by group is another thing, and must not be left out silently: wherever the group comes from."""
     message = f"{name} should be an argument of the optimizer"
@@ -123,7 +123,7 @@ def test_init_of_the_base_is_passed_over(case: Case) -> None:
         assert_same(ours, stock)
 
 
-@each_case
+@each_case_natively
 def test_public_attributes_are_copied(case: Case) -> None:
     optimizer = case.cls(make_params(SHAPES), **usual(case), max_grad_norm=1.0)
     optimizer.numbers, optimizer.owner = {"warmup": [1, 2.0]}, SimpleNamespace(optimizer=optimizer)

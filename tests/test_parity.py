@@ -27,22 +27,14 @@ from tests.cases import (
     twins,
 )
 from tests.conftest import INTERPRETED
-from tests.engine import KERNELS, VARIANTS, each_variant_natively, interpreted
+from tests.engine import BESIDE_STOCK, PLANS, each, each_case_and_walk, each_variant
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def _loops() -> list:
-    """The interpreter takes every variant in float32; in other dtypes, with the same formulas, one of each kernel."""
-    return [
-        pytest.param(case, kwargs, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}", marks=marks)
-        for case, kwargs, name in VARIANTS
-        for dtype in DTYPES
-        for marks in [[interpreted] if name in KERNELS or dtype is torch.float32 else []]
-    ]
-
-
-@pytest.mark.parametrize(("case", "kwargs", "dtype"), _loops())
+# interpreted, float64 is beside the paper, and every dtype in test_kernels
+@pytest.mark.parametrize("dtype", DTYPES[::2] if INTERPRETED else DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@each_variant
 def test_equals_the_loop(case: Case, kwargs: dict, dtype: torch.dtype, device: torch.device) -> None:
     if dtype in HALF:
         kwargs = case.rounded(kwargs, dtype)
@@ -54,7 +46,7 @@ def test_equals_the_loop(case: Case, kwargs: dict, dtype: torch.dtype, device: t
     assert_same(ours, stock, CLOSE[torch.float32] if single and dtype is torch.float64 else None)
 
 
-@each_variant_natively
+@each(BESIDE_STOCK, PLANS)
 def test_groups_that_differ(case: Case, kwargs: dict, device: torch.device) -> None:
     def groups(params):
         return [{"params": params[:3]}, {"params": []}, {"params": params[3:], **case.other}]
@@ -71,10 +63,7 @@ def _mixed_calls(optimizer: Any) -> list[MixedCall]:
 
 @pytest.mark.skipif(INTERPRETED, reason="kernels take settings by tensor")
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5], ids=["plain", "clipped"])
-@pytest.mark.parametrize(
-    ("case", "kwargs"),
-    [pytest.param(case, kw, id=name) for case, kw, name in VARIANTS if name.startswith(("adam-", "adamw-"))],
-)
+@each([variant for variant in BESIDE_STOCK if variant.case.name in ("adam", "adamw")], ())
 def test_a_setting_for_each_tensor(case: Case, kwargs: dict, max_grad_norm: float | None) -> None:
     """On a CPU one formula for all small ones, where settings differ only in what it has by element."""
     shapes = [(), (0,), (1,), (3, 5), (64,), (70, 80), (1200,), *[(i,) for i in range(2, 11)]]
@@ -156,7 +145,6 @@ def _database() -> list:
     ]
 
 
-@interpreted
 @pytest.mark.parametrize(("case", "info", "index"), _database())
 def test_torchs_own_configurations(case: Case, info, index: int, device: torch.device) -> None:
     config = info.optim_inputs_func(device=device.type)[index]
@@ -175,17 +163,10 @@ def test_torchs_own_gpu_configurations(case: Case, info) -> None:
         assert_same(ours, stock)
 
 
-def _papers() -> list:
-    return [
-        pytest.param(case, kwargs, id=f"{case.name}-{name}")
-        for case in CASES
-        for name, kwargs in case.variants.items()
-        if not name.startswith(("fused", "tensor_"))
-    ]
+_PAPERS = [variant for variant in BESIDE_STOCK if variant.is_formula]
 
 
-@interpreted
-@pytest.mark.parametrize(("case", "kwargs"), _papers())
+@each(_PAPERS, _PAPERS)
 def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> None:
     """A long run beside float64."""
     rng = random.Random(0)
@@ -194,7 +175,11 @@ def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> Non
     gradients = [[rng.gauss(0, 1) for _ in theta] for _ in range(12 if INTERPRETED else 200)]
     expected = torch.tensor(case.reference(theta, gradients, **kwargs), dtype=torch.float64)
     # torch keeps mu_product, eta and mu in float32; rounding errors of 200 steps of float32 add up
-    for dtype, tolerance in ((torch.float64, 1e-7 if case.name in ("nadam", "asgd") else 1e-12), (torch.float32, 2e-5)):
+    tolerances = {torch.float64: 1e-7 if case.name in ("nadam", "asgd") else 1e-12, torch.float32: 2e-5}
+    if INTERPRETED:
+        # the same formula, beside the loop in every dtype
+        del tolerances[torch.float32]
+    for dtype, tolerance in tolerances.items():
         param = Parameter(torch.tensor(theta, dtype=dtype, device=device))
         optimizer = case.cls([param], **kwargs)
         for gradient in gradients:
@@ -204,8 +189,7 @@ def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> Non
         torch.testing.assert_close(param.double().cpu(), expected, rtol=tolerance, atol=tolerance * largest)
 
 
-@interpreted
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+@each_case_and_walk
 @pytest.mark.parametrize(
     "dtypes",
     [

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -14,19 +13,12 @@ import torch
 from torch import Tensor
 
 from optimx.adafactor import EXTRAS
-from tests.reference.adadelta import adadelta
-from tests.reference.adafactor import adafactor
-from tests.reference.adagrad import adagrad
+from tests.cases import BY_NAME, CASES, Case, Variant
+from tests.engine import BESIDE_STOCK, each, each_of
 from tests.reference.adam import adam
-from tests.reference.adamax import adamax
 from tests.reference.asgd import asgd
 from tests.reference.lamb import lamb
 from tests.reference.lion import lion
-from tests.reference.nadam import nadam
-from tests.reference.radam import radam
-from tests.reference.rmsprop import rmsprop
-from tests.reference.rprop import rprop
-from tests.reference.sgd import sgd
 
 STEPS = 40
 
@@ -34,158 +26,9 @@ STEPS = 40
 RTOL = 1e-12
 
 
-@dataclass(frozen=True)
-class Row:
-    """A reference and the torch class that it must equal, with arguments that lead to different arithmetic."""
-
-    reference: Callable[..., list[float]]
-    stock: type[torch.optim.Optimizer]
-    variants: dict[str, dict[str, Any]]
-
-    @property
-    def name(self) -> str:
-        return self.reference.__name__
-
-
-# where eps is 1e-8 its place would not show: each has a variant with one that does
-ROWS = [
-    Row(
-        sgd,
-        torch.optim.SGD,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
-            "momentum_maximize": {"lr": 0.1, "momentum": 0.9, "maximize": True},
-            "dampening": {"lr": 0.1, "momentum": 0.9, "dampening": 0.4},
-            "dampening_without_momentum": {"lr": 0.1, "dampening": 0.4},
-            "nesterov": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-        },
-    ),
-    Row(
-        rmsprop,
-        torch.optim.RMSprop,
-        {
-            "default": {},
-            "decay": {"weight_decay": 0.1},
-            "maximize": {"weight_decay": 0.1, "maximize": True},
-            "alpha_eps": {"alpha": 0.8, "eps": 0.1},
-            "momentum": {"momentum": 0.9, "eps": 0.1},
-            "centered": {"centered": True, "alpha": 0.9, "eps": 0.1},
-            "centered_momentum": {"centered": True, "momentum": 0.9, "weight_decay": 0.1, "maximize": True},
-        },
-    ),
-    Row(
-        adagrad,
-        torch.optim.Adagrad,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "lr_decay": {"lr": 0.1, "lr_decay": 0.1},
-            "initial_accumulator_value": {"lr": 0.1, "initial_accumulator_value": 0.5},
-            "all": {"lr": 0.1, "lr_decay": 0.1, "initial_accumulator_value": 0.5, "weight_decay": 0.1, "eps": 0.1},
-        },
-    ),
-    Row(
-        adadelta,
-        torch.optim.Adadelta,
-        {
-            "default": {},
-            "decay": {"weight_decay": 0.1},
-            "maximize": {"weight_decay": 0.1, "maximize": True},
-            "lr": {"lr": 0.3},
-            "rho_eps": {"rho": 0.5, "eps": 0.1},
-        },
-    ),
-    Row(
-        adafactor,
-        torch.optim.Adafactor,
-        {
-            "default": {},
-            "decay": {"lr": 0.3, "weight_decay": 0.1},
-            "maximize": {"weight_decay": 0.1, "maximize": True},
-            "eps": {"lr": 0.5, "eps": (0.3, 2.0)},
-            "beta2_decay_d": {"lr": 0.5, "beta2_decay": -0.3, "d": 1.2},
-        },
-    ),
-    Row(
-        adamax,
-        torch.optim.Adamax,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "betas_eps": {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1},
-            "beta1_zero": {"lr": 0.1, "betas": (0.0, 0.9)},
-        },
-    ),
-    Row(
-        nadam,
-        torch.optim.NAdam,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "decoupled": {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "maximize_decoupled": {
-                "lr": 0.1,
-                "weight_decay": 0.1,
-                "decoupled_weight_decay": True,
-                "maximize": True,
-            },
-            "betas_eps": {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1},
-            "momentum_decay": {"lr": 0.1, "momentum_decay": 1.0},
-        },
-    ),
-    Row(
-        radam,
-        torch.optim.RAdam,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "decoupled": {"lr": 0.1, "weight_decay": 0.1, "decoupled_weight_decay": True},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "maximize_decoupled": {
-                "lr": 0.1,
-                "weight_decay": 0.1,
-                "decoupled_weight_decay": True,
-                "maximize": True,
-            },
-            "betas_eps": {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1},
-            # rho stays below 5: the averages of squares are never used; a threshold of 4 would use them
-            "never_rectified": {"lr": 0.1, "betas": (0.9, 0.64)},
-        },
-    ),
-    Row(
-        rprop,
-        torch.optim.Rprop,
-        {
-            "default": {},
-            "maximize": {"maximize": True},
-            "etas": {"etas": (0.3, 1.7)},
-            "step_sizes": {"lr": 0.1, "step_sizes": (0.05, 0.13)},
-            "lr_above_step_sizes": {"lr": 1.0, "step_sizes": (0.01, 0.5)},
-        },
-    ),
-    Row(
-        asgd,
-        torch.optim.ASGD,
-        {
-            "default": {},
-            "decay": {"lr": 0.1, "weight_decay": 0.1},
-            "maximize": {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
-            "lambd_alpha": {"lr": 0.1, "lambd": 0.5, "alpha": 0.6},
-            # averages do not influence the parameters: see test_asgd_average_equals_torchs
-            "t0": {"lr": 0.1, "lambd": 0.1, "t0": 10},
-        },
-    ),
-]
-
-VARIANTS = [
-    pytest.param(row, kwargs, id=f"{row.name}-{variant}") for row in ROWS for variant, kwargs in row.variants.items()
-]
+FORMULAS = [variant for variant in BESIDE_STOCK if variant.is_formula]
+OF_TORCH = [variant for variant in FORMULAS if variant.case.is_torchs]
+(ASGD, LION, LAMB) = (BY_NAME[name] for name in ("asgd", "lion", "lamb"))
 
 #: Arguments of torch that choose an implementation, not a formula.
 NOT_ARITHMETIC = {"params", "foreach", "capturable", "differentiable", "fused"}
@@ -202,11 +45,11 @@ def make_problem(size: int = 9, steps: int = STEPS) -> tuple[list[float], list[l
     return theta, gradients
 
 
-def train_stock(row: Row, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def train_stock(case: Case, kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     """Parameters and state after torch's for-loop."""
     theta, gradients = make_problem()
     param = torch.nn.Parameter(torch.tensor(theta, dtype=torch.float64))
-    optimizer = row.stock([param], foreach=False, **kwargs)
+    optimizer = case.stock([param], foreach=False, **kwargs)
     for gradient in gradients:
         param.grad = torch.tensor(gradient, dtype=torch.float64)
         optimizer.step()
@@ -227,19 +70,19 @@ def default_float64() -> Iterator[None]:
     torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize(("row", "kwargs"), VARIANTS)
+@each(OF_TORCH, ())
 @pytest.mark.usefixtures("default_float64")
-def test_equals_torch(row: Row, kwargs: dict[str, Any]) -> None:
-    param, _ = train_stock(row, kwargs)
-    assert_close(row.reference(*make_problem(), **kwargs), param)
+def test_equals_torch(case: Case, kwargs: dict[str, Any]) -> None:
+    param, _ = train_stock(case, kwargs)
+    assert_close(case.reference(*make_problem(), **case.rounded(kwargs, torch.float64)), param)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_arguments_are_torchs(row: Row) -> None:
-    ours = dict(list(inspect.signature(row.reference).parameters.items())[2:])
-    for beyond_torchs in ("averaged", "shape", *EXTRAS):
+@each_of([case for case in CASES if case.is_torchs], ())
+def test_arguments_are_torchs(case: Case) -> None:
+    ours = dict(list(inspect.signature(case.reference).parameters.items())[2:])
+    torchs = inspect.signature(case.stock).parameters
+    for beyond_torchs in {"averaged", "shape", "decoupled_weight_decay", *EXTRAS} - torchs.keys():
         ours.pop(beyond_torchs, None)
-    torchs = inspect.signature(row.stock).parameters
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in ours.values())
     assert {name: parameter.default for name, parameter in ours.items()} == {
         name: parameter.default for name, parameter in torchs.items() if name not in NOT_ARITHMETIC
@@ -250,18 +93,18 @@ def test_arguments_are_torchs(row: Row) -> None:
 @pytest.mark.usefixtures("default_float64")
 def test_asgd_average_equals_torchs(t0: float) -> None:
     kwargs = {"lr": 0.1, "lambd": 0.1, "weight_decay": 0.1, "maximize": True, "t0": t0}
-    param, state = train_stock(Row(asgd, torch.optim.ASGD, {}), kwargs)
-    average = asgd(*make_problem(), **kwargs, averaged=True)
-    assert_close(average, state["ax"])
+    param, state = train_stock(ASGD, kwargs)
+    assert_close(asgd(*make_problem(), **kwargs), param)
+    assert_close(asgd(*make_problem(), **kwargs, averaged=True), state["ax"])
     # the first step that averages is t0 + 3
     assert torch.equal(param, state["ax"]) == (t0 + 3 > STEPS)
 
 
-@pytest.mark.parametrize(("row", "kwargs"), [p for p in VARIANTS if p.values[0].reference in (nadam, asgd)])
-def test_equals_torch_with_float32_scalars(row: Row, kwargs: dict[str, Any]) -> None:
+@each([variant for variant in OF_TORCH if len(variant.case.cls.rule.scalars) > 1], ())
+def test_equals_torch_with_float32_scalars(case: Case, kwargs: dict[str, Any]) -> None:
     # mu_product (rounded once a step) and eta are float32 here, and scale updates that add up to about 1: 2**-24 = 6e-8
-    param, _ = train_stock(row, kwargs)
-    assert_close(row.reference(*make_problem(), **kwargs), param, atol=1e-7)
+    param, _ = train_stock(case, kwargs)
+    assert_close(case.reference(*make_problem(), **kwargs), param, atol=1e-7)
 
 
 def test_lion_by_hand() -> None:
@@ -282,12 +125,8 @@ def test_lion_reads_no_magnitudes() -> None:
     assert lion(theta, scaled, weight_decay=0.1) == lion(theta, gradients, weight_decay=0.1)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [{}, {"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.1, "betas": (0.5, 0.8), "weight_decay": 0.1, "maximize": True}],
-    ids=["default", "decay", "maximize"],
-)
-def test_lion_equals_its_closed_form(kwargs: dict[str, Any]) -> None:
+@each([variant for variant in FORMULAS if variant.case is LION], ())
+def test_lion_equals_its_closed_form(case: Case, kwargs: dict[str, Any]) -> None:
     """The gradients do not depend on theta, so theta is a sum over steps and the averages are sums over gradients."""
     lr, (beta1, beta2) = kwargs.get("lr", 1e-4), kwargs.get("betas", (0.9, 0.99))
     theta, gradients = make_problem()
@@ -306,21 +145,12 @@ def average_weights(beta: float, steps: int) -> Tensor:
     return (1 - beta) * (beta ** (t[:, None] - t)).tril()
 
 
-LAMB_VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "decay": {"lr": 0.1, "weight_decay": 0.3},
-    "betas_eps": {"lr": 0.1, "betas": (0.5, 0.8), "eps": 0.1},
-    "no_bias_correction": {"lr": 0.1, "bias_correction": False},
-    "no_decay": {"lr": 0.1, "weight_decay": 0.0},
-    "always_adapt": {"lr": 0.1, "weight_decay": 0.0, "always_adapt": True},
-    "max_trust_ratio": {"lr": 0.1, "max_trust_ratio": 2.0},
-    "normalize_grads": {"lr": 0.1, "normalize_grads": True, "eps": 0.01},
-    "maximize": {"lr": 0.1, "maximize": True},
-}
+_OF_LAMB = [variant for variant in FORMULAS if variant.case is LAMB]
+_OF_LAMB += [Variant(LAMB, "normalize_grads", {"lr": 0.1, "normalize_grads": True, "eps": 0.01})]
 
 
-@pytest.mark.parametrize("kwargs", LAMB_VARIANTS.values(), ids=LAMB_VARIANTS.keys())
-def test_lamb_equals_tensor_expressions(kwargs: dict[str, Any]) -> None:
+@each(_OF_LAMB, ())
+def test_lamb_equals_tensor_expressions(case: Case, kwargs: dict[str, Any]) -> None:
     """The averages as matrix products, the update as a unit vector times a length."""
     theta, gradients = make_problem()
     lr, eps = kwargs.get("lr", 1e-3), kwargs.get("eps", 1e-6)
@@ -379,7 +209,7 @@ def test_lamb_without_weight_decay_is_adam() -> None:
 
 def test_lamb_with_a_limit_that_always_binds_is_adamw() -> None:
     theta, gradients = make_problem()
-    expected = adam(theta, gradients, lr=1e-3, eps=1e-6, weight_decay=0.1, decoupled=True)
+    expected = adam(theta, gradients, lr=1e-3, eps=1e-6, weight_decay=0.1, decoupled_weight_decay=True)
     assert_close(lamb(theta, gradients, lr=0.1, weight_decay=0.1, max_trust_ratio=0.01), expected)
 
 

@@ -130,37 +130,45 @@ def block(part: str) -> str:
     return f"before\n<!-- bench some-machine {part} -->\nold numbers\n<!-- bench end -->\nafter\n"
 
 
-@pytest.mark.parametrize(
-    ("part", "expected"),
-    [
-        ("models", "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |\n\nMilliseconds of a step"),
-        ("models", "](results/some-machine/models.png)\n"),
-        ("models", "[report](results/some-machine/report.md).\n\n<!-- bench end -->"),
-        ("optimizers", "-->\n\n![Every optimizer"),
-        ("missed", "1 of 2 targets are met and 1 are missed"),
-        ("missed", "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 |\n\n<!-- bench end -->"),
-        ("host", "| 1 tensor | 20 | 30 | - |\n| 8 tensors | 40 | 50 | 60 |\n"),
-        ("host-summary", '"torch fused" / with optimx: 20 / 30 µs for 1 tensor, 40 / 50 µs for 8 tensors.\n'),
+#: What a block of each part has.
+BLOCKS = {
+    "models": [
+        "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |\n\nMilliseconds of a step",
+        "](results/some-machine/models.png)\n",
+        "[report](results/some-machine/report.md).\n\n<!-- bench end -->",
     ],
-)
-def test_a_block_has_the_numbers_of_the_folder_it_names(folder, tmp_path, monkeypatch, part, expected):
+    "optimizers": ["-->\n\n![Every optimizer"],
+    "missed": [
+        "1 of 2 targets are met and 1 are missed",
+        "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 |\n\n<!-- bench end -->",
+    ],
+    "host": ["| 1 tensor | 20 | 30 | - |\n| 8 tensors | 40 | 50 | 60 |\n"],
+    "host-summary": [
+        '"torch fused" / with optimx: 20 / 30 µs for 1 tensor, 40 / 50 µs for 8 tensors.\n',
+    ],
+}
+
+
+def test_blocks_have_the_numbers_of_the_folder_they_name(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
     columns = zip((FUSED, OURS, f"{OURS} max_grad_norm"), ((0.02, 0.04), (0.03, 0.05), (None, 0.06)), strict=True)
     medians = [(name, *pair) for name, pair in columns]
     host = [row("host-stub-1", name, first, tensors=1) for name, first, _ in medians]
     save(folder, "host", [*host, *(row("host-stub-8", name, second, tensors=8) for name, _, second in medians)])
-    readme = tmp_path / "README.md"
-    readme.write_text(block(part))
-    assert report.main([str(folder), "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert text.startswith(f"before\n<!-- bench some-machine {part} -->\n")
-    assert text.endswith("\n<!-- bench end -->\nafter\n")
-    assert expected in text
-    assert "old numbers" not in text
-    assert "speed >= 1x" not in text, "only what is missed"
+    readmes = {part: tmp_path / f"{part}.md" for part in BLOCKS}
+    for part, readme in readmes.items():
+        readme.write_text(block(part))
+    assert report.main([str(folder), "--readme", *map(str, readmes.values())]) == 0
+    texts = {part: readme.read_text() for part, readme in readmes.items()}
+    for part, text in texts.items():
+        assert text.startswith(f"before\n<!-- bench some-machine {part} -->\n")
+        assert text.endswith("\n<!-- bench end -->\nafter\n")
+        assert [expected for expected in BLOCKS[part] if expected not in text] == []
+        assert "old numbers" not in text
+        assert "speed >= 1x" not in text, "only what is missed"
     # again, and nothing changes
-    assert report.main([str(folder), "--readme", str(readme)]) == 0
-    assert readme.read_text() == text
+    assert report.main([str(folder), "--readme", *map(str, readmes.values())]) == 0
+    assert {part: readme.read_text() for part, readme in readmes.items()} == texts
 
 
 def test_blocks_of_several_pages_are_written(folder, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ import optimx
 # torchvision, which Lightning imports, has to import first
 import tests.models  # noqa: F401
 from tests.cases import CASES, Case, assert_same, make_params, set_grads
-from tests.engine import each_case_natively, each_different_case, interpreted, usual
+from tests.engine import each_case, each_kind, interpreted, usual
 
 SHAPES = [(), (129,), (5, 7)]
 SCALE = 2.0**10
@@ -319,7 +319,7 @@ def test_copies_behave_like_stocks(case: Case, fused: bool | None, copied: Calla
 
 
 @pytest.mark.parametrize("name", [None, *WATCHERS])
-@each_different_case
+@each_kind
 def test_step_was_skipped_on_every_path(case: Case, name: str | None) -> None:
     """Our scaler tells it, and that the norm is unknown, also where the step is not called."""
     told, finite = [], []
@@ -410,7 +410,7 @@ def our_scheduler(optimizer: torch.optim.Optimizer) -> Any:
 
 @pytest.mark.parametrize("fused", [None, True], ids=["default", "fused"])
 @pytest.mark.parametrize("scheduler_cls", [None, our_scheduler, torchs_scheduler])
-@each_case_natively
+@each_case
 def test_fast_path(case: Case, scheduler_cls: Any, fused: bool | None, device: torch.device) -> None:
     """Gradients are neither unscaled nor written, but while a scheduler of torch's waits for the first step."""
     if fused and not case.has("fused"):

@@ -15,12 +15,8 @@ from torch.optim import Optimizer
 import optimx
 from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
-from tests.engine import interpreted, params_of, usual
+from tests.engine import each_case_thinly, params_of, usual
 
-#: Torch's own code updates what shares memory; the kernels have little part in it.
-each_case = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[interpreted] * (c.name in ("sgd", "nadam", "lamb"))) for c in CASES]
-)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # by parameters
@@ -110,7 +106,7 @@ def reasons(optimizer: Optimizer) -> dict[str, int]:
 @pytest.mark.parametrize("decay", [0.0, 0.3], ids=["plain", "decay"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sharing", SHARING, ids=lambda sharing: sharing.__name__)
-@each_case
+@each_case_thinly
 def test_parameters_that_share_memory(
     case: Case, sharing: Make, dtype: str, decay: float, device: torch.device
 ) -> None:
@@ -130,7 +126,7 @@ def test_parameters_that_share_memory(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sharing", SHARING, ids=lambda sharing: sharing.__name__)
-@each_case
+@each_case_thinly
 def test_clipped_parameters_that_share_memory(case: Case, sharing: Make, dtype: str, device: torch.device) -> None:
     """All gradients count; that of a parameter that is listed twice is scaled once."""
     kwargs = usual(case, lr=0.01)
@@ -182,7 +178,7 @@ STATES = (one_state_dict, one_step_count, one_tensor, every_tensor, views_that_o
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", STATES, ids=lambda share: share.__name__)
-@each_case
+@each_case_thinly
 def test_states_that_two_parameters_share(
     case: Case, share: Callable[[Optimizer, Tensor, Tensor], None], dtype: str, device: torch.device
 ) -> None:
@@ -217,7 +213,7 @@ def test_states_that_two_parameters_share(
 
 
 @pytest.mark.parametrize("size", [5, 5000], ids=["small", "large"])
-@each_case
+@each_case_thinly
 def test_parameters_become_shared_between_steps(case: Case, size: int, device: torch.device) -> None:
     """Beneath tensors that stay the same objects: weights are tied by ``.data``."""
     if INTERPRETED and size > 5:
@@ -230,7 +226,7 @@ def test_parameters_become_shared_between_steps(case: Case, size: int, device: t
     assert_same(ours, stock)
 
 
-@each_case
+@each_case_thinly
 def test_views_of_one_storage_share_nothing(case: Case, device: torch.device) -> None:
     """Parameters that lie side by side, as flattened models have them, are updated together."""
     memory = _numbers(device, torch.float32, (40,))

@@ -14,39 +14,31 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from optimx._engine import engine
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_leftovers, make_params, set_grads, train, twins
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    CLOSE,
+    VARIANTS,
+    Case,
+    assert_same,
+    loop,
+    make_leftovers,
+    make_params,
+    set_grads,
+    train,
+    twins,
+)
 from tests.edits import EDITS, SETTINGS, apply, complete, other_strides, tensors_of
-from tests.engine import DIFFERENT, interpreted, params_of, usual
+from tests.engine import KINDS, PLANS, STATES, each, interpreted, params, params_of, pick, usual
 
 SHAPES = [(5,), (3, 4), (6,)]
 
 
-def _rows() -> list[tuple[str, Case, dict[str, Any]]]:
-    """Every optimizer with a state, and those whose states come and go with their arguments."""
-    rows = [(case.name, case, usual(case)) for case in CASES]
-    more = {
-        "sgd": {"plain": {"momentum": 0.0}, "dampening": {"dampening": 0.5}},
-        "rmsprop": {"plain": {"momentum": 0.0}},
-        "adam": {"amsgrad": {"amsgrad": True}},
-    }
-    for name, case, kwargs in list(rows):
-        rows += [(f"{name}_{which}", case, {**kwargs, **other}) for which, other in more.get(name, {}).items()]
-    return rows
-
-
-#: What the interpreter, at milliseconds a program, takes: LAMB's plans are Adam's, at thrice the price, and NAdam's are
-#: but for its second count; SGD without dampening is SGD with it, but for its first step.
-INTERPRETED_ROWS = {*DIFFERENT, "sgd_dampening"} - {"lamb", "nadam", "sgd"}
-
-
-def _marks(row: str, edit: str = "") -> list[pytest.MarkDecorator]:
-    taken = row in INTERPRETED_ROWS or (row == "nadam" and edit.startswith("mu_product"))
-    return [interpreted] if taken else []
-
-
-each_row = pytest.mark.parametrize(
-    ("case", "kwargs"), [pytest.param(case, kwargs, id=name, marks=_marks(name)) for name, case, kwargs in _rows()]
-)
+#: What the interpreter takes: a count more than Adam has, counts on the device, and a first step of its own.
+TAKEN = pick("nadam-default", "asgd-default", "sgd-dampening")
+#: Without those that subtract two averages: what edits make of them belongs together no more.
+ROWS = [variant for variant in STATES if not variant.kwargs.get("centered")]
+each_row = each(ROWS, TAKEN, lr=0.1)
 
 
 def two_groups(params: list[Tensor]) -> list[dict[str, Any]]:
@@ -55,10 +47,10 @@ def two_groups(params: list[Tensor]) -> list[dict[str, Any]]:
 
 
 _EDITED = [
-    pytest.param(case, kwargs, name, id=f"{row}-{name}", marks=_marks(row, name))
-    for row, case, kwargs in _rows()
+    pytest.param(*row.values, name, id=f"{row.id}-{name}", marks=row.marks)
+    for row in params(ROWS, TAKEN, lr=0.1)
     for name, (_, when) in EDITS.items()
-    if when(case, kwargs)
+    if when(*row.values)
 ]
 
 
@@ -111,7 +103,7 @@ ROW = [
 ]
 
 
-@each_row
+@each(ROWS, PLANS, lr=0.1)
 def test_edits_in_a_row(case: Case, kwargs: dict, device: torch.device) -> None:
     """Plans that are kept for other patterns of gradients must not come back when something else has changed."""
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs, two_groups)
@@ -162,7 +154,7 @@ SWITCHES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("name", "kwargs", "switched"), SWITCHES, ids=str)
 def test_states_that_a_setting_adds(name: str, kwargs: dict, switched: dict, device: torch.device) -> None:
     """Stock (but its SGD) fails with a KeyError; it is given zeros, what it would have begun with."""
-    (case,) = (case for case in CASES if case.name == name)
+    case = BY_NAME[name]
     ours, stock, copies = twins(case, make_params(SHAPES, device), {"lr": 0.1, **kwargs})
     before = {key: stock.param_groups[0][key] for key in switched}
     train([ours, stock], 2)
@@ -210,15 +202,7 @@ def test_hyperparameter_lists_changed_in_place(case: Case, kwargs: dict, device:
     assert_same(ours, stock)
 
 
-@pytest.mark.parametrize(
-    ("case", "kwargs"),
-    [
-        pytest.param(case, kwargs, id=f"{case.name}-{name}", marks=_marks(case.name))
-        for case in CASES
-        for name, kwargs in case.variants.items()
-        if name.startswith("tensor_")
-    ],
-)
+@each([variant for variant in VARIANTS if variant.name.startswith("tensor_")], KINDS)
 def test_hyperparameter_tensors_written_in_place(case: Case, kwargs: dict, device: torch.device) -> None:
     ours, stock, _ = twins(case, make_params(SHAPES, device), kwargs)
     for step in range(3):

@@ -21,15 +21,13 @@ from torch.optim import Optimizer
 
 import optimx
 from optimx._engine.plan import StepPlan
-from tests.cases import CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
+from tests.cases import BY_NAME, CASES, CLOSE, Case, assert_same, loop, make_params, set_grads, train, twins
 from tests.conftest import INTERPRETED
 from tests.edits import EDITS, SETTINGS, apply, complete
-from tests.engine import DIFFERENT, a_step, each_case_natively, interpreted, params_of, usual
+from tests.engine import a_step, each_of, params_of, usual
 
 #: The interpreter, at milliseconds a program, takes those whose buckets differ in what they keep.
-each_case = pytest.mark.parametrize(
-    "case", [pytest.param(c, id=c.name, marks=[interpreted] * (c.name in ("sgd", "nadam", "asgd"))) for c in CASES]
-)
+each_case = each_of(CASES, [BY_NAME[name] for name in ("nadam", "asgd")])
 #: Small ones, which lie together on a CPU, and a large one.
 SHAPES = [(5,), (3, 4), (3, 4), (150,) if INTERPRETED else (4100,)]
 #: What hundreds of steps are to the interpreter.
@@ -355,7 +353,7 @@ def test_a_removed_group_is_free_at_once(case: Case, past: Callable[[Any], None]
 
 @pytest.mark.usefixtures("no_gc")
 @pytest.mark.parametrize("past", PASTS, ids=lambda past: past.__name__)
-@each_case_natively
+@each_of(CASES)
 def test_model_and_optimizer_are_free_at_once(case: Case, past: Callable[[Any], None], device: torch.device) -> None:
     """There are no cycles."""
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 70)).to(device)
@@ -640,7 +638,7 @@ def test_loaded_inside_of_inference_mode(case: Case, device: torch.device) -> No
 
 # anything, in any order
 
-RUNS, EDITS_OF_A_RUN = (14, 6) if INTERPRETED else (60, 30)
+RUNS, EDITS_OF_A_RUN = (1, 6) if INTERPRETED else (4, 30)
 #: Steps from the same numbers, with settings that none of the other tests has.
 ONE_STEP = {"rtol": 5e-6, "atol": 1e-6}
 
@@ -925,24 +923,18 @@ def take_over(stock: Any, ours: Any) -> None:
             stock.state[twin][name].copy_(value)
 
 
-@pytest.mark.parametrize(
-    ("case", "run"),
-    [
-        pytest.param(case, run, id=f"{case.name}-{run}", marks=[interpreted] * (case.name in DIFFERENT))
-        for run in range(RUNS)
-        for case in [CASES[run % len(CASES)]]
-    ],
-)
+@pytest.mark.parametrize("run", range(RUNS))
+@each_of(CASES)
 def test_random_edits(case: Case, run: int) -> None:
     """A step after each, beside stock's, from the same numbers."""
-    rng = random.Random(run)
+    rng = random.Random(f"{case.name} {run}")
     shapes = [(5,), (5,), (3, 4), (3, 4), ()][: rng.choice([3, 4, 5])]
     ours, stock, _ = twins(case, make_params(shapes), usual(case), two_groups)
     names = random_edits(case)
     done: list[str] = []
     for i in range(EDITS_OF_A_RUN):
         done.append(rng.choice(names))
-        ours, stock = (edited(done[-1], optimizer, case, f"{run} {i}") for optimizer in (ours, stock))
+        ours, stock = (edited(done[-1], optimizer, case, f"{case.name} {run} {i}") for optimizer in (ours, stock))
         n = len(params_of(ours))
         skip = rng.sample(range(n), rng.choice([0, 0, 0, 1, 2, n]))
         if done[-1] == "key_popped" or case.name == "adagrad":

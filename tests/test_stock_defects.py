@@ -6,19 +6,30 @@ Where a newer torch has mended it, the second half is skipped, and the row can g
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests import cases
-from tests.cases import CASES, Case, assert_same, loop, make_params, set_grad, set_grads, train, train_rounded, twins
+from tests.cases import (
+    BY_NAME,
+    CASES,
+    Case,
+    assert_same,
+    loop,
+    make_params,
+    set_grad,
+    set_grads,
+    train,
+    train_rounded,
+    twins,
+)
 from tests.engine import params_of, usual
 
 pytestmark = pytest.mark.interpreted
 
-BY_NAME = {case.name: case for case in CASES}
 SGD = BY_NAME["sgd"]
 
 
@@ -254,10 +265,12 @@ def test_settings_that_need_another_state(name: str, setting: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("foreach", [False, True], ids=["loop", "foreach"])
-def test_adafactor_with_an_empty_parameter(foreach: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adafactor_with_an_empty_parameter(
+    foreach: bool, torchs_adafactor_loop: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As every other optimizer takes them."""
     # tests with the loop as an oracle leave empty parameters out
-    monkeypatch.setattr(torch.optim._adafactor, "_single_tensor_adafactor", cases._adafactor_loop)
+    monkeypatch.setattr(torch.optim._adafactor, "_single_tensor_adafactor", torchs_adafactor_loop)
     ours, stock = BY_NAME["adafactor"].cls, BY_NAME["adafactor"].stock
     train([ours(make_params([(0,), (3, 0), (5,)]))], 2)
     try:

@@ -69,7 +69,7 @@ def _algorithms() -> Iterator[Algorithm]:
         rule = case.cls.rule
         found = by_module.setdefault(rule.module, {})
         n_scalars[rule.module] = len(rule.scalars)
-        for name, kwargs in [("", {}), *case.variants.items(), *case.own_variants.items()]:
+        for name, kwargs in [("", {}), *case.variants.items()]:
             (group,) = case.cls([torch.nn.Parameter(torch.zeros(1))], **kwargs).param_groups
             for kind, param in zip(("", "transposed", "vectors"), params, strict=True):
                 variant = rule.variant_of(rule.group_variant(group), param)

@@ -20,7 +20,7 @@ def adam(
     weight_decay: float = 0.0,
     amsgrad: bool = False,
     maximize: bool = False,
-    decoupled: bool = False,
+    decoupled_weight_decay: bool = False,
 ) -> list[float]:
     """Parameters after ``len(gradients)`` steps."""
     beta1, beta2 = betas
@@ -29,7 +29,7 @@ def adam(
         m = v = v_max = 0.0
         for t, gradient in enumerate(gradients, start=1):
             g = -gradient[i] if maximize else gradient[i]
-            if decoupled:
+            if decoupled_weight_decay:
                 result[i] -= lr * weight_decay * result[i]
             else:
                 g += weight_decay * result[i]
