@@ -292,3 +292,27 @@ def unsharded_shapes(model: torch.nn.Module) -> dict[Tensor, torch.Size]:
         if flat is not None and is_flat_parameter(flat) and flat._params is not None:
             shapes.update(zip(flat._params, flat._shapes, strict=True))
     return shapes
+
+
+def dtensor_class() -> type | None:
+    """DTensor, where somebody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, and no subclass, which may mean something else."""
+    return type(tensor) is dtensor_class()
+
+
+#: Of a DTensor: the tensor in this process, and what says how it is laid out over a mesh.
+local_tensor, dtensor_spec = attrgetter("_local_tensor"), attrgetter("_spec")
+
+
+def waited(tensor: Tensor) -> Tensor:
+    """What an asynchronous collective gives, which has no address before."""
+    return tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
+
+
+def dtensor_like(param: Tensor, local: Tensor) -> Tensor:
+    """A DTensor of ``local``, laid out as the parameter; ``from_local`` would take uneven shards to be even."""
+    return dtensor_class()(local, dtensor_spec(param), requires_grad=False)  # type: ignore[misc]

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ._engine import backends
 from ._engine.placement import Placement, place_all
+from ._engine.sharding import local_pairs
 from ._engine.step import MultiTensorStep
 from ._table import aligned
 
@@ -76,8 +77,8 @@ def explain(optimizer: Optimizer) -> Explanation:
     rows: dict[tuple[str, str, tuple[str, ...], str, object], list[tuple[int, int]]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, MultiTensorStep):
-        grads = [param if param.grad is None else param.grad for param in params]
-        placements = [*filter(None, place_all(optimizer, grads, device_counts=optimizer._engine.device_counts))]
+        shards, grads = local_pairs(params, [param if param.grad is None else param.grad for param in params])
+        placements = [*filter(None, place_all(optimizer, shards, grads, device_counts=optimizer._engine.device_counts))]
     else:
         placements = [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)
     each = iter(placements)
