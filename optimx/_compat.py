@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -304,13 +304,18 @@ def is_dtensor(tensor: Any) -> bool:
     return type(tensor) is dtensor_class()
 
 
-#: Of a DTensor: the tensor in this process, and what says how it is laid out over a mesh.
-local_tensor, dtensor_spec = attrgetter("_local_tensor"), attrgetter("_spec")
+#: What says how a DTensor is laid out over a mesh.
+dtensor_spec = attrgetter("_spec")
 
 
-def waited(tensor: Tensor) -> Tensor:
-    """What an asynchronous collective gives, which has no address before."""
-    return tensor if type(tensor) is Tensor or not hasattr(tensor, "wait") else tensor.wait()
+def local_tensors(tensors: Iterable[Any]) -> list[Any]:
+    """The tensors, but of DTensors what lies in this process; an asynchronous collective's, when it has arrived."""
+    cls = dtensor_class()
+    parts = [tensor._local_tensor if type(tensor) is cls else tensor for tensor in tensors]
+    # before that they have no address
+    if any(hasattr(kind, "wait") for kind in {*map(type, parts)}):
+        return [part.wait() if hasattr(part, "wait") else part for part in parts]
+    return parts
 
 
 def dtensor_like(param: Tensor, local: Tensor) -> Tensor:

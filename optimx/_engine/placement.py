@@ -238,7 +238,7 @@ def sharing_memory(
         state = optimizer.state.get(param)
         if grad is None:
             continue
-        for tensor in (shard, *map(sharding.local, state.values() if isinstance(state, dict) else ())):
+        for tensor in (shard, *_compat.local_tensors(state.values() if isinstance(state, dict) else ())):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _compat.is_plain(tensor):
                 start, end = extent(tensor)
                 if 0 < start < end:

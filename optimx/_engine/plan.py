@@ -73,7 +73,7 @@ class StepInputs:
             self.values = (*chain.from_iterable(s.values() for s in state.values() if isinstance(s, dict)),)
         self.identities = [*map(_compat.identities, (self.params, (*state,), self.values))]
         if self.is_sharded:
-            self.values = (*map(sharding.local, self.values),)
+            self.values = (*_compat.local_tensors(self.values),)
             # a DTensor may be given other memory
             self.identities += [*map(_compat.identities, ((*self.shards,), self.values))]
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import prod
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,7 @@ def has_dtensors(tensors: Iterable[Any]) -> bool:
 
 def local(tensor: Any) -> Any:
     """The part of a DTensor in this process, when it has arrived; anything else as it is."""
-    return _compat.waited(_compat.local_tensor(tensor)) if _compat.is_dtensor(tensor) else tensor
+    return _compat.local_tensors([tensor])[0]
 
 
 def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequence[Tensor], list[Any]]:
@@ -67,6 +68,8 @@ def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequenc
     A gradient that is laid out otherwise than its parameter (tensor parallelism of sequences leaves partial sums) is
     redistributed: a collective, to which all ranks come in the same order.
     """
+    if _are_laid_out_alike(params, grads):
+        return _compat.local_tensors(params), _compat.local_tensors(grads)
     shards, local_grads = [], []
     for param, grad in zip(params, grads, strict=True):
         if not _compat.is_dtensor(param) or not (grad is None or _compat.is_dtensor(grad)):
@@ -82,6 +85,13 @@ def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequenc
             grad = local(grad)
         local_grads.append(grad)
     return shards, local_grads
+
+
+def _are_laid_out_alike(params: Sequence[Tensor], grads: Sequence[Any]) -> bool:
+    """Whether all are DTensors, and gradients have the very specs of their parameters, as FSDP2 leaves them."""
+    if not {*map(type, params)} == {*map(type, grads)} == {_compat.dtensor_class()}:
+        return False
+    return all(map(is_, map(_compat.dtensor_spec, params), map(_compat.dtensor_spec, grads)))
 
 
 def with_sums_met(tensor: Any) -> Any:
