@@ -51,6 +51,16 @@ def cut_of(param: Tensor) -> Cut | None:
     return Cut(spec.mesh, prod(sizes))
 
 
+def layout_of(param: Tensor) -> str:
+    """How a DTensor lies on which ranks, as a text; empty for other tensors."""
+    if not _compat.is_dtensor(param):
+        return ""
+    spec = _compat.dtensor_spec(param)
+    names = spec.mesh.mesh_dim_names or range(spec.mesh.ndim)
+    dims = zip(names, spec.mesh.shape, spec.placements, strict=True)
+    return ", ".join(f"{placement} over {size} ranks of {name}" for name, size, placement in dims)
+
+
 def has_dtensors(tensors: Iterable[Any]) -> bool:
     """Whether one of them is a DTensor; costs nothing where nobody has imported the class."""
     cls = _compat.dtensor_class()
@@ -124,14 +134,11 @@ class Reduction:
     def __init__(self, params: Sequence[Tensor], norm_group: Any) -> None:
         self.norm_group = norm_group
         meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in params if _compat.is_dtensor(param))
-        groups: dict[Any, list[Any]] = {}
+        # in the order of sizes: what few ranks have found, the many that come later hear
+        by_ranks = {_ranks(mesh): _groups(mesh) for mesh in sorted(meshes, key=lambda mesh: mesh.size())}
+        self._groups = [*by_ranks.values()]
         #: Row of :meth:`total`'s argument for each mesh; 0 is that of plain parameters.
-        self._row_of: dict[Any, int] = {}
-        for mesh in meshes:
-            ranks = _ranks(mesh)
-            groups.setdefault(ranks, _groups(mesh))
-            self._row_of[mesh] = 1 + [*groups].index(ranks)
-        self._groups = [*groups.values()]
+        self._row_of = {mesh: 1 + [*by_ranks].index(_ranks(mesh)) for mesh in meshes}
 
     def __bool__(self) -> bool:
         return bool(self._groups) or self.norm_group is not None
@@ -153,15 +160,16 @@ class Reduction:
             row[1].add_(bad)
 
     def total(self, sums: Tensor, *, largest: bool = False) -> Tensor:
-        """Squares and marks of all ranks, ``[2]``: the same numbers on each. Nobody waits on a device."""
+        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device."""
         op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         device = sums.device
-        if self._groups:
-            # every rank hears of what is bad in a plain gradient
-            sums[1, 1].add_(sums[0, 1])
-        parts = [sums[0], *(_all_reduced(row, groups, op) for row, groups in zip(sums[1:], self._groups, strict=True))]
-        stacked = torch.stack([part.to(device) for part in parts])
-        total = stacked.amax(0) if largest else stacked.sum(0)
+        squares, marks = sums[0]
+        for row, groups in zip(sums[1:], self._groups, strict=True):
+            # every rank of these hears of what is bad elsewhere
+            row[1].add_(marks)
+            of_ranks, marks = _all_reduced(row, groups, op).to(device)
+            squares = torch.maximum(squares, of_ranks) if largest else squares + of_ranks
+        total = torch.stack([squares, marks])
         return total if self.norm_group is None else _all_reduced(total, [self.norm_group], op).to(device)
 
 
