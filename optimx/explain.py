@@ -98,14 +98,14 @@ def explain(optimizer: Optimizer) -> Explanation:
         tuple(
             ExplanationRow(
                 backend,
-                len(members),
-                sum(n for _, n in members),
-                len({g for g, _ in members}),
-                device,
-                dtypes,
-                reason,
-                sharding,
-            )  # fmt: skip
+                tensors=len(members),
+                elements=sum(n for _, n in members),
+                groups=len({g for g, _ in members}),
+                device=device,
+                dtypes=dtypes,
+                reason=reason,
+                sharding=sharding,
+            )
             for (backend, device, dtypes, reason, sharding, _), members in rows.items()
         ),
     )
