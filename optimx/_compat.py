@@ -310,7 +310,7 @@ dtensor_spec = attrgetter("_spec")
 
 def local_tensors(tensors: Iterable[Any]) -> list[Any]:
     """The tensors, but of DTensors what lies in this process; an asynchronous collective's, when it has arrived."""
-    cls = dtensor_class()
+    cls: Any = dtensor_class()
     parts = [tensor._local_tensor if type(tensor) is cls else tensor for tensor in tensors]
     # before that they have no address
     if any(hasattr(kind, "wait") for kind in {*map(type, parts)}):
