@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, itemgetter
@@ -292,3 +292,32 @@ def unsharded_shapes(model: torch.nn.Module) -> dict[Tensor, torch.Size]:
         if flat is not None and is_flat_parameter(flat) and flat._params is not None:
             shapes.update(zip(flat._params, flat._shapes, strict=True))
     return shapes
+
+
+def dtensor_class() -> type | None:
+    """DTensor, where somebody has imported it."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether it is a DTensor, and no subclass, which may mean something else."""
+    return type(tensor) is dtensor_class()
+
+
+#: What says how a DTensor is laid out over a mesh.
+dtensor_spec = attrgetter("_spec")
+
+
+def local_tensors(tensors: Iterable[Any]) -> list[Any]:
+    """The tensors, but of DTensors what lies in this process; an asynchronous collective's, when it has arrived."""
+    cls: Any = dtensor_class()
+    parts = [tensor._local_tensor if type(tensor) is cls else tensor for tensor in tensors]
+    # before that they have no address
+    if any(hasattr(kind, "wait") for kind in {*map(type, parts)}):
+        return [part.wait() if hasattr(part, "wait") else part for part in parts]
+    return parts
+
+
+def dtensor_like(param: Tensor, local: Tensor) -> Tensor:
+    """A DTensor of ``local``, laid out as the parameter; ``from_local`` would take uneven shards to be even."""
+    return dtensor_class()(local, dtensor_spec(param), requires_grad=False)  # type: ignore[misc]

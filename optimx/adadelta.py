@@ -61,8 +61,9 @@ class Adadelta(MultiTensorStep, TorchAdadelta):
 
     Args beyond torch's:
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
-            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
     ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
 
@@ -86,9 +87,10 @@ class Adadelta(MultiTensorStep, TorchAdadelta):
         maximize: bool = False,
         differentiable: bool = False,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         TorchAdadelta.__init__(
             self, params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,
             differentiable=differentiable,
         )  # fmt: skip
-        self._init_step(max_grad_norm)
+        self._init_step(max_grad_norm, norm_group=norm_group)

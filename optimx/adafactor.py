@@ -218,7 +218,8 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting or even
             reading them once more (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
-            The norm is of what this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
     What transformers' arguments are here:
 
@@ -271,6 +272,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         one_of("variant", variant, VARIANTS)
         d = _one_name("clip_threshold", clip_threshold, "d", d, 1.0)
@@ -295,7 +297,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         extras = {name: value for name, value in zip(EXTRAS, chosen, strict=True) if value != EXTRAS[name]}
         self.defaults.update(extras)
         self._fill_groups()
-        self._init_step(max_grad_norm, capturable=capturable)
+        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:

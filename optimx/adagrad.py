@@ -71,8 +71,9 @@ class Adagrad(MultiTensorStep, TorchAdagrad):
 
     Args beyond torch's:
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
-            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
 
     ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.
@@ -98,10 +99,11 @@ class Adagrad(MultiTensorStep, TorchAdagrad):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
         capturable: bool = False,
     ) -> None:
         TorchAdagrad.__init__(
             self, params, lr, lr_decay, weight_decay, initial_accumulator_value, eps, foreach, maximize=maximize,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._init_step(max_grad_norm, capturable=capturable)
+        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)

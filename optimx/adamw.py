@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
@@ -16,8 +18,9 @@ class AdamW(Adam, TorchAdamW):
 
     Args beyond torch's:
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
-            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
     ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.
 
@@ -41,10 +44,11 @@ class AdamW(Adam, TorchAdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         # not super(): this class is an optimx.Adam, as torch's AdamW is a torch Adam, with other arguments
         TorchAdamW.__init__(
             self, params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, foreach=foreach,
             capturable=capturable, differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._init_step(max_grad_norm)
+        self._init_step(max_grad_norm, norm_group=norm_group)

@@ -21,6 +21,7 @@ from ._engine import backends
 from ._engine.grad_norm import combine, result_dtype, tensor_norms, widest
 from ._engine.layout import is_dense
 from ._engine.placement import FLOATS
+from ._engine.sharding import Cut, Reduction, cut_of, local, with_sums_met
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -32,14 +33,20 @@ def get_total_norm(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: Any = None,
 ) -> Tensor:
     """The norm of tensors as if they were one vector; :func:`torch.nn.utils.get_total_norm`.
 
     Args:
-        tensors: Tensors on any devices, of any floating or complex dtypes; a tensor, or an iterable of them.
+        tensors: Tensors on any devices, of any floating or complex dtypes; a tensor, or an iterable of them. DTensors
+            may be among them: one reduction for those on the same ranks, and the norm is that of all of their parts,
+            a plain tensor on every rank (torch: a DTensor).
         norm_type: The p of the p-norm; ``float("inf")`` for the largest absolute value.
         error_if_nonfinite: Raise where the norm is NaN or infinite. This waits for the device.
         foreach: True, False: torch's implementation; None: the fastest.
+        group: A process group, each rank of which has other tensors that are no DTensors (default: None: they are
+            alike on all ranks).
 
     Returns:
         A scalar on the first tensor's device: float64 where a tensor is, else float32 (torch: the tensors' dtype).
@@ -52,11 +59,12 @@ def get_total_norm(
     # a compiler fuses torch's formulas, and does not look into ours
     if torch.compiler.is_compiling():
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
+    reduction = Reduction(listed, group)
     # a norm of order 0 is a count of tensors in torch, and only torch's own division into tensors gives it
-    if foreach is not None or not listed or norm_type <= 0:
+    if not reduction and (foreach is not None or not listed or norm_type <= 0):
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
-        norm = _total_norm(listed, norm_type)
+        norm = _norm_of_ranks(listed, norm_type, reduction) if reduction else _total_norm(listed, norm_type)
     if error_if_nonfinite and bool(norm.isnan() | norm.isinf()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -80,7 +88,8 @@ def clip_grads_with_norm_(
     listed = _listed(parameters)
     if foreach is not None or torch.compiler.is_compiling():
         return _torch.clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
-    grads = [param.grad for param in listed if param.grad is not None]
+    # a factor on each part is one on the whole, also of parts that are sums
+    grads = [local(param.grad) for param in listed if param.grad is not None]
     with torch.no_grad():
         scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):
@@ -103,6 +112,8 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
+    *,
+    group: Any = None,
 ) -> Tensor:
     """Clip the norm of all gradients together; :func:`torch.nn.utils.clip_grad_norm_`.
 
@@ -112,6 +123,7 @@ def clip_grad_norm_(
         norm_type: The p of the p-norm; ``float("inf")`` for the largest absolute value.
         error_if_nonfinite: Raise where the norm is NaN or infinite. This waits for the device.
         foreach: True, False: torch's implementation; None: the fastest.
+        group: As for :func:`get_total_norm`.
 
     Returns:
         The norm before clipping, a scalar on the first gradient's device (see :func:`get_total_norm`).
@@ -126,7 +138,7 @@ def clip_grad_norm_(
             warnings.warn(message, stacklevel=2)
     listed = _listed(parameters)
     grads = [param.grad for param in listed if param.grad is not None]
-    norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach)
+    norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach, group=group)
     clip_grads_with_norm_(listed, max_norm, norm, foreach)
     return norm
 
@@ -173,6 +185,27 @@ def _total_norm(tensors: Sequence[Tensor], norm_type: float) -> Tensor:
             norm = _on_triton(_norm_triton, same, norm_type)
         norms += tensor_norms(same, norm_type) if norm is None else [norm]
     return combine(norms, norm_type, tensors[0].device).to(result_dtype(tensor.dtype for tensor in tensors))
+
+
+def _norm_of_ranks(tensors: Sequence[Tensor], norm_type: float, reduction: Reduction) -> Tensor:
+    """The norm of tensors whose parts lie on several ranks."""
+    if norm_type <= 0:
+        raise ValueError(f"norm_type should be > 0 for DTensors, or with a group, but is: {norm_type}")
+    alike: dict[Cut | None, list[Tensor]] = {}
+    for tensor in tensors:
+        whole = with_sums_met(tensor)
+        alike.setdefault(cut_of(whole), []).append(local(whole))
+    device = local(tensors[0]).device if tensors else torch.device("cpu")
+    sums = reduction.new(device, widest(device))
+    is_max = norm_type == float("inf")
+    for cut, parts in alike.items():
+        # the largest of nothing is no number in torch; here it is that of other ranks
+        parts = [part for part in parts if part.numel()]
+        if parts:
+            norm = _total_norm(parts, norm_type).to(device, widest(device))
+            reduction.add(sums, cut, norm if is_max else norm**norm_type, largest=is_max)
+    total = reduction.total(sums, largest=is_max)[0]
+    return (total if is_max else total ** (1.0 / norm_type)).to(result_dtype(tensor.dtype for tensor in tensors))
 
 
 def _variant(grad: Tensor) -> tuple[Any, ...]:

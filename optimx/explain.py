@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from ._engine import backends
 from ._engine.placement import Placement, place_all
+from ._engine.sharding import layout_of, local_pairs
 from ._engine.step import MultiTensorStep
 from ._table import aligned
 
@@ -26,6 +27,7 @@ class ExplanationRow:
         device: Such as ``"cuda:0"``.
         dtypes: Of parameter, gradient and states.
         reason: Why torch's own step, else empty.
+        sharding: How DTensors are laid out over which mesh, else empty.
     """
 
     backend: str
@@ -35,6 +37,7 @@ class ExplanationRow:
     device: str
     dtypes: tuple[str, ...]
     reason: str
+    sharding: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Explanation:
             lines.append(line)
             if i and self.rows[i - 1].reason:
                 lines.append(f"  because: {self.rows[i - 1].reason}")
+            if i and self.rows[i - 1].sharding:
+                lines.append(f"  parts of DTensors: {self.rows[i - 1].sharding}")
         return "\n".join(lines)
 
 
@@ -73,11 +78,11 @@ def explain(optimizer: Optimizer) -> Explanation:
     Returns:
         An :class:`Explanation`; ``print`` it.
     """
-    rows: dict[tuple[str, str, tuple[str, ...], str, object], list[tuple[int, int]]] = {}
+    rows: dict[tuple[str, str, tuple[str, ...], str, str, object], list[tuple[int, int]]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, MultiTensorStep):
-        grads = [param if param.grad is None else param.grad for param in params]
-        placements = [*filter(None, place_all(optimizer, grads, device_counts=optimizer._engine.device_counts))]
+        shards, grads = local_pairs(params, [param if param.grad is None else param.grad for param in params])
+        placements = [*filter(None, place_all(optimizer, shards, grads, device_counts=optimizer._engine.device_counts))]
     else:
         placements = [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)
     each = iter(placements)
@@ -86,14 +91,22 @@ def explain(optimizer: Optimizer) -> Explanation:
             dtypes = (param.dtype,) if key is None else key.dtypes
             backend = backends.TORCH if key is None else key.backend
             names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            rows.setdefault((backend, str(param.device), names, reason, key), []).append((g, param.numel()))
+            device, sharding = str(param.device), layout_of(param)
+            rows.setdefault((backend, device, names, reason, sharding, key), []).append((g, param.numel()))
     return Explanation(
         type(optimizer).__name__,
         tuple(
             ExplanationRow(
-                backend, len(members), sum(n for _, n in members), len({g for g, _ in members}), device, dtypes, reason
+                backend,
+                tensors=len(members),
+                elements=sum(n for _, n in members),
+                groups=len({g for g, _ in members}),
+                device=device,
+                dtypes=dtypes,
+                reason=reason,
+                sharding=sharding,
             )
-            for (backend, device, dtypes, reason, _), members in rows.items()
+            for (backend, device, dtypes, reason, sharding, _), members in rows.items()
         ),
     )
 

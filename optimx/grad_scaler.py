@@ -98,11 +98,10 @@ class GradScaler(torch.amp.GradScaler):
             return False
         if any(map(asks_for_torch, optimizer.param_groups)) or self._is_sharded(optimizer):
             return False
-        # a rank's own part of a DTensor does not tell what the others' are like
+        # what one rank finds in its part of a DTensor, the step tells the others
+        known = torch.Tensor, torch.nn.Parameter, _compat.dtensor_class()
         return not _compat.is_distributed() or all(
-            type(param) in (torch.Tensor, torch.nn.Parameter)
-            for group in optimizer.param_groups
-            for param in group["params"]
+            type(param) in known for group in optimizer.param_groups for param in group["params"]
         )
 
     def _check_inf_per_device(self, optimizer: Optimizer) -> dict[str, Any]:

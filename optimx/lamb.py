@@ -126,8 +126,9 @@ class LAMB(MultiTensorStep, LAMBLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
-            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
     State: ``step``, and ``exp_avg`` and ``exp_avg_sq`` of the parameter's shape.
 
@@ -153,6 +154,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         maximize: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
@@ -164,5 +166,5 @@ class LAMB(MultiTensorStep, LAMBLoop):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
             "max_trust_ratio": max_trust_ratio, "always_adapt": always_adapt, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
         self.normalize_grads = normalize_grads

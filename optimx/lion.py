@@ -91,8 +91,9 @@ class Lion(MultiTensorStep, LionLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping. The norm is of what
-            this optimizer has: see :attr:`max_grad_norm` for sharded parameters.
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
     State: ``exp_avg``, of the parameter's shape.
 
@@ -113,8 +114,9 @@ class Lion(MultiTensorStep, LionLoop):
         maximize: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         check_at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable)
+        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)

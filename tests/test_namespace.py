@@ -145,12 +145,12 @@ def test_adamw_is_an_adam() -> None:
 
 
 #: Beyond torch's arguments; ``capturable`` where torch's class has none.
-EXTRA = {case.name: ["max_grad_norm"] for case in TORCHS}
-EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "capturable"]
+EXTRA = {case.name: ["max_grad_norm", "norm_group"] for case in TORCHS}
+EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "norm_group", "capturable"]
 # what makes it transformers' has tests of its own
 EXTRA["adafactor"] = [
     "variant", "beta1", "scale_parameter", "relative_step", "warmup_init", "clip_threshold", "decay_rate",
-    "state_dtype", "capturable", "max_grad_norm",
+    "state_dtype", "capturable", "max_grad_norm", "norm_group",
 ]  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def test_signature_of_our_own(case: Case) -> None:
     torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
     assert positional == torchs
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
-    assert list(parameters)[-2:] == ["capturable", "max_grad_norm"]
+    assert list(parameters)[-3:] == ["capturable", "max_grad_norm", "norm_group"]
     assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
 
 
@@ -211,7 +211,7 @@ def test_defaults_and_repr(case: Case) -> None:
 def test_defaults_and_repr_of_our_own(case: Case) -> None:
     """Settings of the whole optimizer are on the optimizer, all others in its groups."""
     ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
-    whole = {"params", "capturable", "max_grad_norm", "normalize_grads"}
+    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads"}
     parameters = inspect.signature(case.cls).parameters
     assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]

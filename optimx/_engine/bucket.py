@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .rule import Row, UpdateRule
 from .scalars import Scalars
+from .sharding import Cut
 
 #: Members up to which also the dtypes of scalars are compared.
 FEW = 8
@@ -34,6 +35,7 @@ class BucketKey:
             (``capturable``, AMP skips, a tensor lr).
         scalar_dtype: Of the scalar states.
         first: Members take their first step, where the rule has it differ from the others.
+        cut: How members are spread over ranks; None where they are no DTensors.
     """
 
     backend: str
@@ -43,10 +45,11 @@ class BucketKey:
     on_device: bool
     scalar_dtype: torch.dtype
     first: bool
+    cut: Cut | None = None
 
     def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
         """What tells the kernels that a rule's bucket launches from those of others."""
-        return rule.module, replace(self, first=False)
+        return rule.module, replace(self, first=False, cut=None)
 
 
 Picker = Callable[[Sequence[Any]], Sequence[Any]]

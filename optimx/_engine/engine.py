@@ -6,9 +6,10 @@ and hyperparameters; measure the norm; compile; update. Everything before the up
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_, itemgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from .. import _compat
 from . import backends
 from .bucket import Bucket
 from .fallback import run_stock
-from .grad_norm import Amp, measure
+from .grad_norm import Amp, Found, measure
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
 
@@ -28,13 +29,21 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 _PLANS_KEPT = 4
 
 #: Settings of the whole optimizer; in a group they would mean something else.
-WHOLE = ("max_grad_norm", "normalize_grads")
+WHOLE = ("max_grad_norm", "normalize_grads", "norm_group")
 
 
-def check_group(group: Any) -> None:
-    """Raise ValueError where a parameter group has a setting of the whole optimizer."""
+def check_group(group: Any, optimizer: EngineOptimizer, loaded: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise ValueError where a parameter group has a setting of the whole optimizer, and not the optimizer's.
+
+    ZeroRedundancyOptimizer writes all arguments of the optimizer into its groups.
+
+    Args:
+        group: The group.
+        optimizer: Whose it is going to be.
+        loaded: Attributes that the optimizer is going to have.
+    """
     for name in WHOLE:
-        if isinstance(group, dict) and name in group:
+        if isinstance(group, dict) and name in group and group[name] != loaded.get(name, getattr(optimizer, name)):
             raise ValueError(
                 f"{name} should be an argument of the optimizer, for all groups together, but a parameter group has: "
                 f"{group[name]}"
@@ -102,7 +111,7 @@ class Engine:
         n_keys = sum(map(len, groups))
         if n_keys != self._n_group_keys:
             for group in groups:
-                check_group(group)
+                check_group(group, optimizer)
             self._n_group_keys = n_keys
         names = optimizer.defaults
         try:
@@ -140,6 +149,13 @@ class Engine:
         found_inf = found_inf if isinstance(found_inf, Tensor) else None
         return Amp(getattr(optimizer, "grad_scale", None), found_inf)
 
+    def _given_norm(self, optimizer: EngineOptimizer) -> Tensor | None:
+        """The norm that somebody else has measured for this step."""
+        norm = vars(optimizer).pop("total_norm", None)
+        if norm is not None and not optimizer.needs_norm:
+            raise RuntimeError(f"total_norm should be None without max_grad_norm but is: {norm}")
+        return norm
+
     def _plan(self, optimizer: EngineOptimizer, inputs: StepInputs) -> StepPlan:
         """The plan for a step, bound to its tensors."""
         for i, plan in enumerate(self.plans):
@@ -167,25 +183,30 @@ class Engine:
 
     def _run(self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
         needs_norm = optimizer.needs_norm
-        if needs_norm and plan.has_flat_shards:
+        total_norm = self._given_norm(optimizer)
+        if needs_norm and plan.has_flat_shards and optimizer.norm_group is None and total_norm is None:
             raise RuntimeError(flat_shards_message(optimizer.max_grad_norm))
         plan.lay_out_grads(inputs)
         buckets = plan.buckets
         others: list[Any] = [inputs.grads[position] for position, _ in plan.leftovers]
+        # what other ranks have counts, too, and all of them have to come together
+        found = Found(buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)
+        takes_part = bool(buckets or others or plan.reduction or total_norm is not None)
         self.control = control = None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
         for bucket in buckets:
             bucket.send(self.values)
-        if needs_norm and not (buckets or others):
+        if needs_norm and not takes_part:
             optimizer.grad_norm = torch.zeros((), device="cpu")
-        elif (needs_norm or amp != Amp()) and (buckets or others):
+        elif (needs_norm or amp != Amp()) and takes_part:
             # normalizing is clipping to 1 that also lengthens
             max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
-            norm, control = measure(buckets, others, max_norm, amp, clamp=not optimizer.normalize_grads)
+            device = inputs.shards[0].device
+            norm, control = measure(found, max_norm, amp, device, clamp=not optimizer.normalize_grads)
             self.control = control
             optimizer.grad_norm = norm if needs_norm else None
-        if isinstance(amp.found_inf, Tensor) and not (buckets or others):
+        if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found
             self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
@@ -194,13 +215,16 @@ class Engine:
             plan.keep_for_graph()
         # torch's step goes first: where it raises, nothing has been changed
         if plan.leftovers:
-            run_stock(optimizer, plan.leftovers, others, control, amp)
+            whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
+            run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
         for bucket, there in zip(buckets, on_device, strict=True):
             bucket.update(there)
             # autograd has to notice that what it saved for backward is gone
             torch.autograd.graph.increment_version(bucket.updated_params())
+            if bucket.key.cut is not None:
+                torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.positions])
         if plan.is_first and control is not None and amp.found_inf is not None:
-            plan.take_back_first(optimizer.state, control)
+            plan.take_back_first(inputs.params, optimizer.state, control)
 
 
 def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:
@@ -227,9 +251,8 @@ def _described(failed: backends.CompileError, optimizer: EngineOptimizer, plan: 
 def flat_shards_message(max_grad_norm: float | None) -> str:
     """Why gradients cannot be clipped in the step where FSDP1 keeps flat shards, and how they can."""
     return (
-        "max_grad_norm should be None where FullyShardedDataParallel keeps flat parameters (a process would clip by "
-        "the norm of its own shard: call model.clip_grad_norm_(max_norm) before the step) but is: "
-        f"{max_grad_norm}"
+        "norm_group should be the process group over which FullyShardedDataParallel keeps flat parameters, for "
+        f"max_grad_norm={max_grad_norm} (or call model.clip_grad_norm_(max_norm) before the step), but is: None"
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
+from . import sharding
 from .grad_norm import FACTOR, SKIP, Amp
 from .optimizer import EngineOptimizer
 from .placement import Placement
@@ -84,6 +85,10 @@ def _scaled_grads(
     params = [all_params[i] for i in positions]
     try:
         for param, grad in zip(params, grads, strict=True):
+            if _compat.is_dtensor(grad):
+                part = sharding.local(grad)
+                param.grad = sharding.like(grad, (part * scale.to(part.device)).to(part.dtype))
+                continue
             factor = scale.to(grad.device) if _compat.is_plain(grad) else float(scale)
             param.grad = (grad * factor).to(grad.dtype)
         yield

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends
-from .bucket import Bucket
 from .cpu.batch import split_by_size
+from .sharding import Cut, Reduction
 
 #: Places in ``control``.
 NORM, FACTOR, SKIP = range(3)
@@ -48,12 +48,9 @@ def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0, *, wide: boo
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         if not _compat.is_plain(tensor):
+            # what a tensor subclass makes of it, only a number tells
             norm = torch.linalg.vector_norm(tensor, norm_type)
-            # a DTensor's norm is a partial result until it is asked for; what others make of it, only a number tells
-            if hasattr(norm, "full_tensor"):
-                norms.append(norm.full_tensor())
-            else:
-                norms.append(torch.full((), float(norm), dtype=torch.float64, device="cpu"))
+            norms.append(torch.full((), float(norm), dtype=torch.float64, device="cpu"))
             continue
         tensor = _elements(tensor)
         if tensor.numel() or norm_type > 0:
@@ -94,62 +91,115 @@ def result_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     return torch.float32 if {torch.float64, torch.complex128}.isdisjoint(dtypes) else torch.float64
 
 
+@dataclass(frozen=True)
+class Found:
+    """What the norm of a step is of.
+
+    Attributes:
+        buckets: Bound to the step's tensors, and sent.
+        others: Gradients that torch's own step will use; this process's parts of them.
+        cuts: How these are spread over ranks.
+        reduction: Where ranks combine what they have found.
+        total_norm: The norm of all gradients on all ranks, where somebody else has measured it.
+    """
+
+    buckets: Sequence[Any]
+    others: Sequence[Tensor]
+    cuts: Sequence[Cut | None]
+    reduction: Reduction
+    total_norm: Tensor | None = None
+
+    def on(self, backend: str) -> list[Any]:
+        """The buckets of a backend."""
+        return [bucket for bucket in self.buckets if bucket.key.backend == backend]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """All gradients."""
+        return [*self.others, *chain.from_iterable(bucket.members.grads for bucket in self.buckets)]
+
+    def torch_norms(self, *, wide: bool = False) -> dict[Cut | None, list[Tensor]]:
+        """Norms of what torch's operators measure, by how it is spread over ranks."""
+        alike: dict[Cut | None, list[Tensor]] = {}
+        for cut, grad in zip(self.cuts, self.others, strict=True):
+            alike.setdefault(cut, []).append(grad)
+        norms = {cut: tensor_norms(grads, wide=wide) for cut, grads in alike.items()}
+        for bucket in self.on(backends.NATIVE):
+            norms.setdefault(bucket.key.cut, []).extend(bucket.norms(wide))
+        return norms
+
+
 def measure(
-    buckets: Sequence[Bucket],
-    others: Sequence[Tensor],
-    max_norm: float | None,
-    amp: Amp,
-    *,
-    clamp: bool = True,
+    found: Found, max_norm: float | None, amp: Amp, device: torch.device, *, clamp: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Norm and ``control`` of a step.
 
     Args:
-        buckets: Bound to the step's tensors, and sent.
-        others: Gradients that torch's own step will use.
+        found: What there is in this process.
         max_norm: Clip to this 2-norm; None: do not.
         amp: From GradScaler.
+        device: Of the results, where there is no gradient.
         clamp: Leave gradients below ``max_norm`` as they are; False: scale them up to it.
 
     Returns:
         The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
         the first gradient.
     """
-    triton: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.TRITON]
-    native: list[Any] = [bucket for bucket in buckets if bucket.key.backend == backends.NATIVE]
-    dtype = result_dtype([bucket.key.dtypes[1] for bucket in buckets] + [grad.dtype for grad in others])
-    scaled = amp.grad_scale is not None
-    needed = max_norm is not None or amp.check
-    if triton:
-        norms = _torch_norms(native, others, wide=scaled) if needed else []
-        return _measure_triton(triton, norms, max_norm, amp, dtype, clamp)
-    all_grads = [*others, *chain.from_iterable(bucket.members.grads for bucket in buckets)]
-    device = all_grads[0].device
-    norm = None
-    if needed:
-        norm = combine(_torch_norms(native, others), 2.0, device)
-        if scaled and _maybe_infinite(norm):
-            # squares of scaled gradients overflow float32 long before those of the gradients would
-            norm = combine(_torch_norms(native, others, wide=True), 2.0, device)
+    if found.on(backends.TRITON):
+        return _measure_triton(found, max_norm, amp, clamp)
+    grads = found.grads
+    device = grads[0].device if grads else device
+    inverse = None if amp.grad_scale is None else amp.grad_scale.to(device, widest(device)).reciprocal()
+    norm, bad = _measure_with_torch(found, max_norm is not None or amp.check, amp, device, inverse)
+    if amp.check and amp.found_inf is not None and bad is not None:
+        amp.found_inf.copy_(bad)
     scale = torch.ones((), dtype=widest(device), device=device)
     skip = torch.zeros((), dtype=widest(device), device=device)
-    if amp.check and amp.found_inf is not None and norm is not None and _maybe_infinite(norm):
-        amp.found_inf.copy_(torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in all_grads]).any())
-    if amp.grad_scale is not None:
-        inverse = amp.grad_scale.to(device, widest(device)).reciprocal()
-        norm = None if norm is None else norm * inverse
+    if inverse is not None:
         scale = scale * inverse
     if max_norm is not None and norm is not None:
         factor = max_norm / (norm + 1e-6)
         scale = scale * (factor.clamp(max=1.0) if clamp else factor)
     if amp.found_inf is not None:
-        skip = amp.found_inf.to(device, widest(device))
+        skip = (amp.found_inf if bad is None else bad).to(device, widest(device))
     control = torch.stack([skip if norm is None else norm, scale, skip])
-    return control[NORM].to(dtype), control
+    return control[NORM].to(result_dtype(grad.dtype for grad in grads)), control
 
 
-def _torch_norms(native: Sequence[Any], others: Sequence[Tensor], wide: bool = False) -> list[Tensor]:
-    return [norm for bucket in native for norm in bucket.norms(wide)] + tensor_norms(others, wide=wide)
+def _measure_with_torch(
+    found: Found, needed: bool, amp: Amp, device: torch.device, inverse: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The norm of unscaled gradients if it is needed, and whether one is bad if that was looked for; of all ranks."""
+    if found.total_norm is not None:
+        norm = torch.as_tensor(found.total_norm).to(device, widest(device))
+        return norm if inverse is None else norm * inverse, ~norm.isfinite() if amp.check else None
+    norms: dict[Cut | None, Tensor] = {}
+    bad = None
+    if needed:
+        norms = _combined(found.torch_norms(), device)
+        infinite = any(map(_maybe_infinite, norms.values()))
+        if inverse is not None and infinite:
+            # squares of scaled gradients overflow float32 long before those of the gradients would
+            norms = _combined(found.torch_norms(wide=True), device)
+        if amp.check and infinite:
+            bad = torch.stack([(~_elements(grad).isfinite()).any().to(device) for grad in found.grads]).any()
+        if inverse is not None:
+            norms = {cut: norm * inverse for cut, norm in norms.items()}
+    if not found.reduction:
+        return combine([*norms.values()], 2.0, device) if needed else None, bad
+    sums = found.reduction.new(device, widest(device))
+    for cut, norm in norms.items():
+        found.reduction.add(sums, cut, norm * norm)
+    if not amp.check and amp.found_inf is not None:
+        bad = amp.found_inf.to(device, widest(device))
+    if bad is not None:
+        sums[0, 1] += bad
+    squares, marks = found.reduction.total(sums)
+    return squares.sqrt() if needed else None, None if amp.found_inf is None else marks != 0
+
+
+def _combined(norms: dict[Cut | None, list[Tensor]], device: torch.device) -> dict[Cut | None, Tensor]:
+    return {cut: combine(same, 2.0, device) for cut, same in norms.items()}
 
 
 def _maybe_infinite(norm: Tensor) -> bool:
@@ -157,42 +207,28 @@ def _maybe_infinite(norm: Tensor) -> bool:
     return norm.device.type != "cpu" or not bool(norm.isfinite())
 
 
-def _measure_triton(
-    buckets: Sequence[Any],
-    norms: Sequence[Tensor],
-    max_norm: float | None,
-    amp: Amp,
-    dtype: torch.dtype,
-    clamp: bool,
-) -> tuple[Tensor, Tensor]:
+def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool) -> tuple[Tensor, Tensor]:
     from ..triton_kernels.grad_norm import finish_
 
+    buckets, reduction = found.on(backends.TRITON), found.reduction
     home = buckets[0].key.device
-    needed = max_norm is not None or amp.check
-    here = [bucket for bucket in buckets if needed and bucket.key.device == home]
-    away = [bucket for bucket in buckets if needed and bucket.key.device != home]
-    columns = sum(bucket.n_partials for bucket in here) + (len(away) + len(norms) if needed else 0)
-    partials = torch.empty(2, columns, dtype=torch.float64, device=home)
-    offset = 0
-    for bucket in here:
-        bucket.measure(partials, offset, _on(amp.grad_scale, home))
-        offset += bucket.n_partials
-    for bucket in away:
-        there = torch.empty(2, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
-        bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
-        partials[:, offset] = there.sum(1).to(home, non_blocking=True)
-        offset += 1
-    if needed:
-        for norm in norms:
-            norm = norm.to(home, torch.float64)
-            partials[1, offset] = ~torch.isfinite(norm)
-            if amp.grad_scale is not None:
-                norm = norm / amp.grad_scale.to(home, torch.float64)
-            partials[0, offset] = norm * norm
-            offset += 1
-    norm = torch.empty((), dtype=dtype, device=home)
-    control = torch.empty(3, dtype=torch.float64, device=home)
     found_inf = _on(amp.found_inf, home)
+    if found.total_norm is not None:
+        partials = _as_partials(torch.as_tensor(found.total_norm), amp, home)[:, None]
+    else:
+        partials, cuts = _partials(found, buckets, amp, home, needed=max_norm is not None or amp.check)
+        if reduction:
+            sums = reduction.new(home, torch.float64)
+            for cut, first, end in cuts:
+                squares, bad = partials[:, first:end].sum(1)
+                reduction.add(sums, cut, squares, bad)
+            if not amp.check and found_inf is not None:
+                sums[0, 1] += found_inf
+            partials = reduction.total(sums)[:, None]
+            if not amp.check and found_inf is not None:
+                found_inf = (partials[1, 0] != 0).to(torch.float32)
+    norm = torch.empty((), dtype=result_dtype(grad.dtype for grad in found.grads), device=home)
+    control = torch.empty(3, dtype=torch.float64, device=home)
     with backends.compiling(*(bucket.kernel_key for bucket in buckets)):
         finish_(
             partials, norm, control, norm_type=2.0, max_norm=max_norm, clamp=clamp,
@@ -201,6 +237,46 @@ def _measure_triton(
     if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:
         amp.found_inf.copy_(found_inf, non_blocking=True)
     return norm, control
+
+
+def _partials(
+    found: Found, buckets: Sequence[Any], amp: Amp, home: torch.device, *, needed: bool
+) -> tuple[Tensor, list[tuple[Cut | None, int, int]]]:
+    """Squares of unscaled gradients and marks of bad ones, float64 ``[2, n]``, and which columns are spread how."""
+    if not needed:
+        return torch.empty(2, 0, dtype=torch.float64, device=home), []
+    others = found.torch_norms(wide=amp.grad_scale is not None)
+    here = [bucket for bucket in buckets if bucket.key.device == home]
+    away = [bucket for bucket in buckets if bucket.key.device != home]
+    columns = sum(bucket.n_partials for bucket in here) + len(away) + sum(map(len, others.values()))
+    partials = torch.empty(2, columns, dtype=torch.float64, device=home)
+    cuts: list[tuple[Cut | None, int, int]] = []
+    offset = 0
+    for bucket in here:
+        bucket.measure(partials, offset, _on(amp.grad_scale, home))
+        cuts.append((bucket.key.cut, offset, offset + bucket.n_partials))
+        offset += bucket.n_partials
+    for bucket in away:
+        there = torch.empty(2, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
+        bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
+        partials[:, offset] = there.sum(1).to(home, non_blocking=True)
+        cuts.append((bucket.key.cut, offset, offset + 1))
+        offset += 1
+    for cut, norms in others.items():
+        cuts.append((cut, offset, offset + len(norms)))
+        for norm in norms:
+            partials[:, offset] = _as_partials(norm, amp, home)
+            offset += 1
+    return partials, cuts
+
+
+def _as_partials(norm: Tensor, amp: Amp, home: torch.device) -> Tensor:
+    """A norm of gradients as they are, in the form in which kernels leave it."""
+    norm = norm.to(home, torch.float64)
+    bad = (~torch.isfinite(norm)).to(torch.float64)
+    if amp.grad_scale is not None:
+        norm = norm / amp.grad_scale.to(home, torch.float64)
+    return torch.stack([norm * norm, bad])
 
 
 def _on(tensor: Tensor | None, device: torch.device) -> Tensor | None:

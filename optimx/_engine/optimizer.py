@@ -21,11 +21,16 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     _stock_step: ClassVar[Callable[..., Any]]
 
     #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
-    #: The norm is that of the parameters this optimizer has. DTensors (FSDP2, tensor parallel) tell the whole norm;
-    #: flat parameters of FSDP1 are refused (use ``model.clip_grad_norm_``). Partitions of a ZeroRedundancyOptimizer and
-    #: stages of a pipeline look like any other parameters, and a process would clip by its own part's norm: leave this
-    #: None there, and clip before the step by a norm that is reduced over all processes.
+    #: The norm is that of the parameters this optimizer has, on all ranks: DTensors (FSDP2, tensor parallel) tell where
+    #: the rest of them is; for other shards see :attr:`norm_group`.
     max_grad_norm: float | None = None
+    #: A process group, each rank of which has other parameters, or other parts of them, that are no DTensors: flat
+    #: parameters of FSDP1, partitions of a ZeroRedundancyOptimizer, stages of a pipeline. Their squared norms are added
+    #: up, and all skip a step that one has to skip. None: parameters that are no DTensors are alike on all ranks.
+    norm_group: Any = None
+    #: The norm of all gradients on all ranks, for one step: whoever has measured it sets it, and nothing is measured
+    #: or communicated. A scalar tensor, or a number.
+    total_norm: Tensor | None = None
     #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
     #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
     #: gradients, and not finite where the step was skipped.

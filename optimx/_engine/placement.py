@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
-from . import backends
+from . import backends, sharding
 from .bucket import BucketKey
 from .layout import extent, is_dense, same_layout
 from .optimizer import EngineOptimizer
@@ -39,30 +39,39 @@ class Placement(NamedTuple):
     in_turn: bool = False
 
 
-def place_all(optimizer: EngineOptimizer, grads: Sequence[Any], *, device_counts: bool) -> list[Placement | None]:
+def place_all(
+    optimizer: EngineOptimizer, shards: Sequence[Tensor], grads: Sequence[Any], *, device_counts: bool
+) -> list[Placement | None]:
     """Where each parameter goes, group after group; None without a gradient. Arguments are those of :func:`place`."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = chain.from_iterable(repeat(group, len(group["params"])) for group in optimizer.param_groups)
-    shared = sharing_memory(optimizer, params, grads)
+    shared = sharing_memory(optimizer, params, shards, grads)
     placements: list[Placement | None] = []
-    for position, (param, grad, group) in enumerate(zip(params, grads, groups, strict=True)):
+    for position, (param, shard, grad, group) in enumerate(zip(params, shards, grads, groups, strict=True)):
         if grad is None:
             placements.append(None)
         elif position in shared:
             placements.append(Placement(None, shared[position], in_turn=True))
         else:
-            placements.append(place(optimizer, param, grad, group, device_counts=device_counts))
+            placements.append(place(optimizer, param, shard, grad, group, device_counts=device_counts))
     return placements
 
 
 def place(
-    optimizer: EngineOptimizer, param: Tensor, grad: Tensor, group: dict[str, Any], *, device_counts: bool
+    optimizer: EngineOptimizer,
+    whole: Tensor,
+    param: Tensor,
+    grad: Tensor,
+    group: dict[str, Any],
+    *,
+    device_counts: bool,
 ) -> Placement:
     """Where a parameter goes that shares no memory; nothing is changed.
 
     Args:
         optimizer: Whose it is.
-        param: The parameter.
+        whole: The parameter.
+        param: The part of it in this process; of most parameters, the same.
         grad: Its gradient, or what looks like the one that it will have.
         group: Its group.
         device_counts: Steps are counted on the device, because only it knows whether one counts (GradScaler).
@@ -76,12 +85,15 @@ def place(
         return Placement(None, reason or no_backend, in_turn=gaps)
     if reason := rule.unsuitable(param):
         return Placement(None, reason)
-    state = optimizer.state.get(param, {})
+    cut = sharding.cut_of(whole) if whole is not param else None
+    if cut is not None and cut.n_shards > 1 and rule.walk != "elementwise":
+        return Placement(None, "parameter is a DTensor that is cut, and its step needs all of it")
+    state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
         return Placement(None, f"its state is a {type(state).__name__}")
     variant = rule.variant_of(rule.group_variant(group), param)
     names = rule.state_names(variant)
-    states = {name: state[name] for name in names if state.get(name) is not None}
+    states = {name: _part(state[name], whole, param) for name in names if state.get(name) is not None}
     kinds = {name: rule.kind_of(name, param, group, optimizer.defaults) for name in names}
     of_states = (getattr(states.get(name), "dtype", kind.dtype or param.dtype) for name, kind in kinds.items())
     dtypes = (param.dtype, grad.dtype, *of_states)
@@ -99,10 +111,19 @@ def place(
     )
     if reason:
         return Placement(None, reason)
-    key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, rule.is_first(state, values))
+    first = rule.is_first(state, values)
+    key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, first, cut)
     if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
         return Placement(None, reason)
     return Placement(key)
+
+
+def _part(state: Any, whole: Tensor, param: Tensor) -> Any:
+    """The part of a state that belongs to this process's part of a parameter; the state itself if it is another's."""
+    if whole is param or not _compat.is_dtensor(state):
+        return state
+    spec, of_param = _compat.dtensor_spec(state), _compat.dtensor_spec(whole)
+    return sharding.local(state) if (spec.mesh, spec.placements) == (of_param.mesh, of_param.placements) else state
 
 
 def placement_flags(rule: UpdateRule, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -203,7 +224,9 @@ def _values_problem(values: tuple[Any, ...], device: torch.device) -> str:
     return ""
 
 
-def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequence[Any]) -> dict[int, str]:
+def sharing_memory(
+    optimizer: Optimizer, params: Sequence[Tensor], shards: Sequence[Tensor], grads: Sequence[Any]
+) -> dict[int, str]:
     """Positions of parameters that have memory in common with another one, or whose states have; and how.
 
     In one launch their updates would race, and copies would be written back over each other.
@@ -211,11 +234,11 @@ def sharing_memory(optimizer: Optimizer, params: Sequence[Tensor], grads: Sequen
     times = Counter(map(id, params))
     found = {i: "listed twice" for i, param in enumerate(params) if times[id(param)] > 1 and grads[i] is not None}
     ranges: dict[torch.device, list[tuple[int, int, int]]] = {}
-    for position, (param, grad) in enumerate(zip(params, grads, strict=True)):
+    for position, (param, shard, grad) in enumerate(zip(params, shards, grads, strict=True)):
         state = optimizer.state.get(param)
         if grad is None:
             continue
-        for tensor in (param, *(state.values() if isinstance(state, dict) else ())):
+        for tensor in (shard, *_compat.local_tensors(state.values() if isinstance(state, dict) else ())):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and _compat.is_plain(tensor):
                 start, end = extent(tensor)
                 if 0 < start < end:

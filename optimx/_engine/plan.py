@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from . import backends
+from . import backends, sharding
 from .bucket import Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
 from .grad_norm import SKIP
@@ -40,19 +40,26 @@ class StepInputs:
 
     Attributes:
         params: Group after group.
-        grads: Of each parameter; None where it has none.
+        shards: What of them lies in this process: local tensors of DTensors, other parameters themselves.
+        whole_grads: Of each parameter; None where it has none.
+        grads: The same for shards.
         like_grads: The same; for members without a gradient, what looks as one usually does. A plan's own.
         grad_types: Of these.
-        values: Of all state dicts, in their order.
-        identities: Of parameters, keys of the optimizer's state, and values: equal ones mean that the same tensors, or
-            others in their places, belong to the same parameters.
+        values: Of all state dicts, in their order; in place of DTensors their local tensors.
+        identities: Of parameters, shards, keys of the optimizer's state, and values: equal ones mean that the same
+            tensors, or others in their places, belong to the same parameters.
     """
 
     def __init__(self, optimizer: EngineOptimizer, group_values: list[tuple[Any, ...]], device_counts: bool) -> None:
         self.group_values = group_values
         self.device_counts = device_counts
         self.params: tuple[Tensor, ...] = (*chain.from_iterable(group["params"] for group in optimizer.param_groups),)
-        self.grads: list[Any] = [param.grad for param in self.params]
+        self.whole_grads: list[Any] = [param.grad for param in self.params]
+        self.shards: Sequence[Tensor] = self.params
+        self.grads = self.whole_grads
+        self.is_sharded = sharding.has_dtensors(self.params)
+        if self.is_sharded:
+            self.shards, self.grads = sharding.local_pairs(self.params, self.whole_grads)
         self.like_grads = self.grads
         self.grad_types = [*map(type, self.grads)]
         self.read_states(optimizer)
@@ -65,6 +72,10 @@ class StepInputs:
         except TypeError:  # somebody keeps something else there
             self.values = (*chain.from_iterable(s.values() for s in state.values() if isinstance(s, dict)),)
         self.identities = [*map(_compat.identities, (self.params, (*state,), self.values))]
+        if self.is_sharded:
+            self.values = (*_compat.local_tensors(self.values),)
+            # a DTensor may be given other memory
+            self.identities += [*map(_compat.identities, ((*self.shards,), self.values))]
 
 
 class StepPlan:
@@ -79,6 +90,8 @@ class StepPlan:
 
     Attributes:
         leftovers: What torch's own step updates: where it is among all parameters, and its placement.
+        cuts_of_leftovers: How these are cut.
+        reduction: Where ranks combine what they have found.
         has_flat_shards: FSDP1 left this process a part of a parameter.
         is_of_graph: Made under capture. What was allocated then is the graph's, and holds nothing until it is replayed:
             such a plan is for one step.
@@ -88,6 +101,7 @@ class StepPlan:
 
     def __init__(self, optimizer: EngineOptimizer, inputs: StepInputs) -> None:
         rule, groups, params = optimizer.rule, optimizer.param_groups, inputs.params
+        self.reduction = sharding.Reduction(params, optimizer.norm_group)
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
         self.variant = [rule.group_variant(group) for group in groups]
@@ -102,6 +116,7 @@ class StepPlan:
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
         self.buckets = self._sort(optimizer, inputs)
+        self.cuts_of_leftovers = [sharding.cut_of(params[position]) for position, _ in self.leftovers]
         self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)
         #: Under capture the same parameters would be in the same buckets.
         self._suits_capture = not self.on_triton or (
@@ -112,7 +127,7 @@ class StepPlan:
         if self._members == list(range(len(params))):
             self._members = []
         for bucket in self.buckets:
-            create_states(optimizer, bucket, [params[i] for i in bucket.positions])
+            create_states(optimizer, bucket, params, inputs.shards)
         inputs.read_states(optimizer)
         self._optional = {i for bucket in self.buckets if bucket.takes_missing for i in bucket.positions}
         self._grad_types: list[type] = []
@@ -127,12 +142,12 @@ class StepPlan:
 
     def _sort(self, optimizer: EngineOptimizer, inputs: StepInputs) -> list[Bucket]:
         """Buckets, with positions of their members; whoever is in none is a leftover."""
-        groups, params, grads = optimizer.param_groups, inputs.params, inputs.grads
+        groups, params, shards, grads = optimizer.param_groups, inputs.params, inputs.shards, inputs.grads
         like_grads = [
-            _in_place_of_missing(param) if grad is None and param.requires_grad else grad
-            for param, grad in zip(params, grads, strict=True)
+            _in_place_of_missing(shard) if grad is None and param.requires_grad else grad
+            for param, shard, grad in zip(params, shards, grads, strict=True)
         ]
-        placements = place_all(optimizer, like_grads, device_counts=inputs.device_counts)
+        placements = place_all(optimizer, shards, like_grads, device_counts=inputs.device_counts)
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
         for position, (param, placement, g) in enumerate(zip(params, placements, group_of, strict=True)):
@@ -148,7 +163,7 @@ class StepPlan:
             if key is None:
                 self.leftovers.append((position, placement))
             else:
-                if not same_layout(like_grads[position], param):
+                if not same_layout(like_grads[position], shards[position]):
                     self.relayout.append(position)
                 if key not in by_key:
                     by_key[key] = _new_bucket(key, optimizer)
@@ -186,7 +201,7 @@ class StepPlan:
     def _compared(self, inputs: StepInputs) -> list[Tensor]:
         """Tensors whose dtypes, devices, shapes and strides are compared."""
         states = chain.from_iterable(bucket.compared_states() for bucket in self.buckets)
-        return [*self._guarded(inputs.params), *self._guarded(inputs.like_grads), *states]
+        return [*self._guarded(inputs.shards), *self._guarded(inputs.like_grads), *states]
 
     def _mark(self, grad_types: list[type]) -> None:
         """From now on these parameters have gradients."""
@@ -206,9 +221,9 @@ class StepPlan:
         if self._missing:
             inputs.like_grads = [*inputs.grads]
             for i in self._missing:
-                inputs.like_grads[i] = _in_place_of_missing(inputs.params[i])
+                inputs.like_grads[i] = _in_place_of_missing(inputs.shards[i])
         for bucket in self.buckets:
-            bucket.bind(inputs.params, inputs.like_grads, inputs.values)
+            bucket.bind(inputs.shards, inputs.like_grads, inputs.values)
 
     def release(self) -> None:
         """Keep no tensor of a step."""
@@ -220,9 +235,9 @@ class StepPlan:
         if self.relayout:
             grads = [*inputs.like_grads]
             for i in self.relayout:
-                grads[i] = torch.empty_like(inputs.params[i], dtype=grads[i].dtype).copy_(grads[i])
+                grads[i] = torch.empty_like(inputs.shards[i], dtype=grads[i].dtype).copy_(grads[i])
             for bucket in self.buckets:
-                bucket.bind(inputs.params, grads, inputs.values)
+                bucket.bind(inputs.shards, grads, inputs.values)
 
     def is_for(self, inputs: StepInputs) -> bool:
         """Whether the same parameters have gradients, as far as that matters."""
@@ -241,6 +256,7 @@ class StepPlan:
             and self._same_variants(optimizer, inputs)
             and not self.is_first
             and self._capturable == optimizer.capturable
+            and self.reduction.norm_group is optimizer.norm_group
             and (self._suits_capture or not _compat.is_capturing())
         )
 
@@ -273,14 +289,14 @@ class StepPlan:
         """Whether a state that a graph updates is gone, and the graph of no use."""
         return any(state() is None for state in self._states)
 
-    def take_back_first(self, state: dict[Tensor, Any], control: Tensor) -> None:
+    def take_back_first(self, params: Sequence[Tensor], state: dict[Tensor, Any], control: Tensor) -> None:
         """A first step that was skipped is still to come. This waits to see whether it was."""
         if not bool(control[SKIP] != 0):
             return
         for bucket in self.buckets:
-            for param in bucket.members.params if bucket.key.first else ():
+            for position in bucket.positions if bucket.key.first else ():
                 for name in bucket.state_names:
-                    del state[param][name]
+                    del state[params[position]][name]
 
 
 _NONE = type(None)

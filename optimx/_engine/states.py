@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from . import backends
+from . import backends, sharding
 from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
@@ -33,8 +33,12 @@ SCALARS = 1 << 10
 NEIGHBOURS = 1 << 8
 
 
-def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[Tensor]) -> None:
+def create_states(
+    optimizer: EngineOptimizer, bucket: Bucket, all_params: Sequence[Tensor], all_shards: Sequence[Tensor]
+) -> None:
     """Give the members of a bucket what torch would have given them; only missing states are made.
+
+    Those of DTensors are DTensors, of what is made for this process's parts.
 
     Some wrappers (schedule-free ones) put keys of their own there first, at which stock raises KeyError.
     """
@@ -43,6 +47,7 @@ def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[T
         # as in torch, whose plain SGD leaves the state empty
         return
     groups = [optimizer.param_groups[g] for g in bucket.groups]
+    params, shards = ([tensors[i] for i in bucket.positions] for tensors in (all_params, all_shards))
     states = [optimizer.state[param] for param in params]
     # what is made in inference mode cannot be updated outside of it
     with torch.inference_mode(False):
@@ -61,12 +66,12 @@ def create_states(optimizer: EngineOptimizer, bucket: Bucket, params: Sequence[T
         for name in bucket.state_names:
             without = [i for i, state in enumerate(states) if not isinstance(state.get(name), Tensor)]
             # what has equal settings and shapes is updated together
-            without.sort(key=lambda i: (bucket.groups[i], params[i].shape))
-            new = [rule.new_state(name, params[i], groups[i], optimizer.defaults) for i in without]
+            without.sort(key=lambda i: (bucket.groups[i], shards[i].shape))
+            new = [rule.new_state(name, shards[i], groups[i], optimizer.defaults) for i in without]
             if key.backend == backends.NATIVE:
                 new = side_by_side(new, _most_neighbours(optimizer, key.variant, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
-                states[i][name] = tensor
+                states[i][name] = sharding.like(params[i], tensor)
 
 
 def _most_neighbours(optimizer: EngineOptimizer, variant: tuple[bool, ...], dtype: torch.dtype) -> int:

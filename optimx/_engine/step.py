@@ -34,6 +34,8 @@ class MultiTensorStep(EngineOptimizer):
     """
 
     _is_copy: bool
+    #: Settings of the whole optimizer are known, which the first groups come before.
+    _is_set_up = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -49,6 +51,7 @@ class MultiTensorStep(EngineOptimizer):
         *,
         max_grad_norm: float | None = None,
         capturable: bool = False,
+        norm_group: Any = None,
     ) -> None:
         """As :class:`torch.optim.Optimizer`: a subclass may pass over its base class's own ``__init__``.
 
@@ -57,22 +60,30 @@ class MultiTensorStep(EngineOptimizer):
             defaults: Settings of groups that do not have their own.
             max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None).
             capturable: The step may be recorded in a CUDA graph (default: False).
+            norm_group: See :attr:`norm_group` (default: None).
 
         Raises:
             ValueError: ``max_grad_norm`` is not > 0.
         """
         Optimizer.__init__(self, params, defaults)
-        self._init_step(max_grad_norm, capturable=capturable)
+        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)
 
-    def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False) -> None:
+    def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False, norm_group: Any = None) -> None:
         """To be called at the end of a subclass's ``__init__``."""
+        if norm_group is not None:
+            self.norm_group = norm_group
         if max_grad_norm is not None:
             above(0).check("max_grad_norm", max_grad_norm)
-            if any(map(_compat.is_flat_shard, chain.from_iterable(group["params"] for group in self.param_groups))):
+            if norm_group is None and any(
+                map(_compat.is_flat_shard, chain.from_iterable(group["params"] for group in self.param_groups))
+            ):
                 raise ValueError(flat_shards_message(max_grad_norm))
             self.max_grad_norm = max_grad_norm
         if capturable:
             self.capturable = capturable
+        self._is_set_up = True
+        for group in self.param_groups:
+            check_group(group, self)
         if self.state:
             own_states(self)
 
@@ -86,8 +97,9 @@ class MultiTensorStep(EngineOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for group in state.get("param_groups", ()):
-            check_group(group)
+            check_group(group, self, state)
         super().__setstate__(state)
+        self._is_set_up = True
         if not all("differentiable" in group for group in self.param_groups):
             # torch adds this default to any optimizer; Lion and LAMB have no such setting
             self.defaults.pop("differentiable", None)
@@ -114,6 +126,8 @@ class MultiTensorStep(EngineOptimizer):
         """A copy as pickle would make it, also of attributes that pickle might not take."""
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin._is_copy = True
+        # ranks are no data
+        memo[id(self.norm_group)] = self.norm_group
         twin.__setstate__(copied(self.__getstate__()))
         del twin._is_copy
         vars(twin).update(copied(dict(self._own_attributes())))
@@ -126,7 +140,8 @@ class MultiTensorStep(EngineOptimizer):
         Raises:
             ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``.
         """
-        check_group(param_group)
+        if self._is_set_up:
+            check_group(param_group, self)
         _compat.add_param_group(self, param_group, super().add_param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

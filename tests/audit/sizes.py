@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+
 from optimx.triton_kernels.tensor_table import LaunchSize, TensorTable
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from optimx.triton_kernels.device import Launcher
 from triton.backends.compiler import GPUTarget
+
+from optimx.triton_kernels.device import Launcher
 
 from .assembly import Assembly, Limits, examine, problems
 from .compiler import TARGETS, Launch, compile_for, why_not

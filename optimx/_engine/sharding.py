@@ -1,0 +1,195 @@
+"""Sharded parameters: what of a DTensor lies in this process, and how a norm is summed over all processes.
+
+Torch's engines (FSDP2, tensor parallel) own the communication of parameters and gradients. Kernels see the local
+tensors of DTensors, and ``optimizer.state`` holds DTensors again for everybody else. What is communicated here is one
+vector of two numbers for a set of ranks, once a step: squares of gradients, and marks of infinite ones.
+
+Which collectives a step has depends on parameters, meshes and ``norm_group`` alone, never on which gradients, shards or
+backend a rank has: ranks that disagreed would wait for each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .. import _compat
+
+
+class Cut(NamedTuple):
+    """Over which ranks the elements of a DTensor are spread.
+
+    Attributes:
+        mesh: The ranks, as a DeviceMesh.
+        n_shards: In how many pieces it is cut; the mesh has ``mesh.size() / n_shards`` copies of each.
+    """
+
+    mesh: Any
+    n_shards: int
+
+    @property
+    def weight(self) -> float:
+        """What a rank's sum counts, for each element to count once in the sum over all ranks of the mesh."""
+        return self.n_shards / self.mesh.size()
+
+
+def cut_of(param: Tensor) -> Cut | None:
+    """How a parameter is cut; None where it is no DTensor."""
+    if not _compat.is_dtensor(param):
+        return None
+    spec = _compat.dtensor_spec(param)
+    # not is_shard(): tensor parallelism beneath FSDP2 has strided shards, which say no
+    sizes = (
+        size for size, placement in zip(spec.mesh.shape, spec.placements, strict=True) if not placement.is_replicate()
+    )
+    return Cut(spec.mesh, prod(sizes))
+
+
+def layout_of(param: Tensor) -> str:
+    """How a DTensor lies on which ranks, as a text; empty for other tensors."""
+    if not _compat.is_dtensor(param):
+        return ""
+    spec = _compat.dtensor_spec(param)
+    names = spec.mesh.mesh_dim_names or range(spec.mesh.ndim)
+    dims = zip(names, spec.mesh.shape, spec.placements, strict=True)
+    return ", ".join(f"{placement} over {size} ranks of {name}" for name, size, placement in dims)
+
+
+def has_dtensors(tensors: Iterable[Any]) -> bool:
+    """Whether one of them is a DTensor; costs nothing where nobody has imported the class."""
+    cls = _compat.dtensor_class()
+    return cls is not None and cls in {*map(type, tensors)}
+
+
+def local(tensor: Any) -> Any:
+    """The part of a DTensor in this process, when it has arrived; anything else as it is."""
+    return _compat.local_tensors([tensor])[0]
+
+
+def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequence[Tensor], list[Any]]:
+    """Local parts of parameters and of their gradients, in which all partial sums have met.
+
+    A gradient that is laid out otherwise than its parameter (tensor parallelism of sequences leaves partial sums) is
+    redistributed: a collective, to which all ranks come in the same order.
+    """
+    if _are_laid_out_alike(params, grads):
+        return _compat.local_tensors(params), _compat.local_tensors(grads)
+    shards, local_grads = [], []
+    for param, grad in zip(params, grads, strict=True):
+        if not _compat.is_dtensor(param) or not (grad is None or _compat.is_dtensor(grad)):
+            # torch's step says what is wrong with a plain gradient of a DTensor
+            shards.append(param)
+            local_grads.append(grad)
+            continue
+        shards.append(local(param))
+        if grad is not None:
+            of_param, of_grad = _compat.dtensor_spec(param), _compat.dtensor_spec(grad)
+            if of_grad is not of_param and (of_grad.mesh, of_grad.placements) != (of_param.mesh, of_param.placements):
+                grad = grad.redistribute(of_param.mesh, of_param.placements)
+            grad = local(grad)
+        local_grads.append(grad)
+    return shards, local_grads
+
+
+def _are_laid_out_alike(params: Sequence[Tensor], grads: Sequence[Any]) -> bool:
+    """Whether all are DTensors, and gradients have the very specs of their parameters, as FSDP2 leaves them."""
+    if not {*map(type, params)} == {*map(type, grads)} == {_compat.dtensor_class()}:
+        return False
+    return all(map(is_, map(_compat.dtensor_spec, params), map(_compat.dtensor_spec, grads)))
+
+
+def with_sums_met(tensor: Any) -> Any:
+    """A DTensor without placements that are partial sums: those are reduced. Anything else as it is."""
+    if not _compat.is_dtensor(tensor):
+        return tensor
+    spec = _compat.dtensor_spec(tensor)
+    if not any(placement.is_partial() for placement in spec.placements):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    whole = [Replicate() if placement.is_partial() else placement for placement in spec.placements]
+    return tensor.redistribute(spec.mesh, whole)
+
+
+def like(param: Tensor, shard: Tensor) -> Tensor:
+    """What belongs to a parameter, given this process's part of it: a DTensor if the parameter is one."""
+    return _compat.dtensor_like(param, shard) if _compat.is_dtensor(param) else shard
+
+
+class Reduction:
+    """Where sums over ranks meet: those of parameters that lie on the same ranks together, then all in ``norm_group``.
+
+    Args:
+        params: All parameters of the optimizer.
+        norm_group: A process group, each rank of which has other parameters, or other parts of them, that are no
+            DTensors; None: plain parameters are alike on all ranks.
+    """
+
+    def __init__(self, params: Sequence[Tensor], norm_group: Any) -> None:
+        self.norm_group = norm_group
+        meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in params if _compat.is_dtensor(param))
+        # in the order of sizes: what few ranks have found, the many that come later hear
+        by_ranks = {_ranks(mesh): _groups(mesh) for mesh in sorted(meshes, key=lambda mesh: mesh.size())}
+        self._groups = [*by_ranks.values()]
+        #: Row of :meth:`total`'s argument for each mesh; 0 is that of plain parameters.
+        self._row_of = {mesh: 1 + [*by_ranks].index(_ranks(mesh)) for mesh in meshes}
+
+    def __bool__(self) -> bool:
+        return bool(self._groups) or self.norm_group is not None
+
+    def new(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Zeros to add sums to: squares and marks of bad gradients, for plain parameters and each set of ranks."""
+        return torch.zeros(1 + len(self._groups), 2, dtype=dtype, device=device)
+
+    def add(
+        self, sums: Tensor, cut: Cut | None, squares: Tensor, bad: Tensor | None = None, *, largest: bool = False
+    ) -> None:
+        """Add what a rank has found in parameters that are cut alike; or keep the ``largest``."""
+        row = sums[0 if cut is None else self._row_of[cut.mesh]]
+        if largest:
+            row[0] = torch.maximum(row[0], squares)
+        else:
+            row[0].add_(squares, alpha=1.0 if cut is None else cut.weight)
+        if bad is not None:
+            row[1].add_(bad)
+
+    def total(self, sums: Tensor, *, largest: bool = False) -> Tensor:
+        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device."""
+        op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        device = sums.device
+        squares, marks = sums[0]
+        for row, groups in zip(sums[1:], self._groups, strict=True):
+            # every rank of these hears of what is bad elsewhere
+            row[1].add_(marks)
+            of_ranks, marks = _all_reduced(row, groups, op).to(device)
+            squares = torch.maximum(squares, of_ranks) if largest else squares + of_ranks
+        total = torch.stack([squares, marks])
+        return total if self.norm_group is None else _all_reduced(total, [self.norm_group], op).to(device)
+
+
+def _ranks(mesh: Any) -> tuple[int, ...]:
+    """The ranks of a mesh; none stand for all."""
+    return () if mesh.size() == dist.get_world_size() else tuple(sorted(mesh.mesh.flatten().tolist()))
+
+
+def _groups(mesh: Any) -> list[Any]:
+    """Process groups, in which one after the other a sum is that over all ranks of the mesh."""
+    if mesh.size() == dist.get_world_size():
+        return [dist.group.WORLD]
+    return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
+
+
+def _all_reduced(numbers: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
+    """The sum or maximum over the ranks of all groups, on a device that they can communicate."""
+    for group in groups:
+        if numbers.device.type == "cpu" and dist.get_backend(group) == "nccl":
+            # parameters were offloaded
+            numbers = numbers.to(torch.device("cuda", torch.cuda.current_device()), non_blocking=True)
+        dist.all_reduce(numbers, op, group)
+    return numbers

@@ -1,0 +1,1 @@
+"""Sharded and distributed training: gloo ranks on this machine, beside one process that has the whole batch."""
