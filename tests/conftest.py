@@ -115,8 +115,9 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program takes the interpreter a millisecond: with small chunks, small tensors reach every path."""
     if INTERPRETED:
-        from optimx._engine.triton import elementwise
         from optimx.triton_kernels.tensor_table import LaunchSize
+
+        from optimx._engine.triton import elementwise
 
         monkeypatch.setattr(elementwise, "launch_size", LaunchSize(chunk_size=128, block_size=128))
 

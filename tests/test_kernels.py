@@ -19,8 +19,6 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
-
 from optimx.triton_kernels import grad_norm, lamb, matrix_walk, update  # noqa: E402
 from optimx.triton_kernels.device import Launcher, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
 from optimx.triton_kernels.matrix_table import tables  # noqa: E402
@@ -32,6 +30,7 @@ from optimx.triton_kernels.tensor_table import (  # noqa: E402
     upload,
     upload_all,
 )
+from triton.runtime import interpreter  # noqa: E402
 
 SIZE = LaunchSize(chunk_size=128, block_size=64)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

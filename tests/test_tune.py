@@ -10,9 +10,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from bench import tune
 from optimx.triton_kernels import tensor_table
 from optimx.triton_kernels.tensor_table import LaunchSize, launch_size
+
+from bench import tune
 
 DEFAULT, OTHER = LaunchSize(), tune.SIZES[0]
 

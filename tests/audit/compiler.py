@@ -15,14 +15,13 @@ from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
+import optimx.triton_kernels as package
 import torch
 import triton
 import triton.language as tl
+from optimx.triton_kernels import device
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-import optimx.triton_kernels as package
-from optimx.triton_kernels import device
 
 REQUIRED = {
     "sm_80": GPUTarget("cuda", 80, 32),

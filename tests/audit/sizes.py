@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-
 from optimx.triton_kernels.tensor_table import LaunchSize, TensorTable
 
 

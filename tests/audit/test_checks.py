@@ -8,9 +8,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-
 from optimx.triton_kernels.device import Launcher
+from triton.backends.compiler import GPUTarget
 
 from .assembly import Assembly, Limits, examine, problems
 from .compiler import TARGETS, Launch, compile_for, why_not

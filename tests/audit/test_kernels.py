@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import triton.language as tl
-from triton.runtime.jit import JITFunction
-
 from optimx.triton_kernels.device import TRITON_DTYPE
+from triton.runtime.jit import JITFunction
 
 from .assembly import examine, problems
 from .compiler import TARGETS, Launch, compile_for, kernel_modules

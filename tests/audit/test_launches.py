@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from unittest.mock import patch
 
 import pytest
-
 from optimx.triton_kernels import device
+
 from tests.fake_gpu import stub_driver
 
 from .sizes import Sizes

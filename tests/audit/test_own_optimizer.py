@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from optimx.triton_kernels import update
 
 from .assembly import examine, problems

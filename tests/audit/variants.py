@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-
 from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
+from triton.backends.compiler import GPUTarget
+
 from tests.cases import CASES
 
 from .assembly import Limits
