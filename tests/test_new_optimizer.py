@@ -88,6 +88,7 @@ class Signum(MultiTensorStep, SignumLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False).
         max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None, no clipping).
+        norm_group: A process group with other parts of the parameters (default: None).
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -104,10 +105,13 @@ class Signum(MultiTensorStep, SignumLoop):
         maximize: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        norm_group: Any = None,
     ) -> None:
         check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group
+        )
 ''',
     "triton_kernels/signum.py": '''\
 """Signum.
