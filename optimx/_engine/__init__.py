@@ -28,6 +28,8 @@ Words:
 - **leftover**: a parameter that torch's own step updates.
 - **control**: what a step found out about its gradients: norm, factor, and whether to skip.
 - **present**: of a member, whether it has a gradient in the step at hand.
+- **shard**: of a parameter, what lies in this process: the local tensor of a DTensor, else the parameter itself.
+- **cut**: over which ranks the shards of a DTensor are spread.
 - **span**: scalars that are neighbours in memory, which are counted at once.
 - **backend**: ``triton``, ``native`` (a CPU), or ``torch``.
 """
