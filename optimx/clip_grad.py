@@ -89,7 +89,7 @@ def clip_grads_with_norm_(
     if foreach is not None or torch.compiler.is_compiling():
         return _torch.clip_grads_with_norm_(listed, max_norm, total_norm, foreach)
     # a factor on each part is one on the whole, also of parts that are sums
-    grads = [local(param.grad) for param in listed if param.grad is not None]
+    grads = _compat.local_tensors(param.grad for param in listed if param.grad is not None)
     with torch.no_grad():
         scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):

@@ -133,7 +133,8 @@ class Reduction:
 
     def __init__(self, params: Sequence[Tensor], norm_group: Any) -> None:
         self.norm_group = norm_group
-        meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in params if _compat.is_dtensor(param))
+        sharded = filter(_compat.is_dtensor, params) if has_dtensors(params) else ()
+        meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in sharded)
         # in the order of sizes: what few ranks have found, the many that come later hear
         by_ranks = {_ranks(mesh): _groups(mesh) for mesh in sorted(meshes, key=lambda mesh: mesh.size())}
         self._groups = [*by_ranks.values()]
