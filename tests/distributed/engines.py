@@ -48,14 +48,12 @@ def net() -> Net:
     return Net()
 
 
-def loss_of(model: nn.Module, step: int, rank: int | None = None) -> Tensor:
-    """Loss of a rank's rows; None: of all rows. There are as many for any number of ranks."""
+def loss_of(model: nn.Module, step: int, rank: int | None = None, world: int | None = None) -> Tensor:
+    """Loss of a rank's rows; None: of all rows. There are as many for any number of ranks, which is all by default."""
     generator = torch.Generator().manual_seed(step)
     x, y = torch.randn(4 * ROWS, 10, generator=generator), torch.randn(4 * ROWS, 1, generator=generator) * 5
-    if rank is not None:
-        own = slice(rank, None, dist.get_world_size())
-        x, y = x[own], y[own]
-    return (model(x) - y).square().mean()
+    own = slice(None) if rank is None else slice(rank, None, world or dist.get_world_size())
+    return (model(x[own]) - y[own]).square().mean()
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -127,15 +125,9 @@ def fsdp2_of_tensor_parallel(rank: int, make: Make) -> Trained:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(net(), mesh["tensor"], {"b": ColwiseParallel(), "c": RowwiseParallel()})
     model = fully_shard(model, mesh=mesh["data"])
-    data_rank = mesh.get_local_rank("data")
-
-    def loss(step: int) -> Tensor:
-        generator = torch.Generator().manual_seed(step)
-        x, y = torch.randn(4 * ROWS, 10, generator=generator), torch.randn(4 * ROWS, 1, generator=generator) * 5
-        own = slice(data_rank, None, mesh.size(0))
-        return (model(x[own]) - y[own]).square().mean()
-
-    return Trained(make(model.parameters()), loss, lambda: [*map(full, model.parameters())])
+    rank, world = mesh.get_local_rank("data"), mesh.size(0)
+    params = [*model.parameters()]
+    return Trained(make(params), lambda step: loss_of(model, step, rank, world), lambda: [*map(full, params)])
 
 
 def fsdp1(rank: int, make: Make) -> Trained:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import datetime
-import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optimx
 from tests.conftest import INTERPRETED
+from tests.distributed import ranks
 from tests.distributed.engines import ENGINES, Trained, fsdp2, full, local, loss_of, named_states, net
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.interpreted]
 
 WORLDS, STEPS, BAD_STEP, SCALE, CLIP = (2, 4), 4, 1, 1024.0, 0.5
+ORDERS = (1.0, 2.0, 3.0, torch.inf)
 ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
 
 #: Optimizers that update the parts of a DTensor, and what is theirs in torch.
@@ -166,72 +165,59 @@ def disagreements(rank: int) -> list[str]:
     return found
 
 
-CHECKS: dict[str, Callable[[int], Any]] = {
-    **{
-        f"{name}-{clip}-{amp}": partial(engine, name=name, clip=clip, amp=amp)
-        for name in ENGINES for clip in (None, CLIP) for amp in (False, True)
-        if not (amp and name in ("ddp", "total_norm", "fsdp1")) and (clip or name != "total_norm")
-    },
+#: Engine, clip, and whether it is under AMP: not where all ranks have the same gradients, or the scale is in a norm
+#: that was measured elsewhere. FSDP1 under a scaler is in test_scaler.
+ON_ENGINES = [
+    (name, clip, amp)
+    for name in ENGINES for clip in (None, CLIP) for amp in (False, True)
+    if not (amp and name in ("ddp", "total_norm", "fsdp1")) and (clip or name != "total_norm")
+]  # fmt: skip
+
+CHECKS: dict[str, ranks.Check] = {
+    **{f"{name}-{clip}-{amp}": partial(engine, name=name, clip=clip, amp=amp) for name, clip, amp in ON_ENGINES},
+    "mixed": mixed,
+    "refused": disagreements,
+}
+#: What four ranks are enough for.
+ON_FOUR: dict[str, ranks.Check] = {
     **{f"{name}-{clip}": partial(by_parts, name=name, clip=clip) for name in BY_PARTS for clip in (None, CLIP)},
     **{
         f"collectives-{clip}-{missing}": partial(collectives, clip=clip, missing=missing)
         for clip in (None, CLIP) for missing in (False, True)
     },
     **{f"checkpoint-{first}": partial(checkpoint, ours_first=first) for first in (False, True)},
-    **{f"clip-{norm_type}": partial(clip_function, norm_type=norm_type) for norm_type in (1.0, 2.0, 3.0, torch.inf)},
-    "refused": disagreements,
-    "mixed": mixed,
+    **{f"clip-{norm_type}": partial(clip_function, norm_type=norm_type) for norm_type in ORDERS},
 }  # fmt: skip
-
-#: Two ranks try the engines alone; the interpreter, a millisecond a program, what kernels see of them.
-_IN_FEW = {
-    "refused",
-    "mixed",
-    *(f"{name}-{clip}-{amp}" for name in ENGINES for clip in (None, CLIP) for amp in (False, True)),
-}
+#: The interpreter, a millisecond a program, tries what kernels see of them.
 _INTERPRETED = {
     "fsdp2-0.5-True", "tensor_parallel-0.5-True", "pipeline-0.5-True", "total_norm-0.5-False", "mixed", "SGD-0.5",
-    f"collectives-{CLIP}-False", f"collectives-{CLIP}-True", "clip-2.0",
+    *(f"collectives-{clip}-{missing}" for clip in (None, CLIP) for missing in (False, True)), "clip-2.0",
+    "refused", "checkpoint-False", "checkpoint-True",
 }  # fmt: skip
-CHOSEN = {
-    world: [
-        name
-        for name in CHECKS
-        if name in (_INTERPRETED if INTERPRETED else _IN_FEW) or (world == 4 and not INTERPRETED)
-    ]
-    for world in WORLDS
-}
 
 
-def _run_all(rank: int, folder: str, world: int) -> None:
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    for i, name in enumerate(CHOSEN[world]):
-        # a new group for each: ranks that one check has left apart meet in the next
-        init, timeout = f"file://{folder}/{i}", datetime.timedelta(seconds=60)
-        dist.init_process_group("gloo", init, rank=rank, world_size=world, timeout=timeout)
-        try:
-            results[name] = CHECKS[name](rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}")
+def checks_of(world: int) -> dict[str, ranks.Check]:
+    """What so many ranks try."""
+    checks = {**CHECKS, **ON_FOUR} if world == 4 else CHECKS
+    return {name: check for name, check in checks.items() if not INTERPRETED or name in _INTERPRETED}
 
 
-@pytest.fixture(scope="module", params=WORLDS[INTERPRETED:], ids=lambda world: f"{world}ranks")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank has to tell of each check, or the traceback."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_run_all, (str(folder), request.param), nprocs=request.param)
-    return [torch.load(folder / f"rank{rank}") for rank in range(request.param)]
+def tried(values: Iterable[Any]) -> list[Any]:
+    """Values, by which a test is parametrized, of checks that are tried: their names begin with them."""
+    names = {*checks_of(4)}
+    joined = ["-".join(map(str, value if isinstance(value, tuple) else (value,))) for value in values]
+    return [value for value, name in zip(values, joined, strict=True) if name in names]
 
 
-def by_rank(results: list[dict[str, Any]], name: str) -> list[Any]:
-    if name not in CHOSEN[len(results)]:
-        pytest.skip("four ranks try it, natively")
-    for rank, result in enumerate(results):
-        assert not isinstance(result[name], str), f"rank {rank}: {result[name]}"
-    return [result[name] for result in results]
+@pytest.fixture(scope="module")
+def on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ranks.Results]:
+    """What so many ranks found."""
+    return cache(lambda world: ranks.run(checks_of(world), world, tmp_path_factory.mktemp("ranks")))
+
+
+@pytest.fixture(scope="module")
+def four(on: Callable[[int], ranks.Results]) -> ranks.Results:
+    return on(4)
 
 
 def in_one_process(name: str, kwargs: dict[str, Any], clip: float | None, steps: list[int]) -> tuple[Any, ...]:
@@ -249,39 +235,37 @@ def in_one_process(name: str, kwargs: dict[str, Any], clip: float | None, steps:
     return [*map(full, params)], named_states(optimizer, params), norms
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["", "amp"])
-@pytest.mark.parametrize("clip", [None, CLIP])
-@pytest.mark.parametrize("name", ENGINES)
-def test_ends_where_one_process_does(name: str, clip: float | None, amp: bool, results: list[dict[str, Any]]) -> None:
-    if f"{name}-{clip}-{amp}" not in CHECKS:
-        pytest.skip("there is no such thing, or test_scaler_sharded tests its scaler")
+@pytest.mark.parametrize("world", WORLDS[INTERPRETED:])
+@pytest.mark.parametrize(("name", "clip", "amp"), tried(ON_ENGINES))
+def test_ends_where_one_process_does(
+    name: str, clip: float | None, amp: bool, world: int, on: Callable[[int], ranks.Results]
+) -> None:
     steps = [step for step in range(STEPS) if not (amp and step == BAD_STEP)]
     params, _, norms = in_one_process("AdamW", ADAMW, clip, steps)
-    ranks = by_rank(results, f"{name}-{clip}-{amp}")
-    for result in ranks:
+    results = on(world)[f"{name}-{clip}-{amp}"]
+    for result in results:
         # gradients are added in another order
         torch.testing.assert_close(result["params"], params, rtol=1e-4, atol=1e-5)
         if clip is not None:
             # the same number everywhere
-            assert all(result["norms"][step] == ranks[0]["norms"][step] for step in steps)
+            assert all(result["norms"][step] == results[0]["norms"][step] for step in steps)
             assert [result["norms"][step] for step in steps] == pytest.approx(norms, rel=1e-4)
         if amp:
             assert result["scale"] == SCALE / 2
             assert result["moves"] == [step != BAD_STEP for step in range(STEPS)]
 
 
-def test_ranks_of_different_backends(results: list[dict[str, Any]]) -> None:
+def test_ranks_of_different_backends(four: ranks.Results) -> None:
     params, _, norms = in_one_process("AdamW", ADAMW, CLIP, [*range(STEPS)])
-    for result in by_rank(results, "mixed"):
+    for result in four["mixed"]:
         torch.testing.assert_close(result["params"], params, rtol=1e-4, atol=1e-5)
         assert result["norms"] == pytest.approx(norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("clip", [None, CLIP])
-@pytest.mark.parametrize("name", BY_PARTS)
-def test_parts_of_dtensors(name: str, clip: float | None, results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(("name", "clip"), tried([(name, clip) for name in BY_PARTS for clip in (None, CLIP)]))
+def test_parts_of_dtensors(name: str, clip: float | None, four: ranks.Results) -> None:
     params, states, norms = in_one_process(name, BY_PARTS[name], clip, [*range(STEPS)])
-    for result in by_rank(results, f"{name}-{clip}"):
+    for result in four[f"{name}-{clip}"]:
         torch.testing.assert_close(result["params"], params, rtol=1e-3, atol=1e-4)
         for mine, expected in zip(result["states"], states, strict=True):
             assert mine.keys() == expected.keys()
@@ -293,31 +277,30 @@ def test_parts_of_dtensors(name: str, clip: float | None, results: list[dict[str
         assert whole or "parts of DTensors: S(0) over" in result["shown"]
 
 
-def test_one_collective_whatever_a_rank_has(results: list[dict[str, Any]]) -> None:
+def test_one_collective_whatever_a_rank_has(four: ranks.Results) -> None:
     for missing in (False, True):
-        if not INTERPRETED:
-            assert [seen for seen, _, _ in by_rank(results, f"collectives-None-{missing}")] == [[]] * len(results)
-        ranks = by_rank(results, f"collectives-{CLIP}-{missing}")
-        assert [seen for seen, _, _ in ranks] == [[((2,), "torch.float64")]] * len(results)
-        assert len({norm for _, _, norm in ranks}) == 1
+        assert [seen for seen, _, _ in four[f"collectives-None-{missing}"]] == [[]] * 4
+        clipped = four[f"collectives-{CLIP}-{missing}"]
+        assert [seen for seen, _, _ in clipped] == [[((2,), "torch.float64")]] * 4
+        assert len({norm for _, _, norm in clipped}) == 1
 
 
 @pytest.mark.parametrize("ours_first", [False, True], ids=["from_stock", "to_stock"])
-def test_checkpoints_go_both_ways(ours_first: bool, results: list[dict[str, Any]]) -> None:
-    assert all(map(all, by_rank(results, f"checkpoint-{ours_first}")))
+def test_checkpoints_go_both_ways(ours_first: bool, four: ranks.Results) -> None:
+    assert all(map(all, four[f"checkpoint-{ours_first}"]))
 
 
-@pytest.mark.parametrize("norm_type", [1.0, 2.0, 3.0, torch.inf])
-def test_clip_grad_norm_of_dtensors_and_others(norm_type: float, results: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("norm_type", [order for _, order in tried([("clip", p) for p in ORDERS])])
+def test_clip_grad_norm_of_dtensors_and_others(norm_type: float, four: ranks.Results) -> None:
     model = net()
     loss_of(model, 0).backward()
     expected = nn.utils.clip_grad_norm_(model.parameters(), CLIP, norm_type)
-    for norm, grads in by_rank(results, f"clip-{norm_type}"):
+    for norm, grads in four[f"clip-{norm_type}"]:
         assert norm == pytest.approx(float(expected), rel=1e-5)
         torch.testing.assert_close(grads, [p.grad for p in model.parameters()], rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_refused(results: list[dict[str, Any]]) -> None:
-    for given_norm, norm_type in by_rank(results, "refused"):
+def test_what_is_refused(four: ranks.Results) -> None:
+    for given_norm, norm_type in four["refused"]:
         assert "total_norm should be None without max_grad_norm" in given_norm
         assert "norm_type should be > 0" in norm_type

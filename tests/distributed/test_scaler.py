@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
@@ -20,6 +17,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optimx
+from tests.distributed import ranks
+from tests.distributed.engines import local, loss_of, net
 from tests.engine import params_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,22 +32,6 @@ ONE_SKIPPED = [(True, SCALE), (False, SCALE / 2), (True, SCALE / 2), (True, SCAL
 
 #: What happened step by step, and the whole parameters at the end, where there is such a thing.
 Result = tuple[list[tuple[bool, float]], list[Tensor]]
-
-
-def net() -> nn.Module:
-    """With rows that two ranks cannot share evenly."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 1))
-
-
-def loss_of(model: nn.Module, step: int, rank: int | None) -> Tensor:
-    """Loss of a rank's rows; None: of all rows."""
-    rows = torch.randn(2 * WORLD, 6, generator=torch.Generator().manual_seed(step))
-    return model(rows if rank is None else rows[2 * rank : 2 * rank + 2]).square().mean()
-
-
-def local(tensor: Any) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def train(
@@ -83,7 +66,7 @@ def fsdp1(
     rank: int, scaler_cls: type, clip: float | None = None, use_orig_params: bool = True, **kwargs: Any
 ) -> Result:
     model = FSDP(net(), device_id=torch.device("cpu"), use_orig_params=use_orig_params)
-    optimizer = optimx.AdamW(model.parameters(), lr=0.1, **kwargs)
+    optimizer = optimx.AdamW(model.parameters(), lr=1e-2, **kwargs)
     scaler = scaler_cls("cpu", init_scale=SCALE)
     clip_ = clip and partial(model.clip_grad_norm_, clip)
     record = train(optimizer, scaler, lambda step: loss_of(model, step, rank), rank == WORLD - 1, clip_)
@@ -95,7 +78,7 @@ def fsdp1_of_one_element(rank: int, scaler_cls: type) -> list[float]:
     """The last rank has no parameters, and no gradients, but the others' scale."""
     model = FSDP(nn.Linear(1, 1, bias=False), device_id=torch.device("cpu"), use_orig_params=True)
     scaler = scaler_cls("cpu", init_scale=SCALE)
-    optimizer = optimx.AdamW(model.parameters(), lr=0.1)
+    optimizer = optimx.AdamW(model.parameters(), lr=1e-2)
     record = train(optimizer, scaler, lambda step: model(torch.ones(2, 1)).square().mean(), rank == 0)
     return [scale for _, scale in record]
 
@@ -103,7 +86,7 @@ def fsdp1_of_one_element(rank: int, scaler_cls: type) -> list[float]:
 def fsdp2(rank: int, scaler_cls: type, clip: float | None = None, **kwargs: Any) -> Result:
     model = net()
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
-    optimizer = optimx.AdamW(model.parameters(), lr=0.1, **kwargs)
+    optimizer = optimx.AdamW(model.parameters(), lr=1e-2, **kwargs)
     scaler = scaler_cls("cpu", init_scale=SCALE)
     clip_ = clip and partial(nn.utils.clip_grad_norm_, [*model.parameters()], clip)
     record = train(optimizer, scaler, lambda step: loss_of(model, step, rank), rank == WORLD - 1, clip_)
@@ -113,7 +96,7 @@ def fsdp2(rank: int, scaler_cls: type, clip: float | None = None, **kwargs: Any)
 def ddp(rank: int, scaler_cls: type) -> Result:
     """Averaged over the ranks, a gradient is bad on all of them or on none; nobody has to be asked."""
     model = DDP(net())
-    optimizer = optimx.AdamW(model.parameters(), lr=0.1)
+    optimizer = optimx.AdamW(model.parameters(), lr=1e-2)
     scaler = scaler_cls("cpu", init_scale=SCALE)
 
     def loss(step: int) -> Tensor:
@@ -126,7 +109,7 @@ def ddp(rank: int, scaler_cls: type) -> Result:
 def stages(rank: int, n_gradients: int = WORLD, **kwargs: Any) -> list[float]:
     """Every rank has parameters of its own, as of a pipeline; those from ``n_gradients`` on get no gradient."""
     params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-    optimizer = optimx.AdamW(params, lr=0.1, **kwargs)
+    optimizer = optimx.AdamW(params, lr=1e-2, **kwargs)
     scaler = optimx.GradScaler("cpu", init_scale=SCALE, process_group=dist.group.WORLD)
     used = params if rank < n_gradients else [nn.Parameter(torch.ones(3))]
     record = train(optimizer, scaler, lambda step: sum(p.sum() for p in used), rank == 0)
@@ -136,7 +119,7 @@ def stages(rank: int, n_gradients: int = WORLD, **kwargs: Any) -> list[float]:
 
 CLIP = 0.1
 #: Of the whole network: whether it ends as in one process that leaves out the bad step.
-WHOLE: dict[str, Callable[[int], Result]] = {
+WHOLE: dict[str, ranks.Check] = {
     "fsdp1-sharded_scaler": partial(fsdp1, scaler_cls=ShardedGradScaler),
     "fsdp1-sharded_scaler-clip": partial(fsdp1, scaler_cls=ShardedGradScaler, clip=CLIP),
     "fsdp1-our_scaler": partial(fsdp1, scaler_cls=optimx.GradScaler),
@@ -150,7 +133,7 @@ WHOLE: dict[str, Callable[[int], Result]] = {
     "ddp-our_scaler": partial(ddp, scaler_cls=optimx.GradScaler),
 }
 #: Of which only the scales are the ranks' common ones.
-PARTS: dict[str, Callable[[int], list[float]]] = {
+PARTS: dict[str, ranks.Check] = {
     "fsdp1-sharded_scaler-empty_rank": partial(fsdp1_of_one_element, scaler_cls=ShardedGradScaler),
     "fsdp1-our_scaler-empty_rank": partial(fsdp1_of_one_element, scaler_cls=optimx.GradScaler),
     "process_group": stages,
@@ -160,42 +143,18 @@ PARTS: dict[str, Callable[[int], list[float]]] = {
 }
 
 
-def _run_all(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    results: dict[str, Any] = {}
-    for i, (name, check) in enumerate({**WHOLE, **PARTS}.items()):
-        # a new group for each: ranks that one check has left apart meet in the next
-        init, timeout = f"file://{folder}/{i}", datetime.timedelta(seconds=20)
-        dist.init_process_group("gloo", init, rank=rank, world_size=WORLD, timeout=timeout)
-        try:
-            results[name] = check(rank)
-        except Exception:
-            results[name] = traceback.format_exc()
-        dist.destroy_process_group()
-    torch.save(results, f"{folder}/rank{rank}")
-
-
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank has to tell of each check, or the traceback."""
-    folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_run_all, (str(folder),), nprocs=WORLD)
-    return [torch.load(folder / f"rank{rank}") for rank in range(WORLD)]
-
-
-def by_rank(results: list[dict[str, Any]], name: str) -> list[Any]:
-    for rank, result in enumerate(results):
-        assert not isinstance(result[name], str), f"rank {rank}: {result[name]}"
-    return [result[name] for result in results]
+def results(tmp_path_factory: pytest.TempPathFactory) -> ranks.Results:
+    return ranks.run({**WHOLE, **PARTS}, WORLD, tmp_path_factory.mktemp("ranks"))
 
 
 def in_one_process(clip: float | None) -> list[Tensor]:
     """Stock on all rows, without the bad step."""
     model = net()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in {*range(STEPS)} - {BAD_STEP}:
         optimizer.zero_grad()
-        loss_of(model, step, rank=None).backward()
+        loss_of(model, step).backward()
         if clip is not None:
             nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -203,14 +162,14 @@ def in_one_process(clip: float | None) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_ranks_skip_together(name: str, results: list[dict[str, Any]]) -> None:
+def test_ranks_skip_together(name: str, results: ranks.Results) -> None:
     expected = torch.cat([p.flatten() for p in in_one_process(CLIP if name.endswith("clip") else None)])
-    for record, params in by_rank(results, name):
+    for record, params in results[name]:
         assert record == ONE_SKIPPED
         # halves of a batch are added in another order
         torch.testing.assert_close(torch.cat([p.flatten() for p in params]), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_ranks_share_a_scale(name: str, results: list[dict[str, Any]]) -> None:
-    assert by_rank(results, name) == [[scale for _, scale in ONE_SKIPPED]] * WORLD
+def test_ranks_share_a_scale(name: str, results: ranks.Results) -> None:
+    assert results[name] == [[scale for _, scale in ONE_SKIPPED]] * WORLD
