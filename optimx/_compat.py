@@ -318,6 +318,14 @@ def local_tensors(tensors: Iterable[Any]) -> list[Any]:
     return parts
 
 
-def dtensor_like(param: Tensor, local: Tensor) -> Tensor:
-    """A DTensor of ``local``, laid out as the parameter; ``from_local`` would take uneven shards to be even."""
-    return dtensor_class()(local, dtensor_spec(param), requires_grad=False)  # type: ignore[misc]
+def dtensor_of(local: Tensor, spec: Any) -> Tensor:
+    """A DTensor of a local tensor; ``from_local`` would take uneven shards to be even."""
+    return dtensor_class()(local, spec, requires_grad=False)  # type: ignore[misc]
+
+
+def new_dtensor_spec(mesh: Any, placements: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype) -> Any:
+    """What says how a contiguous DTensor is laid out over a mesh."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, dtype))

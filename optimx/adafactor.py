@@ -99,10 +99,9 @@ class AdafactorRule(UpdateRule):
         dtype = group.get("state_dtype")
         if dtype is None and group.get("variant") == "hf":
             dtype = torch.float32
-        shapes = {"row_var": (*param.shape[:-1], 1), "col_var": (*param.shape[:-2], 1, *param.shape[-1:])}
         return StateKind(
             dtype=None if dtype is None else torch.promote_types(dtype, param.dtype),
-            shape=torch.Size(shapes[name]) if name in shapes else None,
+            reduced={"row_var": (-1,), "col_var": (-2,)}.get(name, ()),
         )
 
     def values_for(self, values: tuple[Any, ...], dtype: torch.dtype, first: bool) -> tuple[Any, ...]:

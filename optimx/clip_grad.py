@@ -21,7 +21,7 @@ from ._engine import backends
 from ._engine.grad_norm import combine, result_dtype, tensor_norms, widest
 from ._engine.layout import is_dense
 from ._engine.placement import FLOATS
-from ._engine.sharding import Cut, Reduction, cut_of, local, with_sums_met
+from ._engine.sharding import Cut, Reduction, cut_of, gathered, local, with_sums_met
 
 __all__ = ["clip_grad_norm_", "clip_grad_value_", "clip_grads_with_norm_", "get_total_norm"]
 
@@ -44,7 +44,7 @@ def get_total_norm(
             a plain tensor on every rank (torch: a DTensor).
         norm_type: The p of the p-norm; ``float("inf")`` for the largest absolute value.
         error_if_nonfinite: Raise where the norm is NaN or infinite. This waits for the device.
-        foreach: True, False: torch's implementation; None: the fastest.
+        foreach: True, False: torch's implementation, also of DTensors; None: the fastest.
         group: A process group, each rank of which has other tensors that are no DTensors (default: None: they are
             alike on all ranks).
 
@@ -53,15 +53,19 @@ def get_total_norm(
 
     Raises:
         RuntimeError: The norm is not finite and ``error_if_nonfinite`` is set.
+        ValueError: ``foreach`` is given together with ``group``, which torch's implementation does not know; or
+            ``norm_type`` is not > 0 for tensors that several ranks have.
     """
     listed = _listed(tensors)
     norm_type = float(norm_type)
+    if foreach is not None and group is not None:
+        raise ValueError(f"foreach should be None with a group but is: {foreach}")
     # a compiler fuses torch's formulas, and does not look into ours
-    if torch.compiler.is_compiling():
+    if foreach is not None or torch.compiler.is_compiling():
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
     reduction = Reduction(listed, group)
     # a norm of order 0 is a count of tensors in torch, and only torch's own division into tensors gives it
-    if not reduction and (foreach is not None or not listed or norm_type <= 0):
+    if not reduction and (not listed or norm_type <= 0):
         return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
         norm = _norm_of_ranks(listed, norm_type, reduction) if reduction else _total_norm(listed, norm_type)
@@ -82,7 +86,7 @@ def clip_grads_with_norm_(
     Args:
         parameters: Parameters whose gradients are scaled in place; where the factor is 1 they are not written.
         max_norm: Largest norm.
-        total_norm: Norm of the gradients.
+        total_norm: Norm of the gradients; a scalar, or a DTensor as torch's :func:`get_total_norm` returns it.
         foreach: True, False: torch's implementation; None: the fastest.
     """
     listed = _listed(parameters)
@@ -91,6 +95,7 @@ def clip_grads_with_norm_(
     # a factor on each part is one on the whole, also of parts that are sums
     grads = _compat.local_tensors(param.grad for param in listed if param.grad is not None)
     with torch.no_grad():
+        total_norm = gathered(total_norm)
         scale = torch.clamp(float(max_norm) / (total_norm.to(widest(total_norm.device)) + 1e-6), max=1.0)
         for backend, device, same in _by_backend(grads):
             if backend == backends.TRITON and _on_triton(_scale_triton_, same, scale.to(device, non_blocking=True)):

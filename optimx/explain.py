@@ -81,7 +81,9 @@ def explain(optimizer: Optimizer) -> Explanation:
     rows: dict[tuple[str, str, tuple[str, ...], str, str, object], list[tuple[int, int]]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, MultiTensorStep):
-        shards, grads = local_pairs(params, [param if param.grad is None else param.grad for param in params])
+        grads = [param if param.grad is None else param.grad for param in params]
+        # one rank may be asked, and others not
+        shards, grads = local_pairs(params, grads, communicate=False)
         placements = [*filter(None, place_all(optimizer, shards, grads, device_counts=optimizer._engine.device_counts))]
     else:
         placements = [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)

@@ -10,6 +10,7 @@ from averages rounded to 16 bits is another one (exp_avg_sq may have become 0), 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -39,6 +40,7 @@ from .device import (
     save,
     sqrt,
 )
+from .lengths import BLOCK_SIZE, lengths_, squared_lengths
 from .tensor_table import LaunchSize, TensorTable
 from .update import update_
 
@@ -158,17 +160,8 @@ def _lamb_ratio_kernel(
         if tl.load(control_ptr + SKIP) != 0:
             return
     tensor = tl.program_id(0)
-    first = tl.load(first_chunk_ptr + tensor)
-    last = tl.load(first_chunk_ptr + tensor + 1)
-    of_params = tl.zeros((BLOCK_SIZE,), tl.float64)
-    of_steps = tl.zeros((BLOCK_SIZE,), tl.float64)
-    for i in range(first, last, BLOCK_SIZE):
-        chunks = i + tl.arange(0, BLOCK_SIZE)
-        mask = chunks < last
-        of_params += tl.load(partials_ptr + 2 * chunks, mask=mask, other=0.0)
-        of_steps += tl.load(partials_ptr + 2 * chunks + 1, mask=mask, other=0.0)
-    param_norm = tl.sqrt(tl.sum(of_params, axis=0))
-    step_norm = tl.sqrt(tl.sum(of_steps, axis=0))
+    of_params, of_steps = squared_lengths(partials_ptr, first_chunk_ptr, tensor, BLOCK_SIZE)
+    param_norm, step_norm = tl.sqrt(of_params), tl.sqrt(of_steps)
     row = hyper_ptr + tensor * _N_COLUMNS
     largest = tl.load(row + _LARGEST)
     # a norm of 0 tells nothing; comparisons keep NaN, so that it reaches the parameters, as everywhere
@@ -198,16 +191,43 @@ def lamb_(
         dtypes: Of params, grads, exp_avgs and exp_avg_sqs.
         warmup: Compile, launch nothing.
     """
+    for _ in lamb_of_parts(algorithm, table, grads, hyper, control, dtypes=dtypes, warmup=warmup, whole=True):
+        pass
+
+
+def lamb_of_parts(
+    algorithm: Any,
+    table: TensorTable,
+    grads: Tensor,
+    hyper: Tensor,
+    control: Tensor | None,
+    *,
+    dtypes: tuple[torch.dtype, ...],
+    warmup: bool = False,
+    whole: bool = False,
+) -> Iterator[Tensor]:
+    """As :func:`lamb_`, of tensors other parts of which are updated elsewhere at the same time.
+
+    Args:
+        whole: There are no other parts.
+
+    Yields:
+        Once, if not ``whole``: squared lengths of parameters and of steps, float64 ``[n_tensors, 2]``, to which those
+        of other parts are to be added in place.
+    """
     if table.n_chunks == 0:
         return
-    partials = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device)
+    partials, first = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device), table.first_chunk
     norms, ratio = _launchers(dtypes, table.size, control is not None)
     some_control = hyper if control is None else control
     launch(
         norms, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
         table.chunk_start, some_control, partials, warmup=warmup,
     )  # fmt: skip
-    launch(ratio, table.n_tensors, partials, table.first_chunk, hyper, some_control, warmup=warmup)
+    if not whole:
+        partials, first = lengths_(partials, first, control, warmup=warmup)
+        yield partials
+    launch(ratio, table.n_tensors, partials, first, hyper, some_control, warmup=warmup)
     update_(algorithm, table, grads, hyper, control, variant=(), dtypes=dtypes, warmup=warmup)
 
 
@@ -217,4 +237,4 @@ def _launchers(dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: b
         _lamb_norms_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
         HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
     )  # fmt: skip
-    return norms, Launcher(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2)
+    return norms, Launcher(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=BLOCK_SIZE, num_warps=2)

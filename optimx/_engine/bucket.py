@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .rounds import Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
 from .sharding import Cut
@@ -93,6 +94,7 @@ class Bucket:
     Attributes:
         positions: Index in the step's list of all parameters.
         groups: Index of the parameter's group.
+        shapes: Of the whole parameters, parts of which are members.
         members: The tensors, between :meth:`bind` and :meth:`release`.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
         absent: Members that have none.
@@ -108,6 +110,7 @@ class Bucket:
         self.rule = rule
         self.positions: list[int] = []
         self.groups: list[int] = []
+        self.shapes: list[torch.Size] = []
         self.members = NOBODY
         self.present: Tensor | None = None
         self.absent: list[int] = []
@@ -115,10 +118,16 @@ class Bucket:
         self.scalars: Scalars | None = None
         self.state_names = rule.state_names(key.variant)
 
-    def add(self, position: int, group: int) -> None:
-        """Make a parameter a member."""
+    def add(self, position: int, group: int, shape: torch.Size) -> None:
+        """Make a parameter, of which ``shape`` is all, a member."""
         self.positions.append(position)
         self.groups.append(group)
+        self.shapes.append(shape)
+
+    @property
+    def meets(self) -> bool:
+        """Whether an update needs what other ranks find in their parts of the members."""
+        return self.rule.walk != "elementwise" and self.key.cut is not None and self.key.cut.n_shards > 1
 
     def locate(self, values_of: Sequence[dict[str, int]]) -> None:
         """All members are there; ``values_of`` tells of each where its states are among all states."""
@@ -132,10 +141,9 @@ class Bucket:
         self.present = torch.frombuffer(present, dtype=torch.bool) if 0 in present else None
         self.absent = [*compress(count(), map(not_, present))]
 
-    def updated_params(self) -> Sequence[Tensor]:
-        """Of the members that have a gradient."""
-        params = self.members.params
-        return params if self.present is None else [*compress(params, self.present.tolist())]
+    def updated(self, of_members: Sequence[Any]) -> Sequence[Any]:
+        """Of those members that have a gradient."""
+        return of_members if self.present is None else [*compress(of_members, self.present.tolist())]
 
     def bind(self, params: Sequence[Tensor], grads: Sequence[Any], values: Sequence[Any]) -> None:
         """Take the members out of all parameters, their gradients, and the values of all states."""
@@ -240,10 +248,13 @@ class Bucket:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""
         return self._addresses_of_scalars() == self._scalar_addresses
 
-    def update(self, control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> Update:
         """Update all members in place, with the hyperparameters :meth:`send` was given.
 
         Args:
             control: float64 ``[3]``, norm, gradient factor and skip mark, on any device; None: plain gradients.
+
+        Yields:
+            Where :attr:`meets`: what this process has found, to go on with what all ranks have.
         """
         raise NotImplementedError

@@ -22,6 +22,7 @@ from .fallback import run_stock
 from .grad_norm import Amp, Found, measure
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
+from .sharding import gathered
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
@@ -83,15 +84,24 @@ class Engine:
         self.read_groups(optimizer)
         inputs = StepInputs(optimizer, self.values, self.device_counts)
         amp = self._amp(optimizer)
+        total_norm = self._given_norm(optimizer)
         plan = self._plan(optimizer, inputs)
         if amp.found_inf is not None and optimizer.rule.scalars and not self.device_counts and plan.on_triton:
             plan.release()
             self.device_counts = inputs.device_counts = True
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
+        is_measured = False
         while True:
             try:
-                self._run(optimizer, plan, inputs, amp)
+                plan.lay_out_grads(inputs)
+                for bucket in plan.buckets:
+                    bucket.send(self.values)
+                if not is_measured:
+                    # once: other ranks may have nothing to compile again
+                    self._measure(optimizer, plan, inputs, amp, total_norm)
+                    is_measured = True
+                self._update(optimizer, plan, inputs, amp)
                 return
             except backends.CompileError as failed:
                 backends.give_up(failed, _described(failed, optimizer, plan))
@@ -149,9 +159,9 @@ class Engine:
         found_inf = found_inf if isinstance(found_inf, Tensor) else None
         return Amp(getattr(optimizer, "grad_scale", None), found_inf)
 
-    def _given_norm(self, optimizer: EngineOptimizer) -> Tensor | None:
+    def _given_norm(self, optimizer: EngineOptimizer) -> Any:
         """The norm that somebody else has measured for this step."""
-        norm = vars(optimizer).pop("total_norm", None)
+        norm = gathered(vars(optimizer).pop("total_norm", None))
         if norm is not None and not optimizer.needs_norm:
             raise RuntimeError(f"total_norm should be None without max_grad_norm but is: {norm}")
         return norm
@@ -181,34 +191,35 @@ class Engine:
         for plan in self.plans:
             plan.is_retired = True
 
-    def _run(self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
+    def _measure(
+        self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp, total_norm: Any
+    ) -> None:
+        """Find out the norm, and whether to skip the step, if that matters; ranks find it out together."""
         needs_norm = optimizer.needs_norm
-        total_norm = self._given_norm(optimizer)
         if needs_norm and plan.has_flat_shards and optimizer.norm_group is None and total_norm is None:
             raise RuntimeError(flat_shards_message(optimizer.max_grad_norm))
-        plan.lay_out_grads(inputs)
-        buckets = plan.buckets
         others: list[Any] = [inputs.grads[position] for position, _ in plan.leftovers]
         # what other ranks have counts, too, and all of them have to come together
-        found = Found(buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)
-        takes_part = bool(buckets or others or plan.reduction or total_norm is not None)
-        self.control = control = None
+        found = Found(plan.buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)
+        takes_part = bool(plan.buckets or others or plan.reduction or total_norm is not None)
+        self.control = None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
-        for bucket in buckets:
-            bucket.send(self.values)
         if needs_norm and not takes_part:
             optimizer.grad_norm = torch.zeros((), device="cpu")
         elif (needs_norm or amp != Amp()) and takes_part:
             # normalizing is clipping to 1 that also lengthens
             max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
             device = inputs.shards[0].device
-            norm, control = measure(found, max_norm, amp, device, clamp=not optimizer.normalize_grads)
-            self.control = control
+            norm, self.control = measure(found, max_norm, amp, device, clamp=not optimizer.normalize_grads)
             optimizer.grad_norm = norm if needs_norm else None
         if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found
             self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
+
+    def _update(self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
+        """Compile, and update: with torch's step what is left to it, the buckets together."""
+        control, buckets = self.control, plan.buckets
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
         _compile(buckets, on_device)
         if plan.on_triton and _compat.is_capturing():
@@ -217,12 +228,13 @@ class Engine:
         if plan.leftovers:
             whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
             run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
-        for bucket, there in zip(buckets, on_device, strict=True):
-            bucket.update(there)
+        updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
+        plan.rounds.run(updates, inputs.shards[0].device if inputs.shards else torch.device("cpu"))
+        for bucket in buckets:
             # autograd has to notice that what it saved for backward is gone
-            torch.autograd.graph.increment_version(bucket.updated_params())
+            torch.autograd.graph.increment_version(bucket.updated(bucket.members.params))
             if bucket.key.cut is not None:
-                torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.positions])
+                torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
         if plan.is_first and control is not None and amp.found_inf is not None:
             plan.take_back_first(inputs.params, optimizer.state, control)
 

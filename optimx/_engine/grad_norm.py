@@ -107,7 +107,7 @@ class Found:
     others: Sequence[Tensor]
     cuts: Sequence[Cut | None]
     reduction: Reduction
-    total_norm: Tensor | None = None
+    total_norm: Tensor | float | None = None
 
     def on(self, backend: str) -> list[Any]:
         """The buckets of a backend."""

@@ -29,8 +29,8 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     #: up, and all skip a step that one has to skip. None: parameters that are no DTensors are alike on all ranks.
     norm_group: Any = None
     #: The norm of all gradients on all ranks, for one step: whoever has measured it sets it, and nothing is measured
-    #: or communicated. A scalar tensor, or a number.
-    total_norm: Tensor | None = None
+    #: or communicated. A scalar tensor, a number, or a DTensor, of which all parts are gathered first.
+    total_norm: Tensor | float | None = None
     #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
     #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
     #: gradients, and not finite where the step was skipped.

@@ -86,15 +86,18 @@ def place(
     if reason := rule.unsuitable(param):
         return Placement(None, reason)
     cut = sharding.cut_of(whole) if whole is not param else None
-    if cut is not None and cut.n_shards > 1 and rule.walk != "elementwise":
-        return Placement(None, "parameter is a DTensor that is cut, and its step needs all of it")
+    if cut is not None and rule.walk == "elementwise":
+        # along which dimension makes no difference
+        cut = cut._replace(dims=())
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
         return Placement(None, f"its state is a {type(state).__name__}")
     variant = rule.variant_of(rule.group_variant(group), param)
     names = rule.state_names(variant)
-    states = {name: _part(state[name], whole, param) for name in names if state.get(name) is not None}
+    states = {name: state[name] for name in names if state.get(name) is not None}
     kinds = {name: rule.kind_of(name, param, group, optimizer.defaults) for name in names}
+    if whole is not param:
+        states = {name: sharding.part_of(whole, value, kinds[name]) for name, value in states.items()}
     of_states = (getattr(states.get(name), "dtype", kind.dtype or param.dtype) for name, kind in kinds.items())
     dtypes = (param.dtype, grad.dtype, *of_states)
     values = rule.values(group)
@@ -116,14 +119,6 @@ def place(
     if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
         return Placement(None, reason)
     return Placement(key)
-
-
-def _part(state: Any, whole: Tensor, param: Tensor) -> Any:
-    """The part of a state that belongs to this process's part of a parameter; the state itself if it is another's."""
-    if whole is param or not _compat.is_dtensor(state):
-        return state
-    spec, of_param = _compat.dtensor_spec(state), _compat.dtensor_spec(whole)
-    return sharding.local(state) if (spec.mesh, spec.placements) == (of_param.mesh, of_param.placements) else state
 
 
 def placement_flags(rule: UpdateRule, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -195,8 +190,10 @@ def _states_problem(kinds: dict[str, StateKind], states: dict[str, Any], param: 
     for name, tensor in states.items():
         if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
             return "a state is not a plain floating-point tensor"
-        shape = kinds[name].shape
-        suits = same_layout(tensor, param) if shape is None else tensor.shape == shape and tensor.is_contiguous()
+        kind = kinds[name]
+        suits = same_layout(tensor, param)
+        if kind.reduced:
+            suits = tensor.shape == kind.shape(param) and tensor.is_contiguous()
         if tensor.device != param.device or not suits:
             return "a state differs from the parameter in device, shape or layout"
     return ""

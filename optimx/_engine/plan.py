@@ -27,6 +27,7 @@ from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
 from .placement import Placement, has_device_values, place_all, placement_flags
+from .rounds import Rounds
 from .states import create_states
 
 
@@ -91,7 +92,8 @@ class StepPlan:
     Attributes:
         leftovers: What torch's own step updates: where it is among all parameters, and its placement.
         cuts_of_leftovers: How these are cut.
-        reduction: Where ranks combine what they have found.
+        reduction: Where ranks combine what they have found of the gradients.
+        rounds: And of tensors, while these are updated.
         has_flat_shards: FSDP1 left this process a part of a parameter.
         is_of_graph: Made under capture. What was allocated then is the graph's, and holds nothing until it is replayed:
             such a plan is for one step.
@@ -102,6 +104,7 @@ class StepPlan:
     def __init__(self, optimizer: EngineOptimizer, inputs: StepInputs) -> None:
         rule, groups, params = optimizer.rule, optimizer.param_groups, inputs.params
         self.reduction = sharding.Reduction(params, optimizer.norm_group)
+        self.rounds = Rounds(rule.walk, params)
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
         self.variant = [rule.group_variant(group) for group in groups]
@@ -167,7 +170,7 @@ class StepPlan:
                     self.relayout.append(position)
                 if key not in by_key:
                     by_key[key] = _new_bucket(key, optimizer)
-                by_key[key].add(position, g)
+                by_key[key].add(position, g, param.shape)
         return [*by_key.values()]
 
     def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

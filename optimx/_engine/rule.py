@@ -20,12 +20,18 @@ class StateKind(NamedTuple):
     Attributes:
         value: Of all its elements.
         dtype: None: the parameter's. Loading a checkpoint does not round a state of another one.
-        shape: Of a contiguous tensor; None: the parameter's, and laid out in memory as the parameter is.
+        reduced: Dimensions, counted from the parameter's end, of which it has one entry; it is contiguous then.
+            Empty: it has the parameter's shape, and is laid out in memory as the parameter is.
     """
 
     value: float = 0.0
     dtype: torch.dtype | None = None
-    shape: torch.Size | None = None
+    reduced: tuple[int, ...] = ()
+
+    def shape(self, param: Tensor) -> torch.Size:
+        """Of the state of a parameter, or of a part of it."""
+        reduced = {param.dim() + dim for dim in self.reduced}
+        return torch.Size([1 if i in reduced else n for i, n in enumerate(param.shape)])
 
 
 class UpdateRule:
@@ -87,10 +93,10 @@ class UpdateRule:
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""
-        value, dtype, shape = self.kind_of(name, param, group, defaults)
-        if shape is None:
-            return torch.full_like(param, value, dtype=dtype, memory_format=torch.preserve_format)
-        return param.new_full(shape, value, dtype=dtype)
+        kind = self.kind_of(name, param, group, defaults)
+        if not kind.reduced:
+            return torch.full_like(param, kind.value, dtype=kind.dtype, memory_format=torch.preserve_format)
+        return param.new_full(kind.shape(param), kind.value, dtype=kind.dtype)
 
     def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         """A scalar state before the first step."""

@@ -20,6 +20,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .. import _compat
+from .rule import StateKind
+
+#: A state of the parameter's shape.
+PLAIN = StateKind()
 
 
 class Cut(NamedTuple):
@@ -28,10 +32,12 @@ class Cut(NamedTuple):
     Attributes:
         mesh: The ranks, as a DeviceMesh.
         n_shards: In how many pieces it is cut; the mesh has ``mesh.size() / n_shards`` copies of each.
+        dims: Of the tensor, counted from its end, that are cut.
     """
 
     mesh: Any
     n_shards: int
+    dims: tuple[int, ...] = ()
 
     @property
     def weight(self) -> float:
@@ -39,16 +45,25 @@ class Cut(NamedTuple):
         return self.n_shards / self.mesh.size()
 
 
+def cutting(param: Tensor, *dims: int) -> list[int]:
+    """Dimensions of a DTensor's mesh over which it is cut; given ``dims`` counted from its end, along one of them."""
+    spec = _compat.dtensor_spec(param)
+    # not is_shard(): tensor parallelism beneath FSDP2 has strided shards, which say no
+    return [
+        i
+        for i, (size, placement) in enumerate(zip(spec.mesh.shape, spec.placements, strict=True))
+        if size > 1 and not placement.is_replicate() and (not dims or placement.dim % param.dim() - param.dim() in dims)
+    ]
+
+
 def cut_of(param: Tensor) -> Cut | None:
     """How a parameter is cut; None where it is no DTensor."""
     if not _compat.is_dtensor(param):
         return None
     spec = _compat.dtensor_spec(param)
-    # not is_shard(): tensor parallelism beneath FSDP2 has strided shards, which say no
-    sizes = (
-        size for size, placement in zip(spec.mesh.shape, spec.placements, strict=True) if not placement.is_replicate()
-    )
-    return Cut(spec.mesh, prod(sizes))
+    over = cutting(param)
+    dims = sorted({spec.placements[i].dim % param.dim() - param.dim() for i in over})
+    return Cut(spec.mesh, prod(spec.mesh.shape[i] for i in over), (*dims,))
 
 
 def layout_of(param: Tensor) -> str:
@@ -72,11 +87,14 @@ def local(tensor: Any) -> Any:
     return _compat.local_tensors([tensor])[0]
 
 
-def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequence[Tensor], list[Any]]:
+def local_pairs(
+    params: Sequence[Tensor], grads: Sequence[Any], *, communicate: bool = True
+) -> tuple[Sequence[Tensor], list[Any]]:
     """Local parts of parameters and of their gradients, in which all partial sums have met.
 
     A gradient that is laid out otherwise than its parameter (tensor parallelism of sequences leaves partial sums) is
-    redistributed: a collective, to which all ranks come in the same order.
+    redistributed: a collective, to which all ranks come in the same order. Without ``communicate``, what looks like
+    the result stands in its place.
     """
     if _are_laid_out_alike(params, grads):
         return _compat.local_tensors(params), _compat.local_tensors(grads)
@@ -90,9 +108,12 @@ def local_pairs(params: Sequence[Tensor], grads: Sequence[Any]) -> tuple[Sequenc
         shards.append(local(param))
         if grad is not None:
             of_param, of_grad = _compat.dtensor_spec(param), _compat.dtensor_spec(grad)
-            if of_grad is not of_param and (of_grad.mesh, of_grad.placements) != (of_param.mesh, of_param.placements):
-                grad = grad.redistribute(of_param.mesh, of_param.placements)
-            grad = local(grad)
+            if of_grad is of_param or (of_grad.mesh, of_grad.placements) == (of_param.mesh, of_param.placements):
+                grad = local(grad)
+            elif communicate:
+                grad = local(grad.redistribute(of_param.mesh, of_param.placements))
+            else:
+                grad = torch.empty_like(shards[-1], dtype=grad.dtype)
         local_grads.append(grad)
     return shards, local_grads
 
@@ -117,9 +138,44 @@ def with_sums_met(tensor: Any) -> Any:
     return tensor.redistribute(spec.mesh, whole)
 
 
-def like(param: Tensor, shard: Tensor) -> Tensor:
-    """What belongs to a parameter, given this process's part of it: a DTensor if the parameter is one."""
-    return _compat.dtensor_like(param, shard) if _compat.is_dtensor(param) else shard
+def gathered(number: Any) -> Any:
+    """All of a DTensor, on every rank: a collective if its parts are not alike. Anything else as it is."""
+    return local(number.full_tensor()) if _compat.is_dtensor(number) else local(number)
+
+
+def like(param: Tensor, shard: Tensor, kind: StateKind = PLAIN) -> Tensor:
+    """What belongs to a parameter, given this process's part of it: a DTensor if the parameter is one.
+
+    Args:
+        param: The parameter.
+        shard: What belongs to the part of it in this process.
+        kind: What a state is: dimensions of which it has one entry are not cut.
+    """
+    if not _compat.is_dtensor(param):
+        return shard
+    spec = _compat.dtensor_spec(param)
+    if kind.reduced:
+        spec = _compat.new_dtensor_spec(spec.mesh, _placements_of(param, kind), kind.shape(param), shard.dtype)
+    return _compat.dtensor_of(shard, spec)
+
+
+def part_of(param: Tensor, state: Any, kind: StateKind) -> Any:
+    """The part of a parameter's state in this process, if it is laid out as :func:`like` does it; else the state."""
+    if not (_compat.is_dtensor(state) and _compat.is_dtensor(param)):
+        return state
+    spec, mesh = _compat.dtensor_spec(state), _compat.dtensor_spec(param).mesh
+    return local(state) if (spec.mesh, spec.placements) == (mesh, _placements_of(param, kind)) else state
+
+
+def _placements_of(param: Tensor, kind: StateKind) -> tuple[Any, ...]:
+    """How a parameter's state is laid out."""
+    placements: tuple[Any, ...] = _compat.dtensor_spec(param).placements
+    if not kind.reduced:
+        return placements
+    from torch.distributed.tensor import Replicate
+
+    over = cutting(param, *kind.reduced)
+    return tuple(Replicate() if i in over else placement for i, placement in enumerate(placements))
 
 
 class Reduction:
@@ -168,10 +224,10 @@ class Reduction:
         for row, groups in zip(sums[1:], self._groups, strict=True):
             # every rank of these hears of what is bad elsewhere
             row[1].add_(marks)
-            of_ranks, marks = _all_reduced(row, groups, op).to(device)
+            of_ranks, marks = all_reduced(row, groups, op).to(device)
             squares = torch.maximum(squares, of_ranks) if largest else squares + of_ranks
         total = torch.stack([squares, marks])
-        return total if self.norm_group is None else _all_reduced(total, [self.norm_group], op).to(device)
+        return total if self.norm_group is None else all_reduced(total, [self.norm_group], op).to(device)
 
 
 def _ranks(mesh: Any) -> tuple[int, ...]:
@@ -186,7 +242,7 @@ def _groups(mesh: Any) -> list[Any]:
     return [mesh.get_group(dim) for dim in range(mesh.ndim) if mesh.size(dim) > 1]
 
 
-def _all_reduced(numbers: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
+def all_reduced(numbers: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
     """The sum or maximum over the ranks of all groups, on a device that they can communicate."""
     for group in groups:
         if numbers.device.type == "cpu" and dist.get_backend(group) == "nccl":

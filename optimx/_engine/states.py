@@ -71,7 +71,10 @@ def create_states(
             if key.backend == backends.NATIVE:
                 new = side_by_side(new, _most_neighbours(optimizer, key.variant, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
-                states[i][name] = sharding.like(params[i], tensor)
+                if params[i] is not shards[i]:
+                    kind = rule.kind_of(name, shards[i], groups[i], optimizer.defaults)
+                    tensor = sharding.like(params[i], tensor, kind)
+                states[i][name] = tensor
 
 
 def _most_neighbours(optimizer: EngineOptimizer, variant: tuple[bool, ...], dtype: torch.dtype) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import _compat
 from ..bucket import Bucket, Members
 from ..layout import flat
+from ..rounds import Update
 from ..rule import Row
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
@@ -45,6 +46,10 @@ class Piece(NamedTuple):
     steps: Sequence[Tensor]
     sizes: Sequence[int]
     numel: int
+
+
+#: Begins a walk over tensors.
+Walk = Callable[[], Iterator[Piece]]
 
 
 class NativeBucket(Bucket):
@@ -140,11 +145,14 @@ class NativeBucket(Bucket):
                 norms += _compat.foreach_norm([members.grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
 
-    def update(self, control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> Update:
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
-        if skip:
-            return
-        self.count()
+        if not skip:
+            self.count()
+            yield from self.take_step(scale)
+
+    def take_step(self, scale: float) -> Update:
+        """Update all members with gradients times ``scale``; counts are those of after the step."""
         step: float | None = 0.0
         if self._direct is not None and self.scalars is not None:
             step = self.scalars.common_step(self.members.scalars[0])
@@ -163,7 +171,9 @@ class NativeBucket(Bucket):
                         steps = [*steps[:1]] * len(steps)
                     direct(part.row, params, grads, states, steps)
                 else:
-                    self._update_in_pieces(part, members, scale)
+                    for _, pieces in self.walks(part, members, scale):
+                        self._update_tensors(part.row, pieces)
+        yield from ()
 
     def _update_mixed(self, call: MixedCall, scale: float, step: float) -> None:
         members = call.of(self.members)
@@ -177,16 +187,25 @@ class NativeBucket(Bucket):
         p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
         self.rule.formula(self.key.variant, row, p, g, states, self.temporaries(p))
 
-    def _update_in_pieces(self, call: Call, members: Members, scale: float) -> None:
-        """Update with gradients times ``scale``, or of mixed dtypes, or by a formula; no gradient is written."""
+    def walks(self, call: Call, members: Members, scale: float) -> Iterator[tuple[Sequence[int], Walk]]:
+        """Walks over a call's large tensors, and over its batches: for mixed dtypes, other gradients, formulas.
+
+        Args:
+            call: The call.
+            members: Its tensors.
+            scale: Of the gradients, none of which is written.
+
+        Yields:
+            Which of the call's members are walked over, and what begins a walk.
+        """
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.row[0]
         for batch in call.batches:
-            self._update_tensors(call.row, partial(self._batch, batch, members, factor, self.has_formula))
+            yield batch.indices, partial(self._batch, batch, members, factor, self.has_formula)
         for i in call.large:
-            self._update_tensors(call.row, partial(self._pieces, i, members, factor))
+            yield [i], partial(self._pieces, i, members, factor)
 
-    def _update_tensors(self, row: tuple[Any, ...], pieces: Callable[[], Iterator[Piece]]) -> None:
+    def _update_tensors(self, row: tuple[Any, ...], pieces: Walk) -> None:
         """Update one large tensor, or a batch.
 
         Args:

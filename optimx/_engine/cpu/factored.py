@@ -7,14 +7,16 @@ the tensor's size is ever allocated. Small tensors of one shape are copied toget
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+import math
+from collections.abc import Generator, Iterator, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from ... import _compat
 from ..bucket import Members, picker
+from ..rounds import LENGTHS, MEANS, SUMS, Share, Update, together
 from .batch import in_order, runs
 from .call import Call
 from .elementwise import PIECE, NativeBucket
@@ -36,28 +38,37 @@ class Stack:
     Roles are seen as ``[n_tensors, n_matrices, n_rows, n_columns]``, in the order of memory.
 
     Args:
-        variant: Of the bucket's key.
+        bucket: Theirs.
         members: The call's.
         indices: Which of them.
+        of_bucket: Which of the bucket's members.
     """
 
-    def __init__(self, variant: tuple[bool, ...], members: Members, indices: list[int]) -> None:
+    def __init__(self, bucket: FactoredBucket, members: Members, indices: list[int], of_bucket: list[int]) -> None:
         self._pick = picker(indices)
-        self.factored, self.transposed, self.has_moment = variant
+        self.positions = [bucket.positions[i] for i in of_bucket]
+        self.factored, self.transposed, self.has_moment = bucket.key.variant
         first, *_ = self.of(members).params
-        n, (n_rows, n_columns) = len(indices), (1, first.numel())
-        if self.factored:
-            n_rows, n_columns = first.mT.shape[-2:] if self.transposed else first.shape[-2:]
+        self.shape = len(indices), *self._matrices(first.shape)
+        #: Of the tensors that these are parts of: elements, rows, columns.
+        whole = bucket.shapes[of_bucket[0]]
+        self.whole = whole.numel(), *self._matrices(whole)[1:]
         self.numel = first.numel()
-        self.shape = n, self.numel // (n_rows * n_columns), n_rows, n_columns
-        self.alone = n == 1
+        self.alone = len(indices) == 1
         #: What :meth:`measure` gave, from the norm to the update of a step.
         self.sums: tuple[Tensor, Tensor] | None = None
         self.pieces = [*self._pieces()]
         self._views: dict[int, list[Tensor]] = {}
         averages = self.of(members).states[: 1 + self.factored]
         #: Whether averages, of each kind, lie one after the other.
-        self.together = not self.alone and len(runs(range(n), averages)) == 1 and in_order(averages[0])
+        self.together = not self.alone and len(runs(range(len(indices)), averages)) == 1 and in_order(averages[0])
+
+    def _matrices(self, shape: torch.Size) -> tuple[int, int, int]:
+        """Matrices, rows and columns in the memory of such a tensor."""
+        if not self.factored:
+            return 1, 1, shape.numel()
+        rows, columns = shape[:-3:-1] if self.transposed else shape[-2:]
+        return math.prod(shape[:-2]), rows, columns
 
     def of(self, members: Members) -> Members:
         """The stack's tensors of those of its call."""
@@ -90,7 +101,7 @@ class Stack:
 
     def gather(self, bucket: FactoredBucket, i: int, tensors: Sequence[Tensor]) -> Tensor:
         """A role's elements, where they are if alone, else copied to scratch memory ``i``, for :meth:`scatter`."""
-        if self.alone:
+        if self.alone or not self.numel:
             return self.where_it_is(tensors[0])
         memory = bucket.scratch(i, len(tensors) * self.numel)
         if i not in self._views:
@@ -123,14 +134,21 @@ class Stack:
         """Of each tensor the squared norm, in float64."""
         return torch.linalg.vector_norm(tensors, dim=(1, 2, 3)).double().square()
 
-    def update(self, bucket: FactoredBucket, members: Members, row: Sequence[float], scale: float) -> None:
-        """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``."""
+    def update(self, bucket: FactoredBucket, members: Members, row: Sequence[float], scale: float) -> Update:
+        """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``.
+
+        Where it waits for other ranks, other stacks use the scratch memory.
+        """
         params, grads, states, _ = self.of(members)
         averages = states[: 1 + self.factored]
         sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
         compute, factor = bucket.compute_dtype, sign * scale
         g_all = self.gather(bucket, GRADS, grads)
-        r, c = self._factors(bucket, averages, g_all, factor, (omega, eps_stat, eps))
+        r, c = yield from self._factors(bucket, averages, g_all, factor, (omega, eps_stat, eps))
+        if not self.numel:
+            return
+        if bucket.meets:
+            g_all = self.gather(bucket, GRADS, grads)
         # where nothing is clamped, there is no division for each element
         separable = bool(r.amin() * c.amin() >= eps)
         if separable:
@@ -148,24 +166,31 @@ class Stack:
             return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
 
         p_all = self.gather(bucket, PARAMS, params)
-        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
-        alpha = torch.full(self.shape[:1], rho, dtype=torch.float64, device="cpu")
-        if scaled:
-            squares = torch.stack([self._squares(p_all[piece].to(compute)) for piece in self.pieces]).sum(0)
-            alpha *= _larger((squares / self.numel).sqrt_(), eps2)
-        squares = torch.zeros_like(alpha)
+        squares = torch.zeros(self.shape[0], 2, dtype=torch.float64, device="cpu")
         for piece in self.pieces:
+            if scaled:
+                squares[:, 0] += self._squares(p_all[piece].to(compute))
             u = direction(piece)
-            squares += self._squares(u)
-        size = alpha / _larger((squares / self.numel).sqrt_() / d, 1.0)
+            squares[:, 1] += self._squares(u)
+        if bucket.meets:
+            yield LENGTHS, self._shares("lengths", squares)
+            g_all, p_all = self.gather(bucket, GRADS, grads), self.gather(bucket, PARAMS, params)
+        rms, length = squares.div_(self.whole[0]).sqrt_().unbind(1)
+        alpha = _larger(rms, eps2) * rho if scaled else torch.full_like(rms, rho)
+        size = alpha / _larger(length / d, 1.0)
         decay = 1.0 - decay_lr - decay_alpha * alpha if decay_lr or decay_alpha else None
+        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
         for piece in self.pieces:
-            if len(self.pieces) > 1:
+            if len(self.pieces) > 1 or bucket.meets:
                 u = direction(piece)
             self._apply(p_all, moments, piece, u, size, decay, beta1_c)
         self.scatter(PARAMS, params)
         if self.has_moment:
             self.scatter(MOMENTS, states[-1])
+
+    def _shares(self, name: str, numbers: Tensor) -> list[Share]:
+        """What has been found, an entry of ``numbers`` each tensor."""
+        return [*map(Share, self.positions, repeat(name), numbers)]
 
     def _factors(
         self,
@@ -174,7 +199,7 @@ class Stack:
         g_all: Tensor,
         factor: float,
         constants: tuple[float, float, float],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Generator[tuple[int, Sequence[Share]], None, tuple[Tensor, Tensor]]:
         """Move the averages; returns roots of rows' over their mean and of columns', whose product is the divisor.
 
         Their product stays in range where that of the averages would not.
@@ -186,16 +211,35 @@ class Stack:
             # squares of scaled gradients overflow float32 long before those of the gradients would
             of_rows, of_columns = self.measure(bucket, g_all, factor)
             square = 1.0
-        _, _, n_rows, n_columns = self.shape
+        _, n_rows, n_columns = self.whole
         if not self.factored:
             c = self._average(averages[0], of_columns.mul_(square).add_(eps_stat), omega)
             return torch.ones((), dtype=bucket.compute_dtype, device="cpu").expand_as(of_rows).sqrt(), c.sqrt()
-        of_rows.mul_(square / n_columns).add_(eps_stat)
-        of_columns.mul_(square / n_rows).add_(eps_stat)
-        r, c = (self._average(*of, omega) for of in zip(averages, (of_rows, of_columns), strict=True))
+        means = [of_rows.mul_(square / n_columns), of_columns.mul_(square / n_rows)]
+        moved: dict[int, Tensor] = {}
+
+        def move(i: int) -> Tensor:
+            moved[i] = self._average(averages[i], means[i].add_(eps_stat), omega)
+            return moved[i]
+
         # torch's mean is of the logical rows, and so are its roundings
-        r = r / (c if self.transposed else r).mean(-1, keepdim=True).clamp_(min=eps)
-        return r.sqrt(), c.sqrt()
+        logical = int(self.transposed)
+        length = (n_rows, n_columns)[logical]
+        if not bucket.meets:
+            total = move(logical).sum(-1)
+        else:
+            names = ("columns", "rows") if self.transposed else ("rows", "columns")
+            shares = [share for name, mean in zip(names, means, strict=True) for share in self._shares(name, mean)]
+            if bucket.has_whole_rows:
+                total = move(logical).sum(-1)
+                yield SUMS, [*shares, *self._shares("means", total)]
+            else:
+                yield SUMS, shares
+                total = move(logical).sum(-1)
+                yield MEANS, self._shares("means", total)
+        move(1 - logical)
+        r, c = moved[0], moved[1]
+        return (r / total.div_(length).clamp_(min=eps).unsqueeze(-1)).sqrt_(), c.sqrt()
 
     def _apply(
         self,
@@ -247,26 +291,35 @@ class FactoredCall(Call):
     def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
         super().__init__(bucket, members, index, together=False)
         call_members = self.of(bucket.members)
-        together: dict[tuple[int, ...], list[int]] = {}
+        of_bucket = members if members is not None else [*range(len(bucket.positions))]
+        alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}
         groups: list[list[int]] = []
         for i, param in enumerate(call_members.params):
             numel = param.numel()
-            if 0 < numel <= TOGETHER // 2:
-                same = together.setdefault(tuple(param.shape), [])
+            if not numel and not bucket.meets:
+                continue
+            if numel <= TOGETHER // 2:
+                shapes = param.shape, bucket.shapes[of_bucket[i]]
+                same = alike.setdefault(shapes, [])
                 if not same:
                     groups.append(same)
                 same.append(i)
                 if (len(same) + 1) * numel > TOGETHER:
-                    del together[tuple(param.shape)]
-            elif numel:
+                    del alike[shapes]
+            else:
                 groups.append([i])
-        self.stacks = [Stack(bucket.key.variant, call_members, indices) for indices in groups]
+        self.stacks = [Stack(bucket, call_members, indices, [of_bucket[i] for i in indices]) for indices in groups]
 
 
 class FactoredBucket(NativeBucket):
-    """Members on a CPU."""
+    """Members on a CPU. One without elements may have averages, of which other ranks have the rest of the tensor."""
 
     _calls: Sequence[FactoredCall]
+
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether no rank has but a part of a row."""
+        return self.key.cut is None or -1 not in self.key.cut.dims
 
     def new_call(self, members: list[int] | None, index: int) -> FactoredCall:
         return FactoredCall(self, members, index)
@@ -289,6 +342,8 @@ class FactoredBucket(NativeBucket):
             for stack in call.stacks:
                 stack.sums = None
 
-    def _update_in_pieces(self, call: Any, members: Members, scale: float) -> None:
-        for stack in call.stacks:
-            stack.update(self, members, call.row, scale)
+    def take_step(self, scale: float) -> Update:
+        updates = (
+            stack.update(self, call.of(self.members), call.row, scale) for call in self._calls for stack in call.stacks
+        )
+        yield from together(updates)

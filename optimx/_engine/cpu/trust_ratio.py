@@ -2,41 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ... import _compat
+from ..rounds import LENGTHS, Share, Update
 from ..rule import Row
-from .elementwise import NativeBucket, Piece
+from .elementwise import NativeBucket, Walk
 
 
 class TrustRatioBucket(NativeBucket):
     """A step in two walks: the length of a tensor's step is known only when all of it has been seen."""
 
-    def _update_tensors(self, row: Row, pieces: Callable[[], Iterator[Piece]]) -> None:
+    def take_step(self, scale: float) -> Update:
+        if not self.meets:
+            yield from super().take_step(scale)
+            return
+        squares = torch.zeros(len(self.positions), 2, dtype=torch.float64, device="cpu")
+        walks = [
+            (call.row, [i if call.indices is None else call.indices[i] for i in indices], pieces)
+            for call in self._calls for indices, pieces in self.walks(call, call.of(self.members), scale)
+        ]  # fmt: skip
+        for row, indices, pieces in walks:
+            squares[indices] = self._measure(row, pieces)[0].t()
+        yield LENGTHS, [Share(position, "lengths", squares[i]) for i, position in enumerate(self.positions)]
+        for row, indices, pieces in walks:
+            self._take(row, pieces, _trust_ratio(row, squares[indices].t()))
+
+    def _update_tensors(self, row: Row, pieces: Walk) -> None:
+        squares, is_done = self._measure(row, pieces, at_once=True)
+        if not is_done:
+            self._take(row, pieces, _trust_ratio(row, squares))
+
+    @property
+    def _rounded(self) -> bool:
+        """The second walk would take averages rounded to 16 bits for other ones: there it works them out anew."""
+        return any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
+
+    def _measure(self, row: Row, pieces: Walk, *, at_once: bool = False) -> tuple[Tensor, bool]:
+        """Squared norms of parameters and of their steps, ``[2, tensors]``; averages move, or are about to.
+
+        With ``at_once``, pieces that are all of their tensors take the step; and whether they did.
+        """
         squares = torch.zeros(2, 1, dtype=torch.float64, device="cpu")
-        # the second walk would take averages rounded to 16 bits for other ones: there it works them out anew
-        rounded = any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
         whole = False
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
-            whole = len(p) == piece.numel
+            whole = at_once and len(p) == piece.numel
             step, *copies = self.temporaries(p, 3)
-            if rounded and not whole:
+            if self._rounded and not whole:
                 m, v = (copy.copy_(average) for copy, average in zip(copies, (m, v), strict=True))
             _advance(row, p, g, m, v, out=step)
             squares = squares + torch.stack([_squares(p, piece.sizes), _squares(step, piece.sizes)])
             if whole:
                 _apply(row, p, step, _trust_ratio(row, squares), piece.sizes)
-        if whole:
-            return
-        ratio = _trust_ratio(row, squares)
+        return squares, whole
+
+    def _take(self, row: Row, pieces: Walk, ratio: Tensor) -> None:
+        """Take the step that has been measured."""
         for piece in pieces():
             p, g, m, v = (role[0] for role in (piece.params, piece.grads, *piece.states))
             (step,) = self.temporaries(p, 1)
-            if rounded:
+            if self._rounded:
                 _advance(row, p, g, m, v, out=step)
             else:
                 _step_of(row, p, m, v, out=step)

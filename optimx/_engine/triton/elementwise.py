@@ -15,6 +15,7 @@ from ...triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
 from ...triton_kernels.update import prepare_, update_
 from .. import backends
 from ..bucket import Bucket
+from ..rounds import Update
 
 #: Where an empty gradient lies: its tensor takes the step, and nobody reads.
 _NOWHERE = 16
@@ -109,30 +110,33 @@ class TritonBucket(Bucket):
         needed = self._needs(control)
         if needed not in self._compiled:
             with backends.compiling(self.kernel_key):
-                self._launch(control, warmup=True)
+                for _ in self._launch(control, warmup=True):
+                    # nothing was launched, nothing is to meet
+                    pass
             self._compiled.add(needed)
 
     def _needs(self, control: Tensor | None) -> tuple[bool, ...]:
         """What tells the kernels of a step from those of others of this bucket."""
         return (control is not None,)
 
-    def update(self, control: Tensor | None) -> None:
+    def update(self, control: Tensor | None) -> Update:
         if not self.key.on_device:
             self.count(self.present)
-        self._launch(control, warmup=False)
+        yield from self._launch(control, warmup=False)
 
-    def _launch(self, control: Tensor | None, warmup: bool) -> None:
+    def _launch(self, control: Tensor | None, warmup: bool) -> Update:
         if self.key.on_device:
             given, raw = self._raw_tables
             prepare_(self.rule.kernels, raw, given, self._scalar_table, self.grads, self._rows, control, warmup=warmup)
-        self._launch_update(control, warmup)
+        yield from self._launch_update(control, warmup)
 
-    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         """What follows when hyperparameter rows are there."""
         update_(
             self.rule.kernels, self.table, self.grads, self._rows, control,
             variant=self.key.variant, dtypes=self.key.dtypes, warmup=warmup,
         )  # fmt: skip
+        yield from ()
 
     def _raw(self, values: Sequence[tuple[Any, ...]]) -> tuple[list[int], list[float]]:
         """Hyperparameters of each tensor for ``prepare_``: addresses of those that are device scalars, and numbers."""

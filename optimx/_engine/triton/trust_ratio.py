@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from itertools import repeat
 from typing import Any
 
 from torch import Tensor
 
-from ...triton_kernels.lamb import lamb_
+from ...triton_kernels.lamb import lamb_of_parts
+from ..rounds import LENGTHS, Share, Update
 from .elementwise import TritonBucket
 
 
 class TrustRatioTritonBucket(TritonBucket):
     """Members that three launches update: norms, ratios, the step."""
 
-    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         kernels: Any = self.rule.kernels
-        lamb_(kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, warmup=warmup)
+        for lengths in lamb_of_parts(
+            kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, warmup=warmup,
+            whole=not self.meets,
+        ):  # fmt: skip
+            yield LENGTHS, [*map(Share, self.positions, repeat("lengths"), lengths)]

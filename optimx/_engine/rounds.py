@@ -1,0 +1,142 @@
+"""Sums that an update needs of a whole tensor, parts of which lie on several ranks: lengths, sums of rows and columns.
+
+An update of such tensors stops where it needs them: ``Bucket.update`` is a generator, and yields what this process
+found. All updates of a step stop together; what they have found meets in one vector, of all ranks that have parts; and
+they go on with the sums of all. Vectors have a place for everything that any rank could find: which there are, and how
+long they are, depends on parameters, meshes and the algorithm's walk alone, never on gradients or backends of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .. import _compat
+from .sharding import all_reduced, cutting, has_dtensors, local
+
+#: What meets: sums of squared gradients over rows and over columns (and averages of complete rows, added up); averages
+#: of rows that had to meet first, added up; squared lengths of parameters and of their steps.
+SUMS, MEANS, LENGTHS = range(3)
+
+
+class Share(NamedTuple):
+    """What a process has found of a tensor; what all have found, when the update goes on.
+
+    Attributes:
+        position: Of the parameter among all.
+        name: ``"rows"``, ``"columns"``, ``"means"``, ``"lengths"``. What no other rank has a part of stays as it is.
+        numbers: Written.
+    """
+
+    position: int
+    name: str
+    numbers: Tensor
+
+
+#: Stops with the number of a round, and what it has found for it.
+Update = Generator[tuple[int, Sequence[Share]], None, None]
+
+_Group = tuple[Any, int]
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """The place of one share: how long it is, and dimensions of a mesh over whose ranks it is added up."""
+
+    numel: int
+    groups: tuple[_Group, ...]
+
+
+class Rounds:
+    """The rounds of an optimizer's steps.
+
+    Args:
+        walk: Of its rule.
+        params: All of its parameters.
+    """
+
+    def __init__(self, walk: str, params: Sequence[Tensor]) -> None:
+        self._slots: list[dict[tuple[int, str], _Slot]] = [{}, {}, {}]
+        self._wide = False
+        if walk == "elementwise" or not has_dtensors(params):
+            return
+        for position, param in enumerate(params):
+            if _compat.is_dtensor(param) and cutting(param):
+                self._wide |= param.dtype is torch.float64
+                for number, name, slot in _slots_of(walk, param):
+                    self._slots[number][position, name] = slot
+
+    def run(self, updates: Iterable[Update], device: torch.device) -> None:
+        """Let the updates of a step come to their ends.
+
+        Args:
+            updates: All of them, which are not begun.
+            device: Where vectors are made.
+        """
+        joined = together(updates)
+        found = next(joined, None)
+        for number, slots in enumerate(self._slots):
+            shares = found[1] if found is not None and found[0] == number else None
+            if slots:
+                self._meet(number, slots, shares or (), device)
+            if shares is not None:
+                found = next(joined, None)
+        if found is not None:
+            raise RuntimeError(f"updates should have ended but wait for other ranks in round {found[0]}")
+
+    def _meet(
+        self, number: int, slots: dict[tuple[int, str], _Slot], shares: Sequence[Share], device: torch.device
+    ) -> None:
+        dtype = torch.float64 if number == LENGTHS or self._wide else torch.float32
+        vector = torch.zeros(sum(slot.numel for slot in slots.values()), dtype=dtype, device=device)
+        place_of = dict(zip(slots, vector.split([slot.numel for slot in slots.values()]), strict=True))
+        shared = [share for share in shares if (share.position, share.name) in slots and share.numbers.numel()]
+        places = [place_of[share.position, share.name].view(share.numbers.shape) for share in shared]
+        numbers = [share.numbers for share in shared]
+        if shared:
+            _compat.foreach_copy_(places, numbers)
+        for mesh, dim in dict.fromkeys(group for slot in slots.values() for group in slot.groups):
+            mine = [place_of[key] for key, slot in slots.items() if (mesh, dim) in slot.groups]
+            together = vector if len(mine) == len(slots) else torch.cat(mine)
+            total = all_reduced(together, [mesh.get_group(dim)], dist.ReduceOp.SUM)
+            if total is not vector:
+                _compat.foreach_copy_(mine, total.to(device).split([place.numel() for place in mine]))
+        if shared:
+            _compat.foreach_copy_(numbers, places)
+
+
+def together(updates: Iterable[Update]) -> Update:
+    """Several updates as one, which stops when all have stopped, or ended."""
+    waiting = [(update, found) for update in updates if (found := next(update, None)) is not None]
+    while waiting:
+        number = min(at for _, (at, _) in waiting)
+        here = [(update, shares) for update, (at, shares) in waiting if at == number]
+        yield number, [share for _, shares in here for share in shares]
+        waiting = [entry for entry in waiting if entry[1][0] != number]
+        waiting += [(update, found) for update, _ in here if (found := next(update, None)) is not None]
+
+
+def _slots_of(walk: str, param: Tensor) -> list[tuple[int, str, _Slot]]:
+    """Round, name and place of everything that meets of a DTensor."""
+    mesh = _compat.dtensor_spec(param).mesh
+    shape = local(param).shape
+
+    def slot(numel: int, *dims: int) -> _Slot:
+        return _Slot(numel, tuple((mesh, i) for i in cutting(param, *dims)))
+
+    found = [(LENGTHS, "lengths", slot(2, *range(-param.dim(), 0)))]
+    if walk == "factored" and param.dim() > 1:
+        matrices, (rows, columns) = prod(shape[:-2]), shape[-2:]
+        rows_first = SUMS if not cutting(param, -1) else MEANS
+        found += [
+            (SUMS, "rows", slot(matrices * rows, -1)),
+            (SUMS, "columns", slot(matrices * columns, -2)),
+            (rows_first, "means", slot(matrices, -2)),
+        ]
+    return [entry for entry in found if entry[2].groups]

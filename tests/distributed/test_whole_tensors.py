@@ -1,0 +1,186 @@
+"""Algorithms whose step of a tensor depends on all of it, where its parts lie on several ranks, in all layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import optimx
+from tests.conftest import INTERPRETED
+from tests.distributed import ranks
+from tests.distributed.engines import full, local
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.interpreted]
+
+WORLD, STEPS = 4, 3
+OPTIMIZERS: dict[str, Any] = {
+    "lamb": partial(optimx.LAMB, lr=0.1),
+    "lamb-bfloat16_states": partial(optimx.LAMB, lr=0.1),
+    "adafactor": partial(optimx.Adafactor, lr=0.1, weight_decay=0.1),
+    "adafactor-moment": partial(optimx.Adafactor, lr=0.1, beta1=0.9),
+    "adafactor-hf": partial(optimx.Adafactor, lr=None, variant="hf", weight_decay=0.1),
+}
+#: Shards are even, uneven and empty; of matrices, kernels of convolutions, vectors, and matrices in columns.
+SHAPES = [(8, 6), (5, 7), (1, 4), (3, 1), (6, 2, 3, 3), (5,), (1,)]
+R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
+#: Over the two dimensions of a mesh.
+LAYOUTS = [
+    (ROWS, R),
+    (R, ROWS),
+    (R, COLUMNS),
+    (ROWS, COLUMNS),
+    (COLUMNS, ROWS),
+    (ROWS, ROWS),
+    (COLUMNS, COLUMNS),
+    (R, R),
+]
+#: The interpreter takes a millisecond a program.
+TRIED = ["lamb", "adafactor", "adafactor-moment"] if INTERPRETED else [*OPTIMIZERS]
+
+
+def cases() -> Iterator[tuple[Tensor, tuple[Any, ...]]]:
+    """A tensor, and how it is laid out."""
+    generator = torch.Generator().manual_seed(0)
+    for shape, layout in product(SHAPES, LAYOUTS):
+        if len(shape) > 1 or COLUMNS not in layout:
+            tensor = torch.randn(shape, generator=generator)
+            yield tensor, layout
+    yield torch.randn(6, 8, generator=generator).t(), (ROWS, COLUMNS)
+    yield torch.randn(6, 8, generator=generator).t(), (ROWS, R)
+
+
+def grads(step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1 + step)
+    return [torch.randn(tensor.shape, generator=generator) * 10 ** (i % 3 - 1) for i, (tensor, _) in enumerate(cases())]
+
+
+def trained(
+    name: str, mesh: DeviceMesh | None, clip: float | None
+) -> tuple[list[Tensor], list[dict[str, Tensor]], Any]:
+    """Parameters and states after some steps, on a mesh or in one process."""
+
+    def laid_out(tensor: Tensor, layout: tuple[Any, ...]) -> Tensor:
+        return tensor.clone() if mesh is None else distribute_tensor(tensor, mesh, layout)
+
+    params = [nn.Parameter(laid_out(tensor, layout)) for tensor, layout in cases()]
+    optimizer = OPTIMIZERS[name](params, max_grad_norm=clip)
+    for step in range(STEPS):
+        for i, (param, grad, (_, layout)) in enumerate(zip(params, grads(step), cases(), strict=True)):
+            # of some there is none in a step, on all ranks
+            param.grad = None if step == 1 and i % 5 == 0 else laid_out(grad, layout)
+        optimizer.step()
+        if name.endswith("bfloat16_states") and not step:
+            for state in optimizer.state.values():
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = state[key].bfloat16()
+    assert not any(row.reason for row in optimx.explain(optimizer).rows), optimx.explain(optimizer)
+    states = [{key: full(value) for key, value in optimizer.state[param].items()} for param in params]
+    return [*map(full, params)], states, optimizer
+
+
+def layouts(rank: int, name: str, clip: float | None) -> Any:
+    params, states, _ = trained(name, init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), clip)
+    return params, states
+
+
+def counted(rank: int, name: str, layout: tuple[Any, ...], clip: float | None) -> list[int]:
+    """Lengths of the vectors that meet in a step of two parameters, one of which has no gradient on a rank."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    params = [nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, layout)) for _ in range(2)]
+    optimizer = OPTIMIZERS[name](params, max_grad_norm=clip)
+    lengths: list[int] = []
+    original = dist.all_reduce
+
+    def record(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        lengths.append(tensor.numel())
+        return original(tensor, *args, **kwargs)
+
+    for param in params:
+        param.grad = distribute_tensor(torch.ones(8, 4), mesh, layout)
+    if rank == 1:
+        params[1].grad = None
+    dist.all_reduce = record
+    try:
+        optimizer.step()
+    finally:
+        dist.all_reduce = original
+    assert bool(torch.isfinite(local(params[0])).all())
+    return lengths
+
+
+def replicas(rank: int, name: str) -> Tensor:
+    """What a rank has of a matrix of one row, of which the first two of four ranks have a copy of a part each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    param = nn.Parameter(distribute_tensor(torch.ones(1, 4), mesh, (ROWS, R)))
+    optimizer = OPTIMIZERS[name]([param])
+    for step in range(STEPS):
+        param.grad = distribute_tensor(torch.arange(1.0, 5.0)[None] + step, mesh, (ROWS, R))
+        optimizer.step()
+    return local(optimizer.state[param]["col_var"])
+
+
+COUNTED = {
+    # lengths of two parameters and their steps
+    ("lamb", (ROWS, R)): [4],
+    ("lamb", (ROWS, COLUMNS)): [4, 4],
+    # sums of columns with the sum of rows' averages, then lengths
+    ("adafactor", (ROWS, R)): [2 * (4 + 1), 4],
+    # sums of rows
+    ("adafactor", (R, COLUMNS)): [2 * 8, 4],
+    # sums of rows over ranks with other columns, of columns over those with other rows; averages; lengths
+    ("adafactor", (ROWS, COLUMNS)): [2 * 4, 2 * 2, 2, 4, 4],
+}
+
+CHECKS: dict[str, ranks.Check] = {
+    **{f"{name}-{clip}": partial(layouts, name=name, clip=clip) for name in TRIED for clip in (None, 1.0)},
+    **{
+        f"{name}-{layout}-{clip}": partial(counted, name=name, layout=layout, clip=clip)
+        for name, layout in COUNTED for clip in (None, 1.0)
+    },
+    "replicas": partial(replicas, name="adafactor"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> ranks.Results:
+    return ranks.run(CHECKS, WORLD, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("name", TRIED)
+def test_as_whole_tensors(name: str, clip: float | None, results: ranks.Results) -> None:
+    params, states, _ = trained(name, None, clip)
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
+    if name.endswith("bfloat16_states"):
+        close = {"rtol": 1e-2, "atol": 1e-2}
+    for of_rank, of_states in results[f"{name}-{clip}"]:
+        for i, (tensor, layout) in enumerate(cases()):
+            told = f"{tuple(tensor.shape)}, {layout}"
+            torch.testing.assert_close(of_rank[i], params[i], **close, msg=lambda m, told=told: f"{told}: {m}")
+            assert of_states[i].keys() == states[i].keys()
+            for key, value in states[i].items():
+                torch.testing.assert_close(
+                    of_states[i][key], value, **close, msg=lambda m, told=told, key=key: f"{key} of {told}: {m}"
+                )
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize(("name", "layout"), COUNTED)
+def test_vectors_that_meet(name: str, layout: tuple[Any, ...], clip: float | None, results: ranks.Results) -> None:
+    norm = [2] if clip else []
+    assert results[f"{name}-{layout}-{clip}"] == [norm + COUNTED[name, layout]] * WORLD
+
+
+def test_ranks_without_elements_have_the_averages(results: ranks.Results) -> None:
+    first, *others = results["replicas"]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
