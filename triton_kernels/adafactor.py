@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .device import FACTOR, SKIP, divide, gradient_factor, lerp, load, maximum, sqrt, store
+from .lengths import squared_lengths
 
 RAW = (
     "lr", "beta2_decay", "eps1", "eps2", "d", "weight_decay", "maximize", "hf", "beta1", "scale_parameter",
@@ -29,7 +30,7 @@ _N_COLUMNS = tl.constexpr(len(HYPER))
 _OMEGA, _EPS_STAT, _EPS, _RHO, _EPS2, _SCALED, _D, _DECAY_LR, _DECAY_ALPHA, _BETA1_C = (
     tl.constexpr(i) for i in range(1, len(HYPER))
 )
-_N_SHAPE = tl.constexpr(7)
+_N_SHAPE = tl.constexpr(8)
 
 
 @triton.jit
@@ -98,13 +99,13 @@ def _adafactor_sums_kernel(
     fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ...
     grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]: row of the two above
-    shapes_ptr,  # int64 [n_tensors, 7], see MatrixTable
+    shapes_ptr,  # int64 [n_tensors, 8], see MatrixTable
     program_tensor_ptr,  # int32 [n_programs]
     grad_scale_ptr,  # float32 scalar
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     row_sums_ptr,  # written: for each block of columns, sums of squares of each row
     column_sums_ptr,  # written: for each strip of rows, sums of squares of each column
-    squares_ptr,  # float64 [n_programs], written: of parameters
+    lengths_ptr,  # float64 [n_programs, 2], written: squares of parameters
     norms_ptr,  # float64 [n_programs], written: squares of gradients
     bad_ptr,  # float64 [n_programs], written: 1 where a gradient is infinite or NaN
     DTYPES: tl.constexpr,  # of params and grads
@@ -159,9 +160,50 @@ def _adafactor_sums_kernel(
     places = matrices[:, None] * n_columns + columns[None, :]
     tl.store(column_sums_ptr + places, tl.sum(of_columns, axis=1), mask=inside)
     pid = tl.program_id(0)
-    tl.store(squares_ptr + pid, tl.sum(tl.ravel(of_params), axis=0).to(tl.float64))
+    tl.store(lengths_ptr + 2 * pid, tl.sum(tl.ravel(of_params), axis=0).to(tl.float64))
     tl.store(norms_ptr + pid, tl.sum(tl.ravel(of_columns), axis=0).to(tl.float64))
     tl.store(bad_ptr + pid, tl.max(tl.ravel(bad), axis=0).to(tl.float64))
+
+
+@triton.jit
+def _entry_totals(entries_ptr, index, start, sums_ptr, COMPUTE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Partial sums added up, for a block of a tensor's rows or columns; places of these among them, and a mask."""
+    n_entries = tl.load(entries_ptr + index * 4)
+    n_sums = tl.load(entries_ptr + index * 4 + 1)
+    sums_ptr += tl.load(entries_ptr + index * 4 + 2)
+    places = start + tl.arange(0, BLOCK_SIZE)
+    mask = places < n_entries
+    total = tl.zeros((BLOCK_SIZE,), COMPUTE)
+    for i in range(n_sums):
+        total += tl.load(sums_ptr + i * n_entries + places, mask=mask, other=0.0)
+    return total, places, mask
+
+
+@triton.jit
+def _adafactor_totals_kernel(
+    grads_ptr,  # int64 [n]; 0 where there is none in this step
+    tensor_ptr,  # int32 [n_tensors]
+    entries_ptr,  # int64 [n_tensors, 4], see MatrixTable
+    part_entries_ptr,  # int64 [n_tensors, 4], see Parts
+    chunk_tensor_ptr,  # int32 [n_programs]
+    chunk_start_ptr,  # int64 [n_programs]
+    control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
+    sums_ptr,  # partial sums
+    totals_ptr,  # written, one an entry
+    COMPUTE: tl.constexpr,
+    HAS_CONTROL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    if HAS_CONTROL:
+        if tl.load(control_ptr + SKIP) != 0:
+            return
+    pid = tl.program_id(0)
+    index = tl.load(chunk_tensor_ptr + pid)
+    if tl.load(grads_ptr + tl.load(tensor_ptr + index)) == 0:
+        return
+    start = tl.load(chunk_start_ptr + pid)
+    total, places, mask = _entry_totals(entries_ptr, index, start, sums_ptr, COMPUTE, BLOCK_SIZE)
+    tl.store(totals_ptr + tl.load(part_entries_ptr + index * 4 + 2) + places, total, mask=mask)
 
 
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr"])
@@ -194,15 +236,9 @@ def _adafactor_average_kernel(
     tensor = tl.load(tensor_ptr + index)
     if tl.load(grads_ptr + tensor) == 0:
         return
-    n_entries = tl.load(entries_ptr + index * 4)
-    n_sums = tl.load(entries_ptr + index * 4 + 1)
-    sums_ptr += tl.load(entries_ptr + index * 4 + 2)
+    start = tl.load(chunk_start_ptr + pid)
+    total, places, mask = _entry_totals(entries_ptr, index, start, sums_ptr, COMPUTE, BLOCK_SIZE)
     n_elements = tl.load(entries_ptr + index * 4 + 3).to(COMPUTE)
-    places = tl.load(chunk_start_ptr + pid) + tl.arange(0, BLOCK_SIZE)
-    mask = places < n_entries
-    total = tl.zeros((BLOCK_SIZE,), COMPUTE)
-    for i in range(n_sums):
-        total += tl.load(sums_ptr + i * n_entries + places, mask=mask, other=0.0)
     scale = tl.full((), 1.0, tl.float64)
     if MEASURED:
         # when the sums were made, the norm was not known
@@ -220,17 +256,18 @@ def _adafactor_average_kernel(
 def _adafactor_mean_kernel(
     fixed_ptr,  # int64 [n, n_roles]
     tensor_ptr,  # int32 [n_tensors]
-    shapes_ptr,  # int64 [n_tensors, 7]
+    shapes_ptr,  # int64 [n_tensors, 8]
     chunk_tensor_ptr,  # int32 [n_programs]
     chunk_start_ptr,  # int64 [n_programs]: first matrix
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
-    means_ptr,  # written: of the logical rows' averages, one a matrix
+    means_ptr,  # written: of the logical rows' averages, one a matrix; of a part of them, the sum
     DTYPE: tl.constexpr,  # of the averages
     COMPUTE: tl.constexpr,
     N_ROLES: tl.constexpr,
     ROLE: tl.constexpr,  # 1 where logical rows are rows in memory, else 2
+    WHOLE: tl.constexpr,  # there are no others
     HAS_CONTROL: tl.constexpr,
     MATRICES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -250,10 +287,12 @@ def _adafactor_mean_kernel(
         places = i + tl.arange(0, BLOCK_SIZE)
         mask = (matrices[:, None] < n_matrices) & (places[None, :] < length)
         total += load(average_ptr + matrices[:, None] * length + places[None, :], mask, COMPUTE)
-    mean = divide(tl.sum(total, axis=1), length.to(COMPUTE))
-    eps = tl.load(hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS + _EPS).to(COMPUTE)
+    mean = tl.sum(total, axis=1)
+    if WHOLE:
+        eps = tl.load(hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS + _EPS).to(COMPUTE)
+        mean = maximum(divide(mean, length.to(COMPUTE)), eps)
     means_ptr += tl.load(shapes_ptr + index * _N_SHAPE + 6)
-    tl.store(means_ptr + matrices, maximum(mean, eps), mask=matrices < n_matrices)
+    tl.store(means_ptr + matrices, mean, mask=matrices < n_matrices)
 
 
 @triton.jit
@@ -277,14 +316,14 @@ def _adafactor_update_kernel(
     fixed_ptr,  # int64 [n, n_roles]
     grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]
-    shapes_ptr,  # int64 [n_tensors, 7]
+    shapes_ptr,  # int64 [n_tensors, 8]
     program_tensor_ptr,  # int32 [n_programs]
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     means_ptr,  # of the rows' averages, one a matrix
     sizes_ptr,  # float64 [n_tensors, 2]: size of the step, factor of the parameter
-    squares_ptr,  # float64 [n_programs], written: of updates
+    lengths_ptr,  # float64 [n_programs, 2], written: squares of updates, beside those of parameters
     DTYPES: tl.constexpr,  # of params, grads and states
     COMPUTE: tl.constexpr,
     N_ROLES: tl.constexpr,
@@ -346,21 +385,19 @@ def _adafactor_update_kernel(
                 store(moment_ptr + offsets, u, mask)
             store(p_ptr + offsets, p * decay - u, mask)
     if MEASURE:
-        tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
+        tl.store(lengths_ptr + 2 * tl.program_id(0) + 1, tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_programs"])
+@triton.jit
 def _adafactor_size_kernel(
     tensor_ptr,  # int32 [n_tensors]
-    shapes_ptr,  # int64 [n_tensors, 7]
+    shapes_ptr,  # int64 [n_tensors, 8]
     rows_ptr,  # int32 [n]: row of hyper_ptr
     hyper_ptr,  # float64 [n_rows, 11]
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
-    params_ptr,  # float64 [n_programs]: squares of parameters
-    updates_ptr,  # float64 [n_programs]: squares of updates
+    lengths_ptr,  # float64 [n_programs, 2]: squares of parameters and of updates
+    first_ptr,  # int32 [n_tensors + 1]: program with which a tensor begins
     sizes_ptr,  # float64 [n_tensors, 2], written
-    n_tensors,
-    n_programs,
     HAS_CONTROL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -368,26 +405,15 @@ def _adafactor_size_kernel(
         if tl.load(control_ptr + SKIP) != 0:
             return
     index = tl.program_id(0)
-    shape_ptr = shapes_ptr + index * _N_SHAPE
-    first = tl.load(shape_ptr + 3)
-    last = n_programs.to(tl.int64)
-    if index + 1 < n_tensors:
-        last = tl.load(shape_ptr + _N_SHAPE + 3)
-    of_params = tl.zeros((BLOCK_SIZE,), tl.float64)
-    of_updates = tl.zeros((BLOCK_SIZE,), tl.float64)
-    for i in range(first, last, BLOCK_SIZE):
-        programs = i + tl.arange(0, BLOCK_SIZE)
-        mask = programs < last
-        of_params += tl.load(params_ptr + programs, mask=mask, other=0.0)
-        of_updates += tl.load(updates_ptr + programs, mask=mask, other=0.0)
-    numel = (tl.load(shape_ptr) * tl.load(shape_ptr + 1) * tl.load(shape_ptr + 2)).to(tl.float64)
+    of_params, of_updates = squared_lengths(lengths_ptr, first_ptr, index, BLOCK_SIZE)
+    numel = tl.load(shapes_ptr + index * _N_SHAPE + 7).to(tl.float64)
     row_ptr = hyper_ptr + tl.load(rows_ptr + tl.load(tensor_ptr + index)) * _N_COLUMNS
     # comparisons as torch makes them: what is NaN scales nothing, and is in the elements anyway
     eps2 = tl.load(row_ptr + _EPS2)
-    rms = tl.sqrt(tl.sum(of_params, axis=0) / numel)
+    rms = tl.sqrt(of_params / numel)
     rms = tl.where(tl.load(row_ptr + _SCALED) != 0, tl.where(rms > eps2, rms, eps2), 1.0)
     alpha = tl.load(row_ptr + _RHO) * rms
-    length = tl.sqrt(tl.sum(of_updates, axis=0) / numel) / tl.load(row_ptr + _D)
+    length = tl.sqrt(of_updates / numel) / tl.load(row_ptr + _D)
     tl.store(sizes_ptr + 2 * index, alpha / tl.where(length > 1.0, length, 1.0))
     decay = 1.0 - tl.load(row_ptr + _DECAY_LR) - tl.load(row_ptr + _DECAY_ALPHA) * alpha
     tl.store(sizes_ptr + 2 * index + 1, decay)

@@ -99,9 +99,9 @@ def launch(launcher: Launcher, n_programs: int, *args: Any, warmup: bool = False
     if isinstance(launcher.kernel, JITFunction):
         if warmup or verify:
             launcher.handle(args[0].device, args)
-        if not warmup:
+        if n_programs and not warmup:
             launcher(n_programs, args)
-    elif not warmup:
+    elif n_programs and not warmup:
         # the interpreter compiles nothing
         with _on(args[0].device):
             launcher.kernel[(n_programs,)](*args, **launcher.options)

@@ -178,8 +178,9 @@ def lamb_(
     control: Tensor | None,
     *,
     dtypes: tuple[torch.dtype, ...],
+    whole: bool = True,
     warmup: bool = False,
-) -> None:
+) -> Iterator[Tensor]:
     """Update every tensor of ``table`` in place.
 
     Args:
@@ -189,31 +190,12 @@ def lamb_(
         hyper: float64 ``[n_tensors, len(HYPER)]``, as :func:`~.update.prepare_` left it; ``size`` is changed.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
         dtypes: Of params, grads, exp_avgs and exp_avg_sqs.
+        whole: No other parts of the tensors are updated elsewhere.
         warmup: Compile, launch nothing.
-    """
-    for _ in lamb_of_parts(algorithm, table, grads, hyper, control, dtypes=dtypes, warmup=warmup, whole=True):
-        pass
-
-
-def lamb_of_parts(
-    algorithm: Any,
-    table: TensorTable,
-    grads: Tensor,
-    hyper: Tensor,
-    control: Tensor | None,
-    *,
-    dtypes: tuple[torch.dtype, ...],
-    warmup: bool = False,
-    whole: bool = False,
-) -> Iterator[Tensor]:
-    """As :func:`lamb_`, of tensors other parts of which are updated elsewhere at the same time.
-
-    Args:
-        whole: There are no other parts.
 
     Yields:
-        Once, if not ``whole``: squared lengths of parameters and of steps, float64 ``[n_tensors, 2]``, to which those
-        of other parts are to be added in place.
+        Only of parts of tensors: squared lengths of parameters and of steps, float64 ``[n_tensors, 2]``, which are to
+        be added up in place over all parts.
     """
     if table.n_chunks == 0:
         return

@@ -7,7 +7,8 @@ defined here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import accumulate, chain
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -61,36 +62,49 @@ class MatrixTable:
         tile: Of all of them.
         aligned: Tensors and their rows begin at multiples of 16 bytes.
         device: Where the kernels run.
+        whole: Shapes of the tensors that these are parts of; None: they are whole.
 
     Attributes:
-        shapes: int64 ``[n_tensors, 7]``: matrices, rows, columns; then where things begin: its programs, its partial
-            row sums, its partial column sums, its matrices.
+        indices: As given.
+        shapes: int64 ``[n_tensors, 8]``: matrices, rows, columns; then where things begin: its programs, its partial
+            row sums, its partial column sums, its matrices; elements of the whole tensor.
         tensor: int32 ``[n_tensors]``: row of the tensor table.
         program_tensor: int32 ``[n_programs]``: which of the shapes a program works on.
-        n_sums: Elements of memory for partial sums.
+        first_program: int32 ``[n_tensors + 1]``.
+        n_row_sums, n_column_sums: Elements of memory for partial sums.
         n_matrices: Of all tensors.
         entries: For rows and for columns, what averages them: int64 ``[n_tensors, 4]``: entries, partial sums of an
-            entry, where they begin, elements in a sum; with the programs' ``(tensor, start)``.
-        means: ``(tensor, first matrix)`` of programs that average matrices.
+            entry, where they begin, elements in a sum.
+        entry_chunks: For both ``(tensor, start)`` of programs.
+        mean_chunks: ``(tensor, first matrix)`` of programs that average matrices.
+        parts: What else it takes to update parts of tensors; None: they are whole.
     """
 
     def __init__(
-        self, indices: Sequence[int], shapes: Sequence[Shape], tile: Tile, aligned: bool, device: torch.device
+        self,
+        indices: Sequence[int],
+        shapes: Sequence[Shape],
+        tile: Tile,
+        aligned: bool,
+        device: torch.device,
+        whole: Sequence[Shape] | None = None,
     ) -> None:
         self.tile = tile
         self.aligned = aligned
         self.device = device
+        self.indices = [*indices]
         self.n_tensors = len(indices)
         rows_at = columns_at = matrices_at = programs_at = 0
         columns: list[list[int]] = []
         counts: list[int] = []
         entries: tuple[list[list[int]], list[list[int]]] = ([], [])
-        for n_matrices, n_rows, n_columns in shapes:
+        for (n_matrices, n_rows, n_columns), of_whole in zip(shapes, whole or shapes, strict=True):
             strips, blocks = -(-n_rows // tile.strip), -(-n_columns // tile.columns)
             groups = -(-n_matrices // tile.matrices)
-            columns.append([n_matrices, n_rows, n_columns, programs_at, rows_at, columns_at, matrices_at])
-            entries[0].append([n_matrices * n_rows, blocks, rows_at, n_columns])
-            entries[1].append([n_matrices * n_columns, strips, columns_at, n_rows])
+            places = [programs_at, rows_at, columns_at, matrices_at]
+            columns.append([n_matrices, n_rows, n_columns, *places, prod(of_whole)])
+            entries[0].append([n_matrices * n_rows, blocks, rows_at, of_whole[2]])
+            entries[1].append([n_matrices * n_columns, strips, columns_at, of_whole[1]])
             counts.append(groups * strips * blocks)
             programs_at += counts[-1]
             rows_at += n_matrices * n_rows * blocks
@@ -99,12 +113,13 @@ class MatrixTable:
         self.n_programs = programs_at
         self.n_row_sums, self.n_column_sums, self.n_matrices = rows_at, columns_at, matrices_at
         programs = torch.repeat_interleave(torch.arange(len(counts), device="cpu"), torch.tensor(counts, device="cpu"))
+        first_program = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device="cpu")
         chunks = [chunk_map([n for n, *_ in role], ENTRIES) for role in entries]
         chunks.append(chunk_map([n for n, *_ in shapes], self.matrices_per_mean))
-        self.shapes, self.tensor, self.program_tensor, of_rows, of_columns, *sent = upload_all(
+        self.shapes, self.tensor, self.program_tensor, self.first_program, of_rows, of_columns, *sent = upload_all(
             [
                 torch.tensor(columns, dtype=torch.int64, device="cpu"),
-                torch.tensor(list(indices), dtype=torch.int32, device="cpu"), programs.to(torch.int32),
+                torch.tensor(self.indices, dtype=torch.int32, device="cpu"), programs.to(torch.int32), first_program,
                 *(torch.tensor(role, dtype=torch.int64, device="cpu") for role in entries),
                 *chain.from_iterable(chunks),
             ],
@@ -113,11 +128,43 @@ class MatrixTable:
         self.entries = [of_rows, of_columns]
         self.entry_chunks = [(sent[0], sent[1]), (sent[2], sent[3])]
         self.mean_chunks = sent[4], sent[5]
+        self.parts = None if whole is None else Parts(shapes, whole, device)
 
     @property
     def matrices_per_mean(self) -> int:
         """Matrices of which a program averages the rows."""
         return min(self.tile.matrices, 64)
+
+
+class Parts:
+    """What it takes to update parts of tensors, the sums over which meet those of other parts.
+
+    Attributes:
+        n_entries: For rows and for columns, of each tensor.
+        entries: As :attr:`MatrixTable.entries`, of sums that follow each other, one an entry.
+        n_matrices: Of each tensor.
+        tensor_of_matrix: int64 ``[n_matrices]``.
+        lengths: How many rows, and how many columns, the whole matrices have: int64 ``[n_matrices]``.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], whole: Sequence[Shape], device: torch.device) -> None:
+        self.n_matrices = [n for n, *_ in shapes]
+        self.n_entries = [[n * rows for n, rows, _ in shapes], [n * columns for n, _, columns in shapes]]
+        tables = [
+            [[n, 1, end - n, shape[elements]] for n, end, shape in zip(ns, accumulate(ns), whole, strict=True)]
+            for ns, elements in zip(self.n_entries, (2, 1), strict=True)
+        ]
+        of_tensors = [[*range(len(shapes))], [rows for _, rows, _ in whole], [columns for _, _, columns in whole]]
+        times = torch.tensor(self.n_matrices, device="cpu")
+        of_rows, of_columns, self.tensor_of_matrix, *lengths = upload_all(
+            [
+                *(torch.tensor(table, dtype=torch.int64, device="cpu") for table in tables),
+                *(torch.tensor(of_each, device="cpu").repeat_interleave(times) for of_each in of_tensors),
+            ],
+            device,
+        )
+        self.entries = [of_rows, of_columns]
+        self.lengths = lengths
 
 
 #: Averages that a program updates.
@@ -132,24 +179,33 @@ def tables(
     device: torch.device,
     size: LaunchSize,
     block_size: int,
+    whole: Sequence[Shape] | None = None,
 ) -> list[MatrixTable]:
     """One table for all tensors that are cut into the same tiles and alike aligned.
 
     Args:
-        shapes: Tensors without elements are in no table.
+        shapes: Whole tensors without elements are in no table.
         aligned: Of each, whether it begins at a multiple of 16 bytes.
         factored: False for vectors.
         divisor: Rows whose length it divides begin at multiples of 16 bytes.
         device: Where the kernels run.
         size: The strip of a tile follows from it.
         block_size: Elements of a block.
+        whole: Shapes of the tensors that these are parts of; None: they are whole.
     """
     members: dict[tuple[Tile, bool], list[int]] = {}
     for i, (shape, begins_aligned) in enumerate(zip(shapes, aligned, strict=True)):
-        if shape[0] * shape[1] * shape[2]:
+        if prod(shape) or whole is not None:
             tile = tile_of(shape, factored, block_size, size.chunk_size // 8)
             members.setdefault((tile, begins_aligned and shape[2] % divisor == 0), []).append(i)
     return [
-        MatrixTable(indices, [shapes[i] for i in indices], tile, wide, device)
+        MatrixTable(
+            indices,
+            [shapes[i] for i in indices],
+            tile,
+            wide,
+            device,
+            None if whole is None else [whole[i] for i in indices],
+        )
         for (tile, wide), indices in members.items()
     ]

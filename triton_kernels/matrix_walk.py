@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from . import adafactor
 from .device import TRITON_DTYPE, Launcher, compute_dtype, launch
-from .matrix_table import ENTRIES, MatrixTable, Tile
+from .lengths import BLOCK_SIZE, lengths_
+from .matrix_table import ENTRIES, MatrixTable, Parts, Tile
 from .tensor_table import TensorTable
 
 Dtypes = tuple[torch.dtype, ...]
@@ -23,15 +25,14 @@ class Sums:
 
     Attributes:
         rows, columns: Partial sums of squared gradients.
-        params, updates: float64 ``[n_programs]``, partial sums of squares.
+        lengths: float64 ``[n_programs, 2]``, partial sums of squares of parameters and of updates.
         means: One a matrix.
         sizes: float64 ``[n_tensors, 2]``.
     """
 
     rows: Tensor
     columns: Tensor
-    params: Tensor
-    updates: Tensor
+    lengths: Tensor
     means: Tensor
     sizes: Tensor
 
@@ -42,11 +43,14 @@ class Sums:
         def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=table.device)
 
-        return cls(
+        made = cls(
             empty(table.n_row_sums if factored else 1, dtype=dtype), empty(table.n_column_sums, dtype=dtype),
-            empty(table.n_programs), empty(table.n_programs), empty(table.n_matrices, dtype=dtype),
-            empty(table.n_tensors, 2),
+            empty(table.n_programs, 2), empty(table.n_matrices, dtype=dtype), empty(table.n_tensors, 2),
         )  # fmt: skip
+        if table.parts is not None:
+            # nobody writes those of parts without a gradient, and other processes read them
+            made.lengths.zero_()
+        return made
 
 
 def sums_(
@@ -87,7 +91,7 @@ def sums_(
         launcher, matrices.n_programs,
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
         norms if grad_scale is None else grad_scale, norms if control is None else control,
-        sums.rows, sums.columns, sums.params, norms, bad, warmup=warmup,
+        sums.rows, sums.columns, sums.lengths, norms, bad, warmup=warmup,
     )  # fmt: skip
 
 
@@ -121,8 +125,9 @@ def update_(
     variant: tuple[bool, ...],
     dtypes: Dtypes,
     aligned: bool,
+    whole_rows: bool = True,
     warmup: bool = False,
-) -> None:
+) -> Iterator[dict[str, Sequence[Tensor]]]:
     """Update every tensor of ``matrices`` in place, from the sums that :func:`sums_` left.
 
     Args:
@@ -130,44 +135,90 @@ def update_(
         measured: The sums were made without ``control``, of gradients that are not clipped.
         hyper: float64 ``[n_rows, len(adafactor.HYPER)]``; ``tensors.rows`` says which is whose.
         variant: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
+        whole_rows: Of parts of tensors: their (logical) rows are whole.
+
+    Yields:
+        Only of parts of tensors, what is to be added up in place over all parts, by name, an entry each tensor: sums of
+        ``"rows"`` and ``"columns"``, with ``"means"`` (averages of rows, added up) or, if rows are not whole, before
+        them; then ``"lengths"``.
     """
-    factored = variant[0]
+    factored, transposed, _ = variant
+    parts = matrices.parts
     kernels = _launchers(
-        variant, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, measured,
-        grad_scale is not None, control is not None,
+        variant, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, parts is None,
+        measured, grad_scale is not None, control is not None,
     )  # fmt: skip
     some_control = hyper if control is None else control
-    # the only average of a vector is that of its columns
-    for which, partials in enumerate((sums.rows, sums.columns)):
-        if which or factored:
-            chunk_tensor, chunk_start = matrices.entry_chunks[which]
-            launch(
-                kernels.averages[which], len(chunk_tensor),
-                tensors.fixed, grads, matrices.tensor, matrices.entries[which], chunk_tensor, chunk_start, tensors.rows,
-                hyper, hyper if grad_scale is None else grad_scale, some_control, partials, warmup=warmup,
-            )  # fmt: skip
-    if factored:
+
+    def average(which: int, entries: Tensor, partials: Tensor) -> None:
+        chunk_tensor, chunk_start = matrices.entry_chunks[which]
+        launch(
+            kernels.averages[which], len(chunk_tensor),
+            tensors.fixed, grads, matrices.tensor, entries, chunk_tensor, chunk_start, tensors.rows,
+            hyper, hyper if grad_scale is None else grad_scale, some_control, partials, warmup=warmup,
+        )  # fmt: skip
+
+    def mean() -> None:
         chunk_tensor, chunk_start = matrices.mean_chunks
         launch(
             kernels.mean, len(chunk_tensor), tensors.fixed, matrices.tensor, matrices.shapes, chunk_tensor, chunk_start,
             tensors.rows, hyper, some_control, sums.means, warmup=warmup,
         )  # fmt: skip
+
+    if not factored:
+        # the only average of a vector is that of its columns
+        average(1, matrices.entries[1], sums.columns)
+    elif parts is None:
+        for which, partials in enumerate((sums.rows, sums.columns)):
+            average(which, matrices.entries[which], partials)
+        mean()
+    else:
+        totals = [torch.zeros(sum(n), dtype=sums.rows.dtype, device=matrices.device) for n in parts.n_entries]
+        for which, partials in enumerate((sums.rows, sums.columns)):
+            chunk_tensor, chunk_start = matrices.entry_chunks[which]
+            launch(
+                kernels.totals, len(chunk_tensor), grads, matrices.tensor, matrices.entries[which],
+                parts.entries[which], chunk_tensor, chunk_start, some_control, partials, totals[which], warmup=warmup,
+            )  # fmt: skip
+        of_rows, of_columns = (total.split(n) for total, n in zip(totals, parts.n_entries, strict=True))
+        found = {"columns": of_rows, "rows": of_columns} if transposed else {"rows": of_rows, "columns": of_columns}
+        means = {"means": sums.means.split(parts.n_matrices)}
+        logical = int(transposed)
+        if not whole_rows:
+            yield found
+        average(logical, parts.entries[logical], totals[logical])
+        mean()
+        yield {**found, **means} if whole_rows else means
+        average(1 - logical, parts.entries[1 - logical], totals[1 - logical])
+        _finish_means_(sums.means, parts, logical, hyper, tensors.rows[matrices.tensor.long()])
     walk = (
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
-        some_control, sums.means, sums.sizes, sums.updates,
+        some_control, sums.means, sums.sizes, sums.lengths,
     )  # fmt: skip
     launch(kernels.length, matrices.n_programs, *walk, warmup=warmup)
+    lengths, first = sums.lengths, matrices.first_program
+    if parts is not None:
+        lengths, first = lengths_(lengths, first, control, warmup=warmup)
+        yield {"lengths": lengths.unbind()}
     launch(
         kernels.size, matrices.n_tensors, matrices.tensor, matrices.shapes, tensors.rows, hyper, some_control,
-        sums.params, sums.updates, sums.sizes, matrices.n_tensors, matrices.n_programs, warmup=warmup,
+        lengths, first, sums.sizes, warmup=warmup,
     )  # fmt: skip
     launch(kernels.update, matrices.n_programs, *walk, warmup=warmup)
+
+
+def _finish_means_(means: Tensor, parts: Parts, role: int, hyper: Tensor, rows: Tensor) -> None:
+    """Make means of sums over all parts, not below eps, as the kernel does with those of whole tensors."""
+    eps = hyper.view(-1, len(adafactor.HYPER))[:, adafactor.HYPER.index("eps")]
+    eps = eps[rows[parts.tensor_of_matrix].long()].to(means.dtype)
+    torch.maximum(means.div_(parts.lengths[role]), eps, out=means)
 
 
 class _Variants(NamedTuple):
     """The kernels of :func:`update_`; ``averages`` of rows and of columns."""
 
     averages: tuple[Launcher, Launcher]
+    totals: Launcher
     mean: Launcher
     length: Launcher
     size: Launcher
@@ -182,6 +233,7 @@ def _launchers(
     tile: Tile,
     matrices_per_mean: int,
     num_warps: int,
+    whole: bool,
     measured: bool,
     has_scale: bool,
     has_control: bool,
@@ -207,11 +259,15 @@ def _launchers(
     return _Variants(
         (rows, columns),
         Launcher(
-            adafactor._adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, MATRICES=matrices_per_mean,
-            BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
+            adafactor._adafactor_totals_kernel, COMPUTE=common["COMPUTE"], HAS_CONTROL=has_control, BLOCK_SIZE=ENTRIES,
+            num_warps=2,
+        ),
+        Launcher(
+            adafactor._adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, WHOLE=whole,
+            MATRICES=matrices_per_mean, BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
         ),
         length,
-        Launcher(adafactor._adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=256, num_warps=2),
+        Launcher(adafactor._adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=BLOCK_SIZE, num_warps=2),
         update,
     )  # fmt: skip
 

@@ -129,6 +129,11 @@ class Bucket:
         """Whether an update needs what other ranks find in their parts of the members."""
         return self.rule.walk != "elementwise" and self.key.cut is not None and self.key.cut.n_shards > 1
 
+    @property
+    def has_whole_rows(self) -> bool:
+        """Whether no rank has but a part of a member's row."""
+        return self.key.cut is None or -1 not in self.key.cut.dims
+
     def locate(self, values_of: Sequence[dict[str, int]]) -> None:
         """All members are there; ``values_of`` tells of each where its states are among all states."""
         self._pick = picker(self.positions)

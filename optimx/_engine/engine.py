@@ -198,6 +198,7 @@ class Engine:
         needs_norm = optimizer.needs_norm
         if needs_norm and plan.has_flat_shards and optimizer.norm_group is None and total_norm is None:
             raise RuntimeError(flat_shards_message(optimizer.max_grad_norm))
+        plan.rounds.check(inputs.grads, optimizer.param_groups)
         others: list[Any] = [inputs.grads[position] for position, _ in plan.leftovers]
         # what other ranks have counts, too, and all of them have to come together
         found = Found(plan.buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)

@@ -20,9 +20,9 @@ from torch import distributed as dist
 from .. import _compat
 from .sharding import all_reduced, cutting, has_dtensors, local
 
-#: What meets: sums of squared gradients over rows and over columns (and averages of complete rows, added up); averages
-#: of rows that had to meet first, added up; squared lengths of parameters and of their steps.
-SUMS, MEANS, LENGTHS = range(3)
+#: What meets: whether there is a gradient; sums of squared gradients over rows and over columns (and averages of complete
+#: rows, added up); averages of rows that had to meet first, added up; squared lengths of parameters and of their steps.
+PRESENT, SUMS, MEANS, LENGTHS = range(4)
 
 
 class Share(NamedTuple):
@@ -62,7 +62,7 @@ class Rounds:
     """
 
     def __init__(self, walk: str, params: Sequence[Tensor]) -> None:
-        self._slots: list[dict[tuple[int, str], _Slot]] = [{}, {}, {}]
+        self._slots: list[dict[tuple[int, str], _Slot]] = [{}, {}, {}, {}]
         self._wide = False
         if walk == "elementwise" or not has_dtensors(params):
             return
@@ -71,6 +71,34 @@ class Rounds:
                 self._wide |= param.dtype is torch.float64
                 for number, name, slot in _slots_of(walk, param):
                     self._slots[number][position, name] = slot
+
+    def check(self, grads: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
+        """Raise RuntimeError, on all ranks, where some of them have no gradient of a tensor that has to be whole.
+
+        On a CPU, where looking at what others have does not wait for a device. Elsewhere such a part is left as it is,
+        and counts nothing.
+
+        Args:
+            grads: Of all parameters; None where there is none.
+            groups: Of the optimizer.
+        """
+        slots = self._slots[PRESENT]
+        if not slots:
+            return
+        device = torch.device("cpu")
+        counts = {
+            position: torch.full((1,), float(grads[position] is not None), device=device) for position, _ in slots
+        }
+        self._meet(PRESENT, slots, [Share(position, "present", count) for position, count in counts.items()], device)
+        members = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
+        for (position, _), slot in slots.items():
+            count, n = int(counts[position]), prod(mesh.size(dim) for mesh, dim in slot.groups)
+            if 0 < count < n:
+                g, i = members[position]
+                raise RuntimeError(
+                    "gradients should be on all ranks or on none but parameter "
+                    f"{i} of group {g} has one on {count} of {n}"
+                )
 
     def run(self, updates: Iterable[Update], device: torch.device) -> None:
         """Let the updates of a step come to their ends.
@@ -81,7 +109,7 @@ class Rounds:
         """
         joined = together(updates)
         found = next(joined, None)
-        for number, slots in enumerate(self._slots):
+        for number, slots in enumerate(self._slots[SUMS:], SUMS):
             shares = found[1] if found is not None and found[0] == number else None
             if slots:
                 self._meet(number, slots, shares or (), device)
@@ -93,7 +121,7 @@ class Rounds:
     def _meet(
         self, number: int, slots: dict[tuple[int, str], _Slot], shares: Sequence[Share], device: torch.device
     ) -> None:
-        dtype = torch.float64 if number == LENGTHS or self._wide else torch.float32
+        dtype = torch.float64 if number in (PRESENT, LENGTHS) or self._wide else torch.float32
         vector = torch.zeros(sum(slot.numel for slot in slots.values()), dtype=dtype, device=device)
         place_of = dict(zip(slots, vector.split([slot.numel for slot in slots.values()]), strict=True))
         shared = [share for share in shares if (share.position, share.name) in slots and share.numbers.numel()]
@@ -130,7 +158,10 @@ def _slots_of(walk: str, param: Tensor) -> list[tuple[int, str, _Slot]]:
     def slot(numel: int, *dims: int) -> _Slot:
         return _Slot(numel, tuple((mesh, i) for i in cutting(param, *dims)))
 
-    found = [(LENGTHS, "lengths", slot(2, *range(-param.dim(), 0)))]
+    everywhere = range(-param.dim(), 0)
+    found = [(LENGTHS, "lengths", slot(2, *everywhere))]
+    if local(param).device.type == "cpu":
+        found.append((PRESENT, "present", slot(1, *everywhere)))
     if walk == "factored" and param.dim() > 1:
         matrices, (rows, columns) = prod(shape[:-2]), shape[-2:]
         rows_first = SUMS if not cutting(param, -1) else MEANS

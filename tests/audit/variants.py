@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -205,10 +206,11 @@ def _lamb_variants() -> Iterator[Variant]:
         dtypes = (p, g, state, state)
 
         def call(size: Sizes, dtypes=dtypes, control=control) -> None:
-            lamb.lamb_(
+            update = lamb.lamb_(
                 lamb, size.table(3), size.grads(), numbers(1, len(lamb.HYPER)), numbers(3) if control else None,
                 dtypes=dtypes,
             )  # fmt: skip
+            deque(update, maxlen=0)
 
         yield Variant(
             "lamb_norms",
@@ -247,10 +249,11 @@ def _call_adafactor(
     matrix_walk.sums_(
         table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles
     )
-    matrix_walk.update_(
+    update = matrix_walk.update_(
         table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
         measured=control, variant=variant, **roles,
     )  # fmt: skip
+    deque(update, maxlen=0)
 
 
 def _adafactor_variants() -> Iterator[Variant]:

@@ -316,11 +316,6 @@ class FactoredBucket(NativeBucket):
 
     _calls: Sequence[FactoredCall]
 
-    @property
-    def has_whole_rows(self) -> bool:
-        """Whether no rank has but a part of a row."""
-        return self.key.cut is None or -1 not in self.key.cut.dims
-
     def new_call(self, members: list[int] | None, index: int) -> FactoredCall:
         return FactoredCall(self, members, index)
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...triton_kernels import matrix_walk
-from ...triton_kernels.matrix_table import tables
+from ...triton_kernels.matrix_table import MatrixTable, tables
+from ..rounds import LENGTHS, MEANS, SUMS, Share, Update, together
 from .elementwise import TritonBucket
+
+#: By the name of what a walk has found first.
+ROUNDS = {"rows": SUMS, "columns": SUMS, "means": MEANS, "lengths": LENGTHS}
 
 
 class FactoredTritonBucket(TritonBucket):
@@ -22,12 +27,15 @@ class FactoredTritonBucket(TritonBucket):
         factored, transposed, moment = self.key.variant
         size = self.table.size
         params, _, states, _ = self.members
-        shapes = [_matrices(param, factored, transposed) for param in params]
+        shapes = [_matrices(param.shape, factored, transposed) for param in params]
         # averages are of any length, and read as such
         walked = [params, states[-1]] if moment else [params]
         aligned = [all(tensor.data_ptr() % 16 == 0 for tensor in tensors) for tensors in zip(*walked, strict=True)]
         divisor = matrix_walk.row_divisor(self.key.dtypes)
-        self._matrices = tables(shapes, aligned, factored, divisor, self.key.device, size, size.block(self.key.dtypes))
+        whole = [_matrices(shape, factored, transposed) for shape in self.shapes] if self.meets else None
+        self._matrices = tables(
+            shapes, aligned, factored, divisor, self.key.device, size, size.block(self.key.dtypes), whole
+        )
         self._measured = False
         self._grad_scale: Tensor | None = None
         self._sums: list[matrix_walk.Sums] = []
@@ -61,23 +69,31 @@ class FactoredTritonBucket(TritonBucket):
             )  # fmt: skip
             first += table.n_programs
 
-    def _launch_update(self, control: Tensor | None, warmup: bool) -> None:
+    def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         if not self._measured:
             partials = torch.empty(2, max(1, self.n_partials), dtype=torch.float64, device=self.key.device)
             self._sum(partials, None, control, warmup)
-        for table, sums in zip(self._matrices, self._sums, strict=True):
-            matrix_walk.update_(
-                self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
-                variant=self.key.variant, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
-                warmup=warmup,
-            )  # fmt: skip
+        updates = (
+            self._update(table, sums, control, warmup) for table, sums in zip(self._matrices, self._sums, strict=True)
+        )
+        yield from together(updates)
         if not warmup:
             self._sums = []
 
+    def _update(self, table: MatrixTable, sums: matrix_walk.Sums, control: Tensor | None, warmup: bool) -> Update:
+        positions = [self.positions[i] for i in table.indices]
+        for found in matrix_walk.update_(
+            self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
+            variant=self.key.variant, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
+            whole_rows=self.has_whole_rows, warmup=warmup,
+        ):  # fmt: skip
+            shares = chain.from_iterable(map(Share, positions, repeat(name), each) for name, each in found.items())
+            yield ROUNDS[next(iter(found))], [*shares]
 
-def _matrices(param: Tensor, factored: bool, transposed: bool) -> tuple[int, int, int]:
+
+def _matrices(shape: torch.Size, factored: bool, transposed: bool) -> tuple[int, int, int]:
     """How many matrices, of how many rows and columns, lie in a tensor's memory."""
     if not factored:
-        return 1, 1, param.numel()
-    n_rows, n_columns = (param.mT if transposed else param).shape[-2:]
-    return math.prod(param.shape[:-2]), n_rows, n_columns
+        return 1, 1, shape.numel()
+    n_rows, n_columns = shape[:-3:-1] if transposed else shape[-2:]
+    return math.prod(shape[:-2]), n_rows, n_columns

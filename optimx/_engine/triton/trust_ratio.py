@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...triton_kernels.lamb import lamb_of_parts
+from ...triton_kernels.lamb import lamb_
 from ..rounds import LENGTHS, Share, Update
 from .elementwise import TritonBucket
 
@@ -17,7 +17,7 @@ class TrustRatioTritonBucket(TritonBucket):
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         kernels: Any = self.rule.kernels
-        for lengths in lamb_of_parts(
+        for lengths in lamb_(
             kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, warmup=warmup,
             whole=not self.meets,
         ):  # fmt: skip
