@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import optimx
 from tests.distributed import ranks
-from tests.distributed.engines import ENGINES, Trained, fsdp2, named_states, one_process
+from tests.distributed.engines import ENGINES, Make, Trained, fsdp2, named_states, one_process
 from tests.distributed.test_engines import BY_PARTS, in_one_process, params_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,6 +35,13 @@ class Place(NamedTuple):
     def __str__(self) -> str:
         return f"{self.engine}x{self.world}"
 
+    def begin(self, rank: int, make: Make) -> Trained:
+        return (one_process if self.engine == "one_process" else ENGINES[self.engine])(rank, make)
+
+
+def make_of(package: str, optimizer: str) -> Make:
+    return partial(getattr(PACKAGES[package], optimizer), **BY_PARTS[optimizer])
+
 
 class Half(NamedTuple):
     """Half of a training."""
@@ -47,9 +54,7 @@ class Half(NamedTuple):
         return f"{self.package}-{self.optimizer}-{self.place}"
 
     def begin(self, rank: int) -> Trained:
-        engine = one_process if self.place.engine == "one_process" else ENGINES[self.place.engine]
-        cls = getattr(PACKAGES[self.package], self.optimizer)
-        return engine(rank, partial(cls, **BY_PARTS[self.optimizer]))
+        return self.place.begin(rank, make_of(self.package, self.optimizer))
 
 
 ALONE, DDP, OFFLOADED = Place("one_process", 1), Place("ddp", 2), Place("fsdp2_offloaded", 2)
@@ -71,17 +76,44 @@ HALVES = [
     *(
         (Half(package, name, FSDP4), Half("optimx", name, place))
         for name in BY_PARTS for package in PACKAGES for place in (FSDP4, FSDP2)
-        if name != "AdamW" and hasattr(PACKAGES[package], name)
+        # torch's Rprop takes no DTensors
+        if name != "AdamW" and hasattr(PACKAGES[package], name) and (package, name) != ("torch", "Rprop")
     ),
 ]  # fmt: skip
+#: How a state dict is asked for, and how it is set.
+OPTIONS: dict[str, tuple[dict[str, bool], dict[str, bool]]] = {
+    "by_default": ({}, {}),
+    "flattened": ({"flatten_optimizer_state_dict": True}, {"flatten_optimizer_state_dict": True}),
+    "full": ({"full_state_dict": True}, {"full_state_dict": True}),
+    "full_on_rank_0": (
+        {"full_state_dict": True, "cpu_offload": True},
+        {"full_state_dict": True, "broadcast_from_rank0": True},
+    ),
+}
+#: Where :func:`optimx.build` has its optimizer, in the first half and in the second.
+BUILT = [(FSDP2, FSDP4), (FSDP4, FSDP2), (FSDP4, FSDP2_OF_TP), (FSDP4, ALONE), (ALONE, FSDP4), (DDP, FSDP4)]
+CONFIG: dict[str, Any] = {
+    "optimizer": {"name": "adamw", "lr": 1e-2, "weight_decay": 0.1, "max_grad_norm": 0.5},
+    "groups": {"no_decay": "auto"},
+}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "cosine": {"name": "cosine", "total": STEPS + 1, "warmup": 1},
+    "torchs": {"name": "StepLR", "step_size": 3, "warmup": 1},
+}
 
 
-def train(trained: Trained, steps: range) -> None:
+def train(trained: Trained, steps: range, scheduler: Any = None) -> list[list[float]]:
+    """Returns the learning rates."""
+    rates = []
     for step in steps:
         for param in params_of(trained.optimizer):
             param.grad = None
         trained.loss(step).backward()
+        rates.append([float(group["lr"]) for group in trained.optimizer.param_groups])
         trained.optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return rates
 
 
 def ended(trained: Trained) -> dict[str, Any]:
@@ -120,13 +152,108 @@ def resume(rank: int, first: Half, second: Half, folder: Path) -> dict[str, Any]
     return ended(trained)
 
 
+def hand_over(rank: int, options: str, packages: tuple[str, str], folder: Path) -> dict[str, Any]:
+    """From one optimizer to another in the same process."""
+    first, second = (FSDP4.begin(rank, make_of(package, "AdamW")) for package in packages)
+    train(first, range(HALF))
+    get, put = (StateDictOptions(**kwargs) for kwargs in OPTIONS[options])
+    state = state_of(first, get)
+    if options == "full_on_rank_0":
+        assert bool(state["model"]) is bool(state["optimizer"]) is (rank == 0)
+    set_state(second, state, put)
+    train(second, range(HALF, STEPS))
+    return ended(second)
+
+
+def flattened_in_files(rank: int, folder: Path) -> dict[str, Any]:
+    first, second = (fsdp2(rank, make_of("optimx", "AdamW")) for _ in range(2))
+    train(first, range(HALF))
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    dcp.save(state_of(first, options), checkpoint_id=folder / "flattened")
+    load(second, folder / "flattened", options)
+    train(second, range(HALF, STEPS))
+    return ended(second)
+
+
+def moved(rank: int) -> dict[str, Any]:
+    """States go elsewhere after each step and come back before the next, into other memory."""
+    trained = fsdp2(rank, make_of("optimx", "AdamW"))
+    for step in range(STEPS):
+        train(trained, range(step, step + 1))
+        for state in trained.optimizer.state.values():
+            for name, value in state.items():
+                state[name] = value.clone()
+                value.fill_(torch.nan)
+    return ended(trained)
+
+
+def asynchronous(rank: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The training goes on while its state is written, and from what was written another one."""
+    trained, other = (fsdp2(rank, make_of("optimx", "AdamW")) for _ in range(2))
+    train(trained, range(HALF))
+    group = dist.new_group(backend="gloo")
+    written = dcp.async_save(state_of(trained), checkpoint_id=folder / "asynchronous", process_group=group)
+    train(trained, range(HALF, STEPS))
+    written.result()
+    load(other, folder / "asynchronous")
+    train(other, range(HALF, STEPS))
+    return ended(trained), ended(other)
+
+
+def built(rank: int, place: Place, schedule: str) -> tuple[optimx.build.Build, Trained]:
+    trained = place.begin(rank, partial(optimx.SGD, lr=0.0))
+    build = optimx.build(trained.model, {**CONFIG, "schedule": SCHEDULES[schedule]})
+    return build, replace(trained, optimizer=build.optimizer)
+
+
+def save_build(rank: int, place: Place, schedule: str, folder: Path) -> None:
+    build, trained = built(rank, place, schedule)
+    train(trained, range(HALF), build.scheduler)
+    dcp.save({"train": build.as_stateful()}, checkpoint_id=folder / f"{schedule}-{place}")
+
+
+def resume_build(rank: int, first: Place, second: Place, schedule: str, folder: Path) -> dict[str, Any]:
+    build, trained = built(rank, second, schedule)
+    dcp.load({"train": build.as_stateful()}, checkpoint_id=folder / f"{schedule}-{first}")
+    rates = train(trained, range(HALF, STEPS), build.scheduler)
+    return {**ended(trained), "rates": rates}
+
+
 def of_world(world: int, folder: Path) -> tuple[dict[str, ranks.Check], dict[str, ranks.Check]]:
     """What so many ranks save, and what they load."""
-    first = {str(half): partial(save_half, half=half, folder=folder) for half, _ in HALVES if half.place.world == world}
-    second = {
-        f"{a} to {b}": partial(resume, first=a, second=b, folder=folder) for a, b in HALVES if b.place.world == world
+    first: dict[str, ranks.Check] = {
+        **{str(half): partial(save_half, half=half, folder=folder) for half, _ in HALVES if half.place.world == world},
+        **{
+            f"{schedule}-{place}": partial(save_build, place=place, schedule=schedule, folder=folder)
+            for place, _ in BUILT
+            for schedule in SCHEDULES
+            if place.world == world
+        },
     }
+    second: dict[str, ranks.Check] = {
+        **{
+            f"{a} to {b}": partial(resume, first=a, second=b, folder=folder)
+            for a, b in HALVES if b.place.world == world
+        },
+        **{
+            f"{schedule}-{a} to {b}": partial(resume_build, first=a, second=b, schedule=schedule, folder=folder)
+            for a, b in BUILT for schedule in SCHEDULES if b.world == world
+        },
+    }  # fmt: skip
     return first, second
+
+
+def on_four(folder: Path) -> dict[str, ranks.Check]:
+    """What is no matter of the number of ranks."""
+    return {
+        **{
+            f"{options}-{a}-{b}": partial(hand_over, options=options, packages=(a, b), folder=folder)
+            for options in OPTIONS for a, b in BOTH_WAYS
+        },
+        "flattened_in_files": partial(flattened_in_files, folder=folder),
+        "moved": moved,
+        "asynchronous": partial(asynchronous, folder=folder),
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +264,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def resumed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, ranks.Results]:
     """What the ranks found that loaded the checkpoints of others, by their number."""
-    save_half(0, Half("optimx", "AdamW", ALONE), folder)
-    save_half(0, Half("torch", "AdamW", ALONE), folder)
+    alone, _ = of_world(1, folder)
+    for save in alone.values():
+        save(0)
     saved, loaded = of_world(2, folder)
     ranks.run(saved, 2, tmp_path_factory.mktemp("ranks"))
-    four = {name: check for checks in of_world(4, folder) for name, check in checks.items()}
+    first, second = of_world(4, folder)
+    four = {**first, **second, **on_four(folder)}
     return {
         4: ranks.run(four, 4, tmp_path_factory.mktemp("ranks")),
         2: ranks.run(loaded, 2, tmp_path_factory.mktemp("ranks")),
@@ -166,3 +295,46 @@ def test_resumes(first: Half, second: Half, folder: Path, resumed: dict[int, ran
     results = [resume(0, first, second, folder)] if alone else resumed[second.place.world][f"{first} to {second}"]
     for result in results:
         assert_ended(result, second.optimizer)
+
+
+@pytest.mark.parametrize("packages", BOTH_WAYS, ids="-".join)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_hands_over(options: str, packages: tuple[str, str], resumed: dict[int, ranks.Results]) -> None:
+    for result in resumed[4]["-".join((options, *packages))]:
+        assert_ended(result, "AdamW")
+
+
+@pytest.mark.parametrize("name", ["flattened_in_files", "moved"])
+def test_ends_where_one_process_does(name: str, resumed: dict[int, ranks.Results]) -> None:
+    for result in resumed[4][name]:
+        assert_ended(result, "AdamW")
+
+
+def test_what_is_written_is_the_state_of_the_call(resumed: dict[int, ranks.Results]) -> None:
+    for went_on, loaded in resumed[4]["asynchronous"]:
+        assert_ended(went_on, "AdamW")
+        assert_ended(loaded, "AdamW")
+
+
+@cache
+def build_in_one_process(schedule: str) -> dict[str, Any]:
+    build, trained = built(0, ALONE, schedule)
+    rates = train(trained, range(STEPS), build.scheduler)
+    assert len({*map(tuple, rates)}) > 1
+    return {**ended(trained), "rates": rates[HALF:]}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("first", "second"), BUILT, ids=str)
+def test_a_build_resumes(
+    first: Place, second: Place, schedule: str, folder: Path, resumed: dict[int, ranks.Results]
+) -> None:
+    if second == ALONE:
+        results = [resume_build(0, first, second, schedule, folder)]
+    else:
+        results = resumed[second.world][f"{schedule}-{first} to {second}"]
+    expected = build_in_one_process(schedule)
+    for result in results:
+        assert result["rates"] == expected["rates"]
+        torch.testing.assert_close(result["params"], expected["params"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["states"], expected["states"], rtol=1e-3, atol=1e-4)
