@@ -320,4 +320,7 @@ def local_tensors(tensors: Iterable[Any]) -> list[Any]:
 
 def dtensor_like(param: Tensor, local: Tensor) -> Tensor:
     """A DTensor of ``local``, laid out as the parameter; ``from_local`` would take uneven shards to be even."""
-    return dtensor_class()(local, dtensor_spec(param), requires_grad=False)  # type: ignore[misc]
+    # a DTensor takes over the offset of its local tensor in memory, as its own address: DCP's async_save follows it
+    made = dtensor_class()(local.new_empty(0), dtensor_spec(param), requires_grad=False)  # type: ignore[misc]
+    made._local_tensor = local
+    return made
