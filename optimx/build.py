@@ -174,18 +174,15 @@ class _Stateful:
         return {"model": model, "optimizer": optimizer, "scheduler": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
 
-        self.build._check_scheduler(state_dict)
-        set_state_dict(
-            self.build.model,
-            self.build.optimizer,
-            model_state_dict=state_dict["model"],
-            optim_state_dict=state_dict["optimizer"],
-            options=self.options,
-        )
-        if self.build.scheduler is not None:
-            self.build.scheduler.load_state_dict(state_dict["scheduler"][0])
+        build, options = self.build, self.options
+        build._check_scheduler(state_dict)
+        # set_state_dict would take a rank that has nothing, as the first has all, for one that wants no model
+        set_model_state_dict(build.model, state_dict["model"], options=options)
+        set_optimizer_state_dict(build.model, build.optimizer, state_dict["optimizer"], options=options)
+        if build.scheduler is not None:
+            build.scheduler.load_state_dict(state_dict["scheduler"][0])
 
 
 def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Build:

@@ -11,7 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import optimx
 from tests.distributed import ranks
@@ -127,10 +132,9 @@ def state_of(trained: Trained, options: StateDictOptions | None = None) -> dict[
 
 
 def set_state(trained: Trained, state: dict[str, Any], options: StateDictOptions | None = None) -> None:
-    set_state_dict(
-        trained.model, trained.optimizer, options=options,
-        model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-    )  # fmt: skip
+    # set_state_dict would take a rank that has nothing for one that wants no model
+    set_model_state_dict(trained.model, state["model"], options=options)
+    set_optimizer_state_dict(trained.model, trained.optimizer, state["optimizer"], options=options)
 
 
 def load(trained: Trained, path: Path, options: StateDictOptions | None = None) -> None:
@@ -152,7 +156,7 @@ def resume(rank: int, first: Half, second: Half, folder: Path) -> dict[str, Any]
     return ended(trained)
 
 
-def hand_over(rank: int, options: str, packages: tuple[str, str], folder: Path) -> dict[str, Any]:
+def hand_over(rank: int, options: str, packages: tuple[str, str]) -> dict[str, Any]:
     """From one optimizer to another in the same process."""
     first, second = (FSDP4.begin(rank, make_of(package, "AdamW")) for package in packages)
     train(first, range(HALF))
@@ -212,6 +216,16 @@ def save_build(rank: int, place: Place, schedule: str, folder: Path) -> None:
     dcp.save({"train": build.as_stateful()}, checkpoint_id=folder / f"{schedule}-{place}")
 
 
+def hand_over_build(rank: int) -> dict[str, Any]:
+    """The first rank has the whole state."""
+    get, put = (StateDictOptions(**kwargs) for kwargs in OPTIONS["full_on_rank_0"])
+    (first, trained), (second, other) = (built(rank, FSDP4, "cosine") for _ in range(2))
+    train(trained, range(HALF), first.scheduler)
+    second.as_stateful(put).load_state_dict(first.as_stateful(get).state_dict())
+    rates = train(other, range(HALF, STEPS), second.scheduler)
+    return {**ended(other), "rates": rates}
+
+
 def resume_build(rank: int, first: Place, second: Place, schedule: str, folder: Path) -> dict[str, Any]:
     build, trained = built(rank, second, schedule)
     dcp.load({"train": build.as_stateful()}, checkpoint_id=folder / f"{schedule}-{first}")
@@ -247,12 +261,13 @@ def on_four(folder: Path) -> dict[str, ranks.Check]:
     """What is no matter of the number of ranks."""
     return {
         **{
-            f"{options}-{a}-{b}": partial(hand_over, options=options, packages=(a, b), folder=folder)
+            f"{options}-{a}-{b}": partial(hand_over, options=options, packages=(a, b))
             for options in OPTIONS for a, b in BOTH_WAYS
         },
         "flattened_in_files": partial(flattened_in_files, folder=folder),
         "moved": moved,
         "asynchronous": partial(asynchronous, folder=folder),
+        "hand_over_build": hand_over_build,
     }  # fmt: skip
 
 
@@ -324,6 +339,15 @@ def build_in_one_process(schedule: str) -> dict[str, Any]:
     return {**ended(trained), "rates": rates[HALF:]}
 
 
+def assert_built(results: list[dict[str, Any]], schedule: str) -> None:
+    """Where the same build in one process ends, which nothing interrupts."""
+    expected = build_in_one_process(schedule)
+    for result in results:
+        assert result["rates"] == expected["rates"]
+        torch.testing.assert_close(result["params"], expected["params"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(result["states"], expected["states"], rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("first", "second"), BUILT, ids=str)
 def test_a_build_resumes(
@@ -333,8 +357,8 @@ def test_a_build_resumes(
         results = [resume_build(0, first, second, schedule, folder)]
     else:
         results = resumed[second.world][f"{schedule}-{first} to {second}"]
-    expected = build_in_one_process(schedule)
-    for result in results:
-        assert result["rates"] == expected["rates"]
-        torch.testing.assert_close(result["params"], expected["params"], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(result["states"], expected["states"], rtol=1e-3, atol=1e-4)
+    assert_built(results, schedule)
+
+
+def test_a_build_hands_over(resumed: dict[int, ranks.Results]) -> None:
+    assert_built(resumed[4]["hand_over_build"], "cosine")
