@@ -457,11 +457,10 @@ def test_distributed_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="should be none but is: a scheduler's state"):
         dcp.load({"train": without.as_stateful()}, checkpoint_id=tmp_path)
     shorter = optimx.build(linear(), {**cfg, "schedule": {"name": "cosine", "total": 20}})
-    with pytest.raises(ValueError, match="differs: schedule of lr.phases"):
+    with pytest.raises(ValueError, match=r"differs: schedule of lr\.phases"):
         dcp.load({"train": shorter.as_stateful()}, checkpoint_id=tmp_path)
-    dcp.save({"train": without.as_stateful()}, checkpoint_id=tmp_path / "without")
     with pytest.raises(ValueError, match="should be a scheduler's state but is: none"):
-        dcp.load({"train": second.as_stateful()}, checkpoint_id=tmp_path / "without")
+        second.as_stateful().load_state_dict(without.as_stateful().state_dict())
 
 
 # what it costs
