@@ -459,6 +459,14 @@ def test_distributed_checkpoint(tmp_path: Path) -> None:
     shorter = optimx.build(linear(), {**cfg, "schedule": {"name": "cosine", "total": 20}})
     with pytest.raises(ValueError, match=r"differs: schedule of lr\.phases"):
         dcp.load({"train": shorter.as_stateful()}, checkpoint_id=tmp_path)
+    shorter.scheduler.on_mismatch = "use_new"
+    dcp.load({"train": shorter.as_stateful()}, checkpoint_id=tmp_path)
+    assert shorter.scheduler.last_epoch == 5
+    assert (
+        shorter.optimizer.param_groups[0]["lr"]
+        == shorter.scheduler.preview(1, 5)[0][0]
+        != first.scheduler.preview(1, 5)[0][0]
+    )
     with pytest.raises(ValueError, match="should be a scheduler's state but is: none"):
         second.as_stateful().load_state_dict(without.as_stateful().state_dict())
 
