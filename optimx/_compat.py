@@ -320,7 +320,10 @@ def local_tensors(tensors: Iterable[Any]) -> list[Any]:
 
 def dtensor_of(local: Tensor, spec: Any) -> Tensor:
     """A DTensor of a local tensor; ``from_local`` would take uneven shards to be even."""
-    return dtensor_class()(local, spec, requires_grad=False)  # type: ignore[misc]
+    # a DTensor takes over the offset of its local tensor in memory, as its own address: DCP's async_save follows it
+    made = dtensor_class()(local.new_empty(0), spec, requires_grad=False)  # type: ignore[misc]
+    made._local_tensor = local
+    return made
 
 
 def new_dtensor_spec(mesh: Any, placements: tuple[Any, ...], shape: torch.Size, dtype: torch.dtype) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
 from torch.optim import Optimizer
@@ -23,6 +23,10 @@ from .lr_scheduler.warmup_lr import WarmupAroundLR
 from .param_groups import GroupsDescription, describe
 from .presets import TREES
 from .resolve import attempt, resolve_groups, resolve_optimizer, resolve_schedule
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+    from torch.distributed.checkpoint.stateful import Stateful
 
 __all__ = ["Build", "BuildExplanation", "build", "is_function_of_step"]
 
@@ -91,7 +95,7 @@ class Build:
         return BuildExplanation(describe(self.model, groups), explain(self.optimizer), name, rates)
 
     def state_dict(self) -> dict[str, Any]:
-        """Of optimizer and scheduler (None without one) together."""
+        """Of optimizer and scheduler (None without one) together. Sharded checkpoints: :meth:`as_stateful`."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
 
@@ -104,10 +108,7 @@ class Build:
         """
         if set(state_dict) != {"optimizer", "scheduler"}:
             raise ValueError(f"state_dict should have 'optimizer' and 'scheduler' but has: {sorted(state_dict)}")
-        has, needs = state_dict["scheduler"] is not None, self.scheduler is not None
-        if has != needs:
-            words = {True: "a scheduler's state", False: "none"}
-            raise ValueError(f"state_dict['scheduler'] should be {words[needs]} but is: {words[has]}")
+        self._check_scheduler(state_dict)
         before = self.optimizer.state_dict()
         self.optimizer.load_state_dict(dict(state_dict["optimizer"]))
         if self.scheduler is not None:
@@ -117,6 +118,29 @@ class Build:
             except BaseException:
                 self.optimizer.load_state_dict(before)
                 raise
+
+    def _check_scheduler(self, state_dict: Mapping[str, Any]) -> None:
+        has, needs = state_dict["scheduler"] is not None, self.scheduler is not None
+        if has != needs:
+            words = {True: "a scheduler's state", False: "none"}
+            raise ValueError(f"state_dict['scheduler'] should be {words[needs]} but is: {words[has]}")
+
+    def as_stateful(self, options: StateDictOptions | None = None) -> Stateful:
+        """Model, optimizer and scheduler for ``torch.distributed.checkpoint``, by the names of parameters.
+
+        ``dcp.save({"train": build.as_stateful()}, checkpoint_id=folder)`` writes them, and ``dcp.load`` with the same
+        dict of a fresh build reads them, also on another number of ranks or with a model that is sharded otherwise.
+        (A :class:`Build` itself could be given to both, but a fresh optimizer has no states yet, and what has no place
+        is not read.)
+
+        Args:
+            options: What :func:`torch.distributed.checkpoint.state_dict.get_state_dict` takes (default: None).
+
+        Returns:
+            An object with ``state_dict`` and ``load_state_dict``, which raises ValueError for a scheduler's state
+            where there is no scheduler, for none where there is one, and for what the scheduler refuses.
+        """
+        return _Stateful(self, options)
 
     def as_lightning(self, **lr_scheduler: Any) -> dict[str, Any]:
         """What ``LightningModule.configure_optimizers`` returns: the scheduler goes on every step, not every epoch.
@@ -131,6 +155,34 @@ class Build:
             "optimizer": self.optimizer,
             "lr_scheduler": {"scheduler": self.scheduler, "interval": "step", "frequency": 1, **lr_scheduler},
         }
+
+
+@dataclass(frozen=True)
+class _Stateful:
+    """What :meth:`Build.as_stateful` returns."""
+
+    build: Build
+    options: StateDictOptions | None
+
+    def state_dict(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        model, optimizer = get_state_dict(self.build.model, self.build.optimizer, options=self.options)
+        scheduler = self.build.scheduler
+        # of lists and dicts DCP would read what this scheduler's has, too, and hide that the checkpoint's has more
+        state = None if scheduler is None else (scheduler.state_dict(),)
+        return {"model": model, "optimizer": optimizer, "scheduler": state}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import set_model_state_dict, set_optimizer_state_dict
+
+        build, options = self.build, self.options
+        build._check_scheduler(state_dict)
+        # set_state_dict would take a rank that has nothing, as the first has all, for one that wants no model
+        set_model_state_dict(build.model, state_dict["model"], options=options)
+        set_optimizer_state_dict(build.model, build.optimizer, state_dict["optimizer"], options=options)
+        if build.scheduler is not None:
+            build.scheduler.load_state_dict(state_dict["scheduler"][0])
 
 
 def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Build:

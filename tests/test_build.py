@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
 
 import optimx
 from optimx import Build, Config, ConfigError
@@ -439,6 +440,35 @@ def test_refused_states() -> None:
     with pytest.raises(ValueError, match="checkpoint"):
         with_one.load_state_dict(other.state_dict())
     assert with_one.optimizer.state_dict()["state"] == {}
+
+
+def test_distributed_checkpoint(tmp_path: Path) -> None:
+    """Also of a schedule with more phases than the one that reads it has: nothing is dropped without a word."""
+    cfg = {"optimizer": {"lr": 0.1}, "schedule": {"name": "cosine", "total": 20, "warmup": 3}}
+    first, second = optimx.build(linear(), cfg), optimx.build(linear(), cfg)
+    train(first, 5)
+    dcp.save({"train": first.as_stateful()}, checkpoint_id=tmp_path)
+    dcp.load({"train": second.as_stateful()}, checkpoint_id=tmp_path)
+    for build in (first, second):
+        train(build, 5)
+    assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
+    assert second.scheduler.last_epoch == 10
+    without = optimx.build(linear(), {})
+    with pytest.raises(ValueError, match="should be none but is: a scheduler's state"):
+        dcp.load({"train": without.as_stateful()}, checkpoint_id=tmp_path)
+    shorter = optimx.build(linear(), {**cfg, "schedule": {"name": "cosine", "total": 20}})
+    with pytest.raises(ValueError, match=r"differs: schedule of lr\.phases"):
+        dcp.load({"train": shorter.as_stateful()}, checkpoint_id=tmp_path)
+    shorter.scheduler.on_mismatch = "use_new"
+    dcp.load({"train": shorter.as_stateful()}, checkpoint_id=tmp_path)
+    assert shorter.scheduler.last_epoch == 5
+    assert (
+        shorter.optimizer.param_groups[0]["lr"]
+        == shorter.scheduler.preview(1, 5)[0][0]
+        != first.scheduler.preview(1, 5)[0][0]
+    )
+    with pytest.raises(ValueError, match="should be a scheduler's state but is: none"):
+        second.as_stateful().load_state_dict(without.as_stateful().state_dict())
 
 
 # what it costs

@@ -255,6 +255,20 @@ def test_saved_dict_is_alive_as_stocks(case: Case, device: torch.device) -> None
             assert all(value is optimizer.state[param][name] for name, value in saved["state"][i].items())
 
 
+@each_case
+def test_own_states_are_loaded_where_they_are(case: Case, device: torch.device) -> None:
+    """As by DCP, which has copied into them; at a model's size there is no room for another set. Stock's stay, too."""
+    for make in builders(case):
+        optimizer = make(make_params([(90, 70)], device), **usual(case))
+        train([optimizer], 1)
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+        (state,) = optimizer.state.values()
+        large = [name for name, value in state.items() if value.numel() > 1]
+        assert large
+        assert all(state[name].data_ptr() == saved["state"][0][name].data_ptr() for name in large)
+
+
 COPIES: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),

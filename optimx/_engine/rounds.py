@@ -20,8 +20,8 @@ from torch import distributed as dist
 from .. import _compat
 from .sharding import all_reduced, cutting, has_dtensors, local
 
-#: What meets: whether there is a gradient; sums of squared gradients over rows and over columns (and averages of complete
-#: rows, added up); averages of rows that had to meet first, added up; squared lengths of parameters and of their steps.
+#: What meets: whether there is a gradient; sums of squared gradients over rows and over columns, with averages of rows,
+#: added up, if these are whole; else those after them; squared lengths of parameters and of their steps.
 PRESENT, SUMS, MEANS, LENGTHS = range(4)
 
 

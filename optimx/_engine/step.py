@@ -145,19 +145,28 @@ class MultiTensorStep(EngineOptimizer):
         _compat.add_param_group(self, param_group, super().add_param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps."""
+        """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps.
+
+        But tensors that are states of this optimizer already, into which DCP has loaded, stay what they are.
+        """
+        own = {id(value) for state in self.state.values() if isinstance(state, dict) for value in state.values()}
         # hooks may load something else than was given, and are to find the states where they stay
         loaded: list[dict[str, Any]] = []
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        after = self.register_load_state_dict_post_hook(lambda _: self._take_over(loaded[0]), prepend=True)
+        after = self.register_load_state_dict_post_hook(lambda _: self._take_over(loaded[0], own), prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
 
-    def _take_over(self, state_dict: dict[str, Any]) -> None:
-        """Give what has been loaded its own memory, and the exact values where torch rounds."""
+    def _take_over(self, state_dict: dict[str, Any], own: set[int]) -> None:
+        """Give what has been loaded its own memory, and the exact values where torch rounds.
+
+        Args:
+            state_dict: What has been loaded.
+            own: Ids of what was in the state before.
+        """
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = ((param, group) for group in self.param_groups for param in group["params"])
         for (param, group), saved_id in zip(params, saved_ids, strict=False):
@@ -171,7 +180,12 @@ class MultiTensorStep(EngineOptimizer):
                 dtype = self.rule.kind_of(name, param, group, self.defaults).dtype
                 if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
                     state[name] = saved[name].detach().to(param.device, dtype)
-        own_states(self, state_dict["state"])
+        others = {
+            key: {name: value for name, value in state.items() if id(value) not in own}
+            if isinstance(state, dict) else state
+            for key, state in state_dict["state"].items()
+        }  # fmt: skip
+        own_states(self, others)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""

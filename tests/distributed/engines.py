@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -73,17 +73,24 @@ class Trained:
         loss: Of a step, in this process.
         params: The whole parameters at the end.
         stepped: What the loop calls ``step`` of, where it is not the optimizer.
+        model: Whose state dict torch's engines make.
     """
 
     optimizer: Any
     loss: Callable[[int], Tensor]
     params: Callable[[], list[Tensor]]
     stepped: Any = None
+    model: Any = None
 
 
 def of_model(model: nn.Module, make: Make, rank: int | None, **kwargs: Any) -> Trained:
-    optimizer = make(model.parameters(), **kwargs)
-    return Trained(optimizer, lambda step: loss_of(model, step, rank), lambda: [*map(full, model.parameters())])
+    optimizer, params = make(model.parameters(), **kwargs), model.parameters
+    return Trained(optimizer, lambda step: loss_of(model, step, rank), lambda: [*map(full, params())], model=model)
+
+
+def one_process(rank: int, make: Make) -> Trained:
+    """The whole batch, and no process group."""
+    return of_model(net(), make, None)
 
 
 def ddp(rank: int, make: Make) -> Trained:
@@ -95,6 +102,12 @@ def fsdp2(rank: int, make: Make) -> Trained:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model.a, mesh=mesh)
     return of_model(fully_shard(model, mesh=mesh), make, rank)
+
+
+def fsdp2_offloaded(rank: int, make: Make) -> Trained:
+    """Parameters, gradients and states are on the CPU, wherever the layers are computed."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return of_model(fully_shard(net(), mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)), make, rank)
 
 
 def hsdp(rank: int, make: Make) -> Trained:
@@ -127,7 +140,8 @@ def fsdp2_of_tensor_parallel(rank: int, make: Make) -> Trained:
     model = fully_shard(model, mesh=mesh["data"])
     rank, world = mesh.get_local_rank("data"), mesh.size(0)
     params = [*model.parameters()]
-    return Trained(make(params), lambda step: loss_of(model, step, rank, world), lambda: [*map(full, params)])
+    loss, whole = (lambda step: loss_of(model, step, rank, world)), (lambda: [*map(full, params)])
+    return Trained(make(params), loss, whole, model=model)
 
 
 def fsdp1(rank: int, make: Make) -> Trained:
@@ -193,6 +207,7 @@ def told_the_norm(rank: int, make: Make) -> Trained:
 ENGINES: dict[str, Callable[[int, Make], Trained]] = {
     "ddp": ddp,
     "fsdp2": fsdp2,
+    "fsdp2_offloaded": fsdp2_offloaded,
     "hsdp": hsdp,
     "tensor_parallel": tensor_parallel,
     "sequence_parallel": sequence_parallel,

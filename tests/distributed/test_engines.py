@@ -111,35 +111,6 @@ def collectives(rank: int, clip: float | None, missing: bool) -> list[Any]:
     return [seen, mode.get_total_counts(), None if norm is None else float(norm)]
 
 
-def checkpoint(rank: int, ours_first: bool) -> list[bool]:
-    """Half of a training each, ours and stock's, beside all of it: DCP's state dicts go both ways."""
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    makes = [partial(optimx.AdamW, **ADAMW), partial(torch.optim.AdamW, **ADAMW, foreach=True)]
-    models = [net() for _ in range(3)]
-    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    for model in models:
-        torch.distributed.fsdp.fully_shard(model, mesh=mesh)
-    first, second = makes if ours_first else makes[::-1]
-    optimizers = [first(models[0].parameters()), second(models[1].parameters()), makes[1](models[2].parameters())]
-
-    def steps(i: int, which: range) -> None:
-        for step in which:
-            optimizers[i].zero_grad()
-            loss_of(models[i], step, rank).backward()
-            optimizers[i].step()
-
-    steps(0, range(2))
-    of_model, of_optimizer = get_state_dict(models[0], optimizers[0])
-    set_state_dict(models[1], optimizers[1], model_state_dict=of_model, optim_state_dict=of_optimizer)
-    steps(1, range(2, 4))
-    steps(2, range(4))
-    return [
-        torch.allclose(full(a), full(b), rtol=1e-5, atol=1e-6)
-        for a, b in zip(models[1].parameters(), models[2].parameters(), strict=True)
-    ]
-
-
 def clip_function(rank: int, norm_type: float) -> tuple[float, list[Tensor]]:
     """DTensors, empty shards and plain parameters in one call."""
     trained = ENGINES["tensor_parallel"](rank, partial(optimx.SGD, lr=0.0))
@@ -186,14 +157,13 @@ ON_FOUR: dict[str, ranks.Check] = {
         f"collectives-{clip}-{missing}": partial(collectives, clip=clip, missing=missing)
         for clip in (None, CLIP) for missing in (False, True)
     },
-    **{f"checkpoint-{first}": partial(checkpoint, ours_first=first) for first in (False, True)},
     **{f"clip-{norm_type}": partial(clip_function, norm_type=norm_type) for norm_type in ORDERS},
 }  # fmt: skip
 #: The interpreter, a millisecond a program, tries what kernels see of them.
 _INTERPRETED = {
     "fsdp2-0.5-True", "tensor_parallel-0.5-True", "pipeline-0.5-True", "total_norm-0.5-False", "mixed", "SGD-0.5",
     *(f"collectives-{clip}-{missing}" for clip in (None, CLIP) for missing in (False, True)), "clip-2.0",
-    "refused", "checkpoint-False", "checkpoint-True",
+    "refused",
 }  # fmt: skip
 
 
@@ -283,11 +253,6 @@ def test_one_collective_whatever_a_rank_has(four: ranks.Results) -> None:
         clipped = four[f"collectives-{CLIP}-{missing}"]
         assert [seen for seen, _, _ in clipped] == [[((2,), "torch.float64")]] * 4
         assert len({norm for _, _, norm in clipped}) == 1
-
-
-@pytest.mark.parametrize("ours_first", [False, True], ids=["from_stock", "to_stock"])
-def test_checkpoints_go_both_ways(ours_first: bool, four: ranks.Results) -> None:
-    assert all(map(all, four[f"checkpoint-{ours_first}"]))
 
 
 @pytest.mark.parametrize("norm_type", [order for _, order in tried([("clip", p) for p in ORDERS])])
