@@ -1,4 +1,4 @@
-"""The recipes of docs/sharding.md with other libraries, as four ranks run them."""
+"""The recipes of docs/sharding.md with other libraries, as two ranks run them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def with_accelerate(rank: int, in_step: bool) -> dict[str, Any]:
             return optimizer.grad_norm if norm is None else norm
 
         norms = train([model], rank, dist.get_world_size(), step)
-        return {"params": whole([model]), "norms": norms, "sharded": str(optimx.explain(optimizer))}
+        return {"params": whole([model]), "norms": norms, "shown": str(optimx.explain(optimizer))}
 
 
 def with_transformers(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
@@ -92,8 +92,8 @@ def with_transformers(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
     with launched(rank), fsdp_on_cpus():
         arguments = TrainingArguments(
             output_dir=folder, max_steps=STEPS, logging_steps=1, use_cpu=True, lr_scheduler_type="constant",
-            max_grad_norm=0.0 if in_step else CLIP, weight_decay=ADAMW["weight_decay"], report_to=[], save_strategy="no",
-            disable_tqdm=True, remove_unused_columns=False, fsdp=True,
+            max_grad_norm=0.0 if in_step else CLIP, weight_decay=ADAMW["weight_decay"], save_strategy="no",
+            report_to=[], disable_tqdm=True, remove_unused_columns=False, fsdp=True,
             fsdp_config={"transformer_layer_cls_to_wrap": ["Block"]},
         )  # fmt: skip
         trainer = Rows(
@@ -102,7 +102,7 @@ def with_transformers(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
         )  # fmt: skip
         trainer.train()
         shown = str(optimx.explain(trainer.optimizer.optimizer))
-        return {"params": whole([trainer.model]), "norms": norms, "sharded": shown}
+        return {"params": whole([trainer.model]), "norms": norms, "shown": shown}
 
 
 def with_lightning(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def with_lightning(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
     world = dist.get_world_size()
     with launched(rank):
         trainer = lightning.Trainer(
-            max_epochs=1, accelerator="cpu", devices=world, strategy=ModelParallelStrategy(world // 2, 2),
+            max_epochs=1, accelerator="cpu", devices=world, strategy=ModelParallelStrategy(world, 1),
             gradient_clip_val=None if in_step else CLIP, logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
             use_distributed_sampler=False,
@@ -146,7 +146,7 @@ def with_lightning(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
         module = Module()
         trainer.fit(module, DataLoader(range(STEPS), batch_size=None))
     shown = str(optimx.explain(trainer.optimizers[0]))
-    return {"params": whole([module.net]), "norms": norms, "sharded": shown}
+    return {"params": whole([module.net]), "norms": norms, "shown": shown}
 
 
 def libraries(folder: str) -> dict[str, Callable[[int], dict[str, Any]]]:

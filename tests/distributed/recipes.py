@@ -13,11 +13,21 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 import optimx
 from tests.distributed.engines import full
-from tests.distributed.transformer import Transformer, apply_tensor_parallel, in_two_parts, loss_of, shard, transformer
+from tests.distributed.transformer import (
+    Transformer,
+    apply_tensor_parallel,
+    batch,
+    cross_entropy,
+    in_two_parts,
+    loss_of,
+    shard,
+    transformer,
+)
 
 STEPS, CLIP = 4, 0.5
 ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
@@ -141,6 +151,26 @@ def hsdp(rank: int) -> dict[str, Any]:
     return {"params": whole([model]), "norms": norms}
 
 
+def pipeline(rank: int) -> dict[str, Any]:
+    """Two stages, each of which two data-parallel ranks have: the norm goes over these, then over the stages."""
+    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
+    index, stages = mesh.get_local_rank("pp"), mesh.get_group("pp")
+    part = shard(in_two_parts()[index], mesh["dp"])
+    stage = PipelineStage(part, index, 2, torch.device("cpu"), group=stages)
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=cross_entropy)
+    optimizer = optimx.AdamW(part.parameters(), **ADAMW, max_grad_norm=CLIP, norm_group=stages)
+    norms = []
+    for step in range(STEPS):
+        inputs, targets = batch(step, mesh.get_local_rank("dp"), mesh.size(1))
+        schedule.step(*[inputs] if index == 0 else [], target=targets if index == 1 else None)
+        norms.append(float(stepped(optimizer)))
+    own = {name: full(param) for name, param in part.named_parameters()}
+    of_ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, own)
+    params = dict(chain.from_iterable(map(dict.items, of_ranks)))
+    return {"params": [params[name] for name, _ in transformer().named_parameters()], "norms": norms}
+
+
 class DistributedOptimizer:
     """Megatron's: a rank updates a float32 shard of the flat parameters, which all gather again."""
 
@@ -223,6 +253,7 @@ RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
     "tensor_parallel_function": clipped_by_the_function,
     "model_parts": parts_of_a_model,
     "hsdp": hsdp,
+    "pipeline": pipeline,
     "flat_shards": flat_shards,
     "zero": zero,
     "event": event_of_the_step,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-import optimx
+from optimx.param_groups import no_decay_groups
 from tests.distributed import ranks
 from tests.distributed.libraries import libraries
 from tests.distributed.recipes import ADAMW, CLIP, FLAT, RECIPES, STEPS, train, whole, whole_state
@@ -21,14 +23,19 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> ranks.Results:
+    return ranks.run(RECIPES, 4, tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def results_of_libraries(tmp_path_factory: pytest.TempPathFactory) -> ranks.Results:
     folder = tmp_path_factory.mktemp("ranks")
-    return ranks.run({**RECIPES, **libraries(str(folder))}, 4, folder)
+    return ranks.run(libraries(str(folder)), 2, folder)
 
 
-def in_one_process(groups: Any) -> dict[str, Any]:
+def in_one_process(groups_of: Callable[[nn.Module], Any] = nn.Module.parameters) -> dict[str, Any]:
     """Stock on all rows: parameters, norms, and states after half of the steps."""
     model = transformer()
-    optimizer = torch.optim.AdamW(groups(model), **ADAMW)
+    optimizer = torch.optim.AdamW(groups_of(model), **ADAMW)
 
     def step() -> Tensor:
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -46,7 +53,7 @@ def in_one_process(groups: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Any]:
-    return in_one_process(nn.Module.parameters)
+    return in_one_process()
 
 
 def assert_same(result: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -82,11 +89,12 @@ def test_all_gathers_wait_for_the_event_of_the_step_before(results: ranks.Result
 
 @pytest.mark.parametrize("where", ["step", "library"])
 @pytest.mark.parametrize("library", ["accelerate", "transformers", "lightning"])
-def test_other_libraries(library: str, where: str, results: ranks.Results, one_process: dict[str, Any]) -> None:
-    pytest.importorskip("accelerate" if library == "transformers" else library)
+def test_libraries(library: str, where: str, results_of_libraries: ranks.Results, one_process: dict[str, Any]) -> None:
     pytest.importorskip(library)
-    # the Trainer makes groups
-    expected = in_one_process(lambda model: optimx.param_groups.no_decay(model, 0.1)) if library == "transformers" else one_process
-    for result in results[f"{library}-{where}"]:
+    expected = one_process
+    if library == "transformers":
+        # the Trainer makes groups
+        expected = in_one_process(partial(no_decay_groups, weight_decay=ADAMW["weight_decay"]))
+    for result in results_of_libraries[f"{library}-{where}"]:
         assert_same(result, expected)
-        assert "parts of DTensors" in result["sharded"]
+        assert "parts of DTensors" in result["shown"]

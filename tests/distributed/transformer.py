@@ -84,12 +84,22 @@ def in_two_parts() -> list[Transformer]:
     return [first, last]
 
 
+def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+    """A rank's rows, and what is to come after each of their tokens; all rows by default."""
+    x, y = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
+    return x[rank::world], y[rank::world]
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
 def loss_of(parts: Sequence[nn.Module], step: int, rank: int = 0, world: int = 1) -> Tensor:
     """Loss of a rank's rows; of all rows by default."""
-    x, y = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(step))[:, rank::world]
+    x, targets = batch(step, rank, world)
     for part in parts:
         x = part(x)
-    return nn.functional.cross_entropy(x.flatten(0, 1), y.flatten())
+    return cross_entropy(x, targets)
 
 
 def apply_tensor_parallel(model: Transformer, mesh: Any) -> None:
