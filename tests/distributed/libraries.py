@@ -33,7 +33,7 @@ def launched(rank: int) -> Iterator[None]:
 @contextmanager
 def fsdp_on_cpus() -> Iterator[None]:
     """Accelerate takes FSDP for what it is where all processes are on CPUs, too."""
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     original = AcceleratorState.__init__
@@ -42,6 +42,7 @@ def fsdp_on_cpus() -> Iterator[None]:
         original(state, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     with mock.patch.object(AcceleratorState, "__init__", init):
         yield
