@@ -1,37 +1,47 @@
-"""The recipes of docs/sharding.md that need torch alone, as four ranks run them."""
+"""The blocks of docs/sharding.md that need torch alone, as four ranks run them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 import optimx
 from tests.distributed.engines import full
 from tests.distributed.transformer import (
-    Transformer,
-    apply_tensor_parallel,
-    batch,
+    PLAN,
+    PLAN_OF_BLOCK,
+    batch_of,
     cross_entropy,
     in_two_parts,
-    loss_of,
-    shard,
+    loss_of_rows,
     transformer,
 )
 
-STEPS, CLIP = 4, 0.5
-ADAMW: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1}
+STEPS, CLIP = 4, 1.0
+ADAMW: dict[str, Any] = {"lr": 3e-4, "weight_decay": 0.1}
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+PAGE = Path(__file__).parents[2] / "docs" / "sharding.md"
+BLOCKS = {
+    name: compile(code, f"{PAGE.name}: {name}", "exec")
+    for name, code in re.findall(r'^```python title="(\w+)\.py"\n(.*?)^```', PAGE.read_text(), re.DOTALL | re.MULTILINE)
+}
 
 
 class OptimizersContainer(torch.optim.Optimizer):
@@ -59,27 +69,45 @@ class OptimizersContainer(torch.optim.Optimizer):
             set_optimizer_state_dict(part, optimizer, optim_state_dict=state_dict, options=FLAT)
 
 
-def train(
-    parts: Sequence[nn.Module], rank: int, world: int, step: Callable[[], Any], which: Iterable[int] = range(STEPS)
-) -> list[float]:
-    """Steps of the model on a rank's rows, and the norms that ``step`` returned."""
-    norms = []
-    for i in which:
-        loss_of(parts, i, rank, world).backward()
-        norms.append(float(step()))
-    return norms
+class Recipe:
+    """Names that a block of the page uses, and what it prints: the norms.
 
+    Args:
+        copies: How many ranks in a row have the same rows of a batch.
+        names: Names beyond those of all blocks.
+    """
 
-def stepped(optimizer: Any) -> Tensor:
-    """The norm of a step, after which no gradient is left."""
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer.grad_norm
+    def __init__(self, copies: int = 1, **names: Any) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.norms: list[float] = []
+        self.names: dict[str, Any] = {
+            "torch": torch, "dist": dist, "nn": nn, "optimx": optimx, "init_device_mesh": init_device_mesh,
+            "fully_shard": fully_shard, "device": "cpu", "rank": rank, "world": world, "model": transformer(),
+            "batches": range(STEPS), "loss_of": partial(loss_of_rows, rank=rank // copies, world=world // copies),
+            "print": lambda norm: self.norms.append(float(norm)), **names,
+        }  # fmt: skip
+
+    def __getitem__(self, name: str) -> Any:
+        return self.names[name]
+
+    def run(self, block: str, **names: Any) -> None:
+        """Run a block after the ones before it, with these names replaced."""
+        self.names.update(names)
+        exec(BLOCKS[block], self.names)
+
+    def train(self, step: Callable[[], Any]) -> None:
+        """The loop of blocks that have none."""
+        for batch in self["batches"]:
+            self["loss_of"](self["model"], batch).backward()
+            self.norms.append(float(step()))
+
+    def results(self, *parts: nn.Module, **others: Any) -> dict[str, Any]:
+        return {"params": whole(parts or [self["model"]]), "norms": self.norms, **others}
 
 
 def whole(parts: Iterable[nn.Module]) -> list[Tensor]:
     """Parameters in the order of the model of one process."""
-    params = {name: full(param) for part in parts for name, param in part.named_parameters()}
+    params = {name.removeprefix("module."): full(p) for part in parts for name, p in part.named_parameters()}
     return [params[name] for name, _ in transformer().named_parameters()]
 
 
@@ -87,174 +115,146 @@ def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {name: full(value) if isinstance(value, Tensor) else value for name, value in state_dict.items()}
 
 
-def spread(parts: list[Transformer]) -> tuple[int, int]:
-    """Spread parts over pairs of tensor-parallel ranks, and tell whose of how many ranks' rows are this rank's."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
-    for part in parts:
-        apply_tensor_parallel(part, mesh["tp"])
-        shard(part, mesh["dp"])
-    return mesh.get_local_rank("dp"), mesh.size(0)
+def stepped(optimizer: Any) -> Tensor:
+    """The norm of a step, after which no gradient is left."""
+    optimizer.step()
+    optimizer.zero_grad()
+    return getattr(optimizer, "optim", optimizer).grad_norm
 
 
-def clipped_in_the_step(rank: int) -> dict[str, Any]:
-    model = transformer()
-    rank, world = spread([model])
-    optimizer = optimx.AdamW(model.parameters(), **ADAMW, max_grad_norm=CLIP)
-    norms = train([model], rank, world, lambda: stepped(optimizer))
-    return {"params": whole([model]), "norms": norms}
+def of_tensor_parallel() -> Recipe:
+    return Recipe(copies=2, parallelize_module=parallelize_module, plan=PLAN, plan_of_block=PLAN_OF_BLOCK)
+
+
+def tensor_parallel(rank: int) -> dict[str, Any]:
+    recipe = of_tensor_parallel()
+    recipe.run("tensor_parallel")
+    return recipe.results()
 
 
 def clipped_by_the_function(rank: int) -> dict[str, Any]:
-    """Torchtitan's loop with optimx's function, whose norm is a plain tensor."""
-    model = transformer()
-    rank, world = spread([model])
-    container = OptimizersContainer([model], optimx.AdamW, **ADAMW)
+    """Torchtitan's loop with optimx's function."""
+    recipe = of_tensor_parallel()
+    recipe.run("tensor_parallel", batches=())
+    recipe.names["batches"] = range(STEPS)
+    container = OptimizersContainer([recipe["model"]], optimx.AdamW, **ADAMW)
 
     def step() -> Tensor:
-        norm = optimx.clip_grad_norm_(model.parameters(), CLIP)
+        norm = optimx.clip_grad_norm_(recipe["model"].parameters(), CLIP)
         assert type(norm) is Tensor
         container.step()
         container.zero_grad()
         return norm
 
-    return {"norms": train([model], rank, world, step), "params": whole([model])}
+    recipe.train(step)
+    return recipe.results()
 
 
-def parts_of_a_model(rank: int) -> dict[str, Any]:
-    """Two parts have one norm; other optimizers go on with the state dict in the middle."""
-    parts = in_two_parts()
-    rank, world = spread(parts)
-
-    def step() -> Tensor:
-        norm = optimx.get_total_norm([p.grad for part in parts for p in part.parameters()])
-        for optimizer in container.optimizers:
-            optimizer.total_norm = norm
-        container.step()
-        container.zero_grad()
-        return norm
-
-    container = OptimizersContainer([*parts], optimx.AdamW, **ADAMW, max_grad_norm=CLIP)
-    norms = train(parts, rank, world, step, range(STEPS // 2))
-    state = container.state_dict()
-    container = OptimizersContainer([*parts], optimx.AdamW, lr=1.0, max_grad_norm=CLIP)
+def model_parts(rank: int) -> dict[str, Any]:
+    """Two parts over ranks; other optimizers go on with the state dict in the middle."""
+    recipe, parts = of_tensor_parallel(), in_two_parts()
+    for part in parts:
+        has = dict(part.named_children())
+        plan = {name: style for name, style in PLAN.items() if has.get(name) is not None}
+        recipe.run("tensor_parallel", model=part, plan=plan, batches=())
+    make = partial(OptimizersContainer, [*parts], optimx.AdamW, max_grad_norm=CLIP)
+    recipe.run("model_parts", model_parts=parts, container=make(**ADAMW), batches=range(STEPS // 2))
+    recipe["container"].zero_grad()
+    state, container = recipe["container"].state_dict(), make(lr=1.0)
     container.load_state_dict(state)
     state = whole_state(state)
-    norms += train(parts, rank, world, step, range(STEPS // 2, STEPS))
-    return {"params": whole(parts), "norms": norms, "state": state}
-
-
-def hsdp(rank: int) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("replicate", "shard"))
-    model = shard(transformer(), mesh)
-    optimizer = optimx.AdamW(model.parameters(), **ADAMW, max_grad_norm=CLIP)
-    norms = train([model], rank, dist.get_world_size(), lambda: stepped(optimizer))
-    return {"params": whole([model]), "norms": norms}
+    recipe.run("model_parts", container=container, batches=range(STEPS // 2, STEPS))
+    return recipe.results(*parts, state=state)
 
 
 def pipeline(rank: int) -> dict[str, Any]:
-    """Two stages, each of which two data-parallel ranks have: the norm goes over these, then over the stages."""
-    mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2), mesh_dim_names=("pp", "dp"))
-    index, stages = mesh.get_local_rank("pp"), mesh.get_group("pp")
-    part = shard(in_two_parts()[index], mesh["dp"])
-    stage = PipelineStage(part, index, 2, torch.device("cpu"), group=stages)
-    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=cross_entropy)
-    optimizer = optimx.AdamW(part.parameters(), **ADAMW, max_grad_norm=CLIP, norm_group=stages)
-    norms = []
-    for step in range(STEPS):
-        inputs, targets = batch(step, mesh.get_local_rank("dp"), mesh.size(1))
-        schedule.step(*[inputs] if index == 0 else [], target=targets if index == 1 else None)
-        norms.append(float(stepped(optimizer)))
-    own = {name: full(param) for name, param in part.named_parameters()}
+    ways = dist.get_world_size() // 2
+    recipe = Recipe(
+        model_parts=in_two_parts(), PipelineStage=PipelineStage, ScheduleGPipe=ScheduleGPipe,
+        cross_entropy=cross_entropy, batches=[batch_of(step, rank % ways, ways) for step in range(STEPS)],
+    )  # fmt: skip
+    recipe.run("pipeline")
+    own = {name: full(param) for name, param in recipe["part"].named_parameters()}
     of_ranks: list[dict[str, Tensor]] = [{}] * dist.get_world_size()
     dist.all_gather_object(of_ranks, own)
     params = dict(chain.from_iterable(map(dict.items, of_ranks)))
-    return {"params": [params[name] for name, _ in transformer().named_parameters()], "norms": norms}
+    return {"params": [params[name] for name, _ in transformer().named_parameters()], "norms": recipe.norms}
 
 
-class DistributedOptimizer:
-    """Megatron's: a rank updates a float32 shard of the flat parameters, which all gather again."""
-
-    def __init__(self, params: Iterable[Tensor]) -> None:
-        params, world = [*params], dist.get_world_size()
-        # shards are equal, and padding is at the end of the last
-        size = -(-sum(p.numel() for p in params) // world)
-        self.flat, self.flat_grad = torch.zeros(2, world * size)
-        offset = 0
-        for param in params:
-            at = slice(offset, offset := offset + param.numel())
-            self.flat[at] = param.detach().flatten()
-            param.data, param.grad = self.flat[at].view_as(param), self.flat_grad[at].view_as(param)
-        self.shard = nn.Parameter(self.flat.view(world, size)[dist.get_rank()].clone())
-        self.shard.grad = torch.empty_like(self.shard)
-        self.optimizer = optimx.AdamW([self.shard], **ADAMW, max_grad_norm=CLIP)
-
-    def step(self) -> Tensor:
-        """Update all parameters, and return the norm."""
-        dist.reduce_scatter_tensor(self.shard.grad, self.flat_grad / dist.get_world_size())
-        square = self.shard.grad.square().sum()
-        dist.all_reduce(square)
-        self.optimizer.total_norm = square.sqrt()
-        self.optimizer.step()
-        dist.all_gather_into_tensor(self.flat, self.shard.detach())
-        self.flat_grad.zero_()
-        return self.optimizer.grad_norm
+def hsdp(rank: int) -> dict[str, Any]:
+    recipe = Recipe()
+    recipe.run("hsdp")
+    recipe.train(lambda: stepped(recipe["optimizer"]))
+    return recipe.results()
 
 
 def flat_shards(rank: int) -> dict[str, Any]:
-    model = transformer()
-    norms = train([model], rank, dist.get_world_size(), DistributedOptimizer(model.parameters()).step)
-    return {"params": whole([model]), "norms": norms}
+    recipe = Recipe()
+    params, world = [*recipe["model"].parameters()], dist.get_world_size()
+    # shards are equal, and padding is at the end of the last
+    size = -(-sum(p.numel() for p in params) // world)
+    flat, flat_grad = torch.zeros(2, world * size)
+    offset = 0
+    for param in params:
+        at = slice(offset, offset := offset + param.numel())
+        flat[at] = param.detach().flatten()
+        param.data, param.grad = flat[at].view_as(param), flat_grad[at].view_as(param)
+    recipe.run("flat_shards", flat=flat, flat_grad=flat_grad)
+
+    def step() -> Tensor:
+        recipe["step"]()
+        flat_grad.zero_()
+        return recipe["optimizer"].grad_norm
+
+    recipe.train(step)
+    return recipe.results()
 
 
 def zero(rank: int) -> dict[str, Any]:
-    model = transformer()
-    of_all = DDP(model)
-    optimizer = ZeroRedundancyOptimizer(
-        of_all.parameters(), optimx.AdamW, **ADAMW, max_grad_norm=CLIP, norm_group=dist.group.WORLD
-    )
-
-    def step() -> Tensor:
-        optimizer.step()
-        optimizer.zero_grad()
-        return optimizer.optim.grad_norm
-
-    norms = train([of_all], rank, dist.get_world_size(), step)
-    return {"params": whole([model]), "norms": norms}
+    recipe = Recipe(DistributedDataParallel=DistributedDataParallel, ZeroRedundancyOptimizer=ZeroRedundancyOptimizer)
+    recipe.run("zero")
+    recipe.train(lambda: stepped(recipe["optimizer"]))
+    return recipe.results()
 
 
-def event_of_the_step(rank: int) -> dict[str, Any]:
-    """All-gathers wait for an event that is recorded after each step; which waits for what, in order."""
-    model = shard(transformer(), init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = optimx.AdamW(model.parameters(), **ADAMW, max_grad_norm=CLIP)
-    events: list[torch.cpu.Event] = []
+class Recorded(torch.cpu.Event):
+    """An event that knows after which step it was recorded."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+
+def event(rank: int) -> dict[str, Any]:
+    """Which event is recorded or waited for, in order."""
+    recipe = Recipe()
+    recipe.run("hsdp")
+    recipe.run("event")
     seen: list[str] = []
 
-    def record(*_: Any) -> None:
-        events.append(torch.cpu.Event())
-        model.set_post_optim_event(events[-1])
-        steps = {int(state["step"]) for state in optimizer.state.values()}
-        seen.append(f"recorded {len(events)} after {steps}")
+    class Stream(torch.cpu.Stream):
+        def record_event(self) -> Recorded:
+            (step,) = {int(state["step"]) for state in recipe["optimizer"].state.values()}
+            seen.append(f"recorded {step}")
+            return Recorded(step)
 
-    def wait(stream: Any, event: Any) -> None:
-        if event in events:
-            seen.append(f"waited for {events.index(event) + 1}")
+    def wait_event(stream: torch.cpu.Stream, event: Any) -> None:
+        if isinstance(event, Recorded):
+            seen.append(f"waited for {event.step}")
 
-    optimizer.register_step_post_hook(record)
-    original, torch.cpu.Stream.wait_event = torch.cpu.Stream.wait_event, wait
-    try:
-        norms = train([model], rank, dist.get_world_size(), lambda: stepped(optimizer))
-    finally:
-        torch.cpu.Stream.wait_event = original
-    return {"params": whole([model]), "norms": norms, "seen": seen}
+    current = mock.patch.object(torch.accelerator, "current_stream", Stream)
+    with current, mock.patch.object(torch.cpu.Stream, "wait_event", wait_event):
+        recipe.train(lambda: stepped(recipe["optimizer"]))
+    return recipe.results(seen=seen)
 
 
 RECIPES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "tensor_parallel_step": clipped_in_the_step,
-    "tensor_parallel_function": clipped_by_the_function,
-    "model_parts": parts_of_a_model,
-    "hsdp": hsdp,
+    "tensor_parallel": tensor_parallel,
+    "clip_grad_norm_": clipped_by_the_function,
+    "model_parts": model_parts,
     "pipeline": pipeline,
+    "hsdp": hsdp,
     "flat_shards": flat_shards,
     "zero": zero,
-    "event": event_of_the_step,
+    "event": event,
 }

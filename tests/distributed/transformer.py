@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
-    parallelize_module,
 )
 
 VOCABULARY, LENGTH, DIM, HEAD_DIM, HIDDEN, N_LAYERS = 20, 8, 16, 4, 24, 2
@@ -84,50 +81,39 @@ def in_two_parts() -> list[Transformer]:
     return [first, last]
 
 
-def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
+def batch_of(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
     """A rank's rows, and what is to come after each of their tokens; all rows by default."""
     x, y = torch.randint(VOCABULARY, (2, ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
     return x[rank::world], y[rank::world]
 
 
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+    """A loss whose gradients are worth clipping to 1."""
+    return 10 * nn.functional.cross_entropy(outputs.flatten(0, 1), targets.flatten())
 
 
-def loss_of(parts: Sequence[nn.Module], step: int, rank: int = 0, world: int = 1) -> Tensor:
-    """Loss of a rank's rows; of all rows by default."""
-    x, targets = batch(step, rank, world)
-    for part in parts:
+def loss_of_rows(model: nn.Module | Sequence[nn.Module], step: int, rank: int = 0, world: int = 1) -> Tensor:
+    """Loss of a rank's rows, of all by default. The model may be in parts."""
+    x, targets = batch_of(step, rank, world)
+    for part in [model] if isinstance(model, nn.Module) else model:
         x = part(x)
     return cross_entropy(x, targets)
 
 
-def apply_tensor_parallel(model: Transformer, mesh: Any) -> None:
-    """Sequence parallelism between the layers, tensor parallelism in them."""
-    of_model = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "norm": SequenceParallel(),
-        "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
-    }
-    whole_sequence = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
-    of_block = {
-        "attention_norm": SequenceParallel(),
-        "attention": whole_sequence,
-        **{f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")},
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "ffn_norm": SequenceParallel(),
-        "feed_forward": whole_sequence,
-        **{f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")},
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    has = dict(model.named_children())
-    parallelize_module(model, mesh, {name: style for name, style in of_model.items() if name in has})
-    for block in model.layers.values():
-        parallelize_module(block, mesh, of_block)
-
-
-def shard(model: Transformer, mesh: Any) -> Transformer:
-    """FSDP2 as torchtitan applies it: each block, then the rest."""
-    for block in model.layers.values():
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+#: How tensor-parallel ranks have the model, with cut sequences between its layers.
+PLAN = {
+    "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+    "norm": SequenceParallel(),
+    "output": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+}
+_WHOLE_SEQUENCE = PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+PLAN_OF_BLOCK = {
+    "attention_norm": SequenceParallel(),
+    "attention": _WHOLE_SEQUENCE,
+    **{f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")},
+    "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+    "ffn_norm": SequenceParallel(),
+    "feed_forward": _WHOLE_SEQUENCE,
+    **{f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")},
+    "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+}
