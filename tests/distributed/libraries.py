@@ -49,6 +49,11 @@ def fsdp_on_cpus() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+def results_of(recipe: Recipe, optimizer: Any) -> dict[str, Any]:
+    """With what it updates, and whether it clips."""
+    return recipe.results(shown=str(optimx.explain(optimizer)), clips=optimizer.grad_norm is not None)
+
+
 def with_accelerate(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
     """The block, with steps in between that a checkpoint undoes; or the same with accelerate's clipping."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
@@ -75,7 +80,7 @@ def with_accelerate(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
                 recipe["print"](norm.full_tensor())
                 recipe["prepared"].step()
                 recipe["prepared"].zero_grad()
-        return recipe.results(shown=str(optimx.explain(optimizer)))
+        return results_of(recipe, optimizer)
 
 
 def with_transformers(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
@@ -111,7 +116,7 @@ def with_transformers(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
     with launched(rank), fsdp_on_cpus():
         recipe.run("with_transformers")
     recipe.names["model"] = recipe["trainer"].model
-    return recipe.results(shown=str(optimx.explain(recipe["trainer"].optimizer.optimizer)))
+    return results_of(recipe, recipe["trainer"].optimizer.optimizer)
 
 
 def with_lightning(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
@@ -140,7 +145,7 @@ def with_lightning(rank: int, in_step: bool, folder: str) -> dict[str, Any]:
     )  # fmt: skip
     with launched(rank):
         recipe.run("with_lightning")
-    return recipe.results(shown=str(optimx.explain(recipe["trainer"].optimizers[0])))
+    return results_of(recipe, recipe["trainer"].optimizers[0])
 
 
 LIBRARIES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -98,3 +98,4 @@ def test_libraries(name: str, results_of_libraries: ranks.Results, one_process: 
     for result in results_of_libraries[name]:
         assert_same(result, expected)
         assert "parts of DTensors" in result["shown"]
+        assert result["clips"] is name.endswith("-step")
