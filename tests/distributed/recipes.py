@@ -96,7 +96,7 @@ class Recipe:
         exec(BLOCKS[block], self.names)
 
     def train(self, step: Callable[[], Any]) -> None:
-        """The loop of blocks that have none."""
+        """Go through the batches, where a block has no loop of its own."""
         for batch in self["batches"]:
             self["loss_of"](self["model"], batch).backward()
             self.norms.append(float(step()))
@@ -106,20 +106,21 @@ class Recipe:
 
 
 def whole(parts: Iterable[nn.Module]) -> list[Tensor]:
-    """Parameters in the order of the model of one process."""
+    """The whole parameters, in the order of the model of one process."""
     params = {name.removeprefix("module."): full(p) for part in parts for name, p in part.named_parameters()}
     return [params[name] for name, _ in transformer().named_parameters()]
 
 
 def whole_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a state dict with whole tensors."""
     return {name: full(value) if isinstance(value, Tensor) else value for name, value in state_dict.items()}
 
 
-def stepped(optimizer: Any) -> Tensor:
-    """The norm of a step, after which no gradient is left."""
+def stepped(optimizer: Any, inner: Any = None) -> Tensor:
+    """The norm of a step, after which no gradient is left. ``inner`` is the optimizer that clips, if it is another."""
     optimizer.step()
     optimizer.zero_grad()
-    return getattr(optimizer, "optim", optimizer).grad_norm
+    return (inner or optimizer).grad_norm
 
 
 def of_tensor_parallel() -> Recipe:
@@ -213,7 +214,7 @@ def flat_shards(rank: int) -> dict[str, Any]:
 def zero(rank: int) -> dict[str, Any]:
     recipe = Recipe(DistributedDataParallel=DistributedDataParallel, ZeroRedundancyOptimizer=ZeroRedundancyOptimizer)
     recipe.run("zero")
-    recipe.train(lambda: stepped(recipe["optimizer"]))
+    recipe.train(lambda: stepped(recipe["optimizer"], recipe["optimizer"].optim))
     return recipe.results()
 
 
