@@ -57,18 +57,30 @@ def get_total_norm(
             ``norm_type`` is not > 0 for tensors that several ranks have.
     """
     listed = _listed(tensors)
+    return _norm_of(listed, listed, norm_type, error_if_nonfinite, foreach, group)
+
+
+def _norm_of(
+    tensors: list[Tensor],
+    owners: Sequence[Tensor],
+    norm_type: float,
+    error_if_nonfinite: bool,
+    foreach: bool | None,
+    group: Any,
+) -> Tensor:
+    """The norm of tensors; ranks meet where ``owners``, which all of them have, lie."""
     norm_type = float(norm_type)
     if foreach is not None and group is not None:
         raise ValueError(f"foreach should be None with a group but is: {foreach}")
     # a compiler fuses torch's formulas, and does not look into ours
-    if foreach is not None or torch.compiler.is_compiling():
-        return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
-    reduction = Reduction(listed, group)
+    if foreach is not None or (torch.compiler.is_compiling() and group is None):
+        return _torch.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+    reduction = Reduction(owners, group)
     # a norm of order 0 is a count of tensors in torch, and only torch's own division into tensors gives it
-    if not reduction and (not listed or norm_type <= 0):
-        return _torch.get_total_norm(listed, norm_type, error_if_nonfinite, foreach)
+    if not reduction and (not tensors or norm_type <= 0):
+        return _torch.get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
     with torch.no_grad():
-        norm = _norm_of_ranks(listed, norm_type, reduction) if reduction else _total_norm(listed, norm_type)
+        norm = _norm_of_ranks(tensors, norm_type, reduction) if reduction else _total_norm(tensors, norm_type)
     if error_if_nonfinite and bool(norm.isnan() | norm.isinf()):
         raise RuntimeError(
             f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be "
@@ -143,7 +155,7 @@ def clip_grad_norm_(
             warnings.warn(message, stacklevel=2)
     listed = _listed(parameters)
     grads = [param.grad for param in listed if param.grad is not None]
-    norm = get_total_norm(grads, norm_type, error_if_nonfinite, foreach, group=group)
+    norm = _norm_of(grads, listed, norm_type, error_if_nonfinite, foreach, group)
     clip_grads_with_norm_(listed, max_norm, norm, foreach)
     return norm
 

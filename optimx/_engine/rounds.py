@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .. import _compat
-from .sharding import all_reduced, cutting, has_dtensors, local
+from .sharding import all_reduced, cutting, has_dtensors, is_here, local
 
 #: What meets: whether there is a gradient; sums of squared gradients over rows and over columns, with averages of rows,
 #: added up, if these are whole; else those after them; squared lengths of parameters and of their steps.
@@ -67,7 +67,7 @@ class Rounds:
         if walk == "elementwise" or not has_dtensors(params):
             return
         for position, param in enumerate(params):
-            if _compat.is_dtensor(param) and cutting(param):
+            if is_here(param) and cutting(param):
                 self._wide |= param.dtype is torch.float64
                 for number, name, slot in _slots_of(walk, param):
                     self._slots[number][position, name] = slot

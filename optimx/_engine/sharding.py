@@ -82,6 +82,11 @@ def has_dtensors(tensors: Iterable[Any]) -> bool:
     return cls is not None and cls in {*map(type, tensors)}
 
 
+def is_here(tensor: Any) -> bool:
+    """Whether it is a DTensor of whose mesh this process is a rank: there may be parameters that only others have."""
+    return _compat.is_dtensor(tensor) and _compat.dtensor_spec(tensor).mesh.get_coordinate() is not None
+
+
 def local(tensor: Any) -> Any:
     """The part of a DTensor in this process, when it has arrived; anything else as it is."""
     return _compat.local_tensors([tensor])[0]
@@ -189,8 +194,10 @@ class Reduction:
 
     def __init__(self, params: Sequence[Tensor], norm_group: Any) -> None:
         self.norm_group = norm_group
-        sharded = filter(_compat.is_dtensor, params) if has_dtensors(params) else ()
-        meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in sharded)
+        sharded = [*filter(_compat.is_dtensor, params)] if has_dtensors(params) else []
+        #: A mesh that this process is no rank of: it cannot hear of what is there.
+        self._elsewhere = next((_compat.dtensor_spec(p).mesh for p in sharded if not is_here(p)), None)
+        meshes = dict.fromkeys(_compat.dtensor_spec(param).mesh for param in filter(is_here, sharded))
         # in the order of sizes: what few ranks have found, the many that come later hear
         by_ranks = {_ranks(mesh): _groups(mesh) for mesh in sorted(meshes, key=lambda mesh: mesh.size())}
         self._groups = [*by_ranks.values()]
@@ -198,7 +205,7 @@ class Reduction:
         self._row_of = {mesh: 1 + [*by_ranks].index(_ranks(mesh)) for mesh in meshes}
 
     def __bool__(self) -> bool:
-        return bool(self._groups) or self.norm_group is not None
+        return bool(self._groups) or self._elsewhere is not None or self.norm_group is not None
 
     def new(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Zeros to add sums to: squares and marks of bad gradients, for plain parameters and each set of ranks."""
@@ -217,7 +224,16 @@ class Reduction:
             row[1].add_(bad)
 
     def total(self, sums: Tensor, *, largest: bool = False) -> Tensor:
-        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device."""
+        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device.
+
+        Raises:
+            RuntimeError: There are parameters on ranks that this process is none of.
+        """
+        if self._elsewhere is not None:
+            raise RuntimeError(
+                "a norm should be that of parameters on this rank, but some are on others only, which it cannot hear "
+                f"of: {self._elsewhere}"
+            )
         op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         device = sums.device
         squares, marks = sums[0]

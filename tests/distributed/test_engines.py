@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import optimx
@@ -122,19 +124,52 @@ def clip_function(rank: int, norm_type: float) -> tuple[float, list[Tensor]]:
 
 
 def disagreements(rank: int) -> list[str]:
-    """What a step refuses."""
-    found = []
+    """What is refused, on the last rank."""
+    world = dist.get_world_size()
+    first, all_ranks = DeviceMesh("cpu", [0]), init_device_mesh("cpu", (world,))
     param = nn.Parameter(torch.ones(3))
     param.grad = torch.ones(3)
-    optimizer = optimx.SGD([param], lr=1.0)
-    optimizer.total_norm = torch.ones(())
-    for call in (optimizer.step, lambda: optimx.get_total_norm([param], 0.0, group=dist.group.WORLD)):
-        try:
+    sharded = distribute_tensor(torch.ones(3), all_ranks, [Shard(0)])
+    told = optimx.SGD([param], lr=1.0)
+    told.total_norm = torch.ones(())
+    elsewhere = optimx.SGD(
+        [param, nn.Parameter(distribute_tensor(torch.ones(3), first, [Shard(0)]))], max_grad_norm=1.0
+    )
+    calls = [
+        told.step,
+        lambda: optimx.get_total_norm([param], 0.0, group=dist.group.WORLD),
+        lambda: optimx.get_total_norm([sharded], foreach=True, group=dist.group.WORLD),
+        elsewhere.step,
+    ]
+    found = []
+    # the first rank may do all this, but for the others
+    for call in calls if rank == world - 1 else ():
+        with pytest.raises((RuntimeError, ValueError)) as raised:
             call()
-        except (RuntimeError, ValueError) as error:
-            found.append(str(error))
+        found.append(str(raised.value))
     assert torch.equal(param.detach(), torch.ones(3))
     return found
+
+
+def gathered_norm(rank: int) -> list[float]:
+    """A norm that is a DTensor, as torch's function returns it, is told to a step and to a function."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    param = nn.Parameter(distribute_tensor(torch.ones(8), mesh, [Shard(0)]))
+    param.grad = distribute_tensor(torch.full((8,), 3.0), mesh, [Shard(0)])
+    optimizer = optimx.SGD([param], lr=1.0, max_grad_norm=1.0)
+    for norm in (nn.utils.get_total_norm([param.grad]), optimx.get_total_norm([param.grad], foreach=True)):
+        assert isinstance(norm, DTensor)
+        optimizer.total_norm = norm
+        optimizer.step()
+    optimx.clip_grads_with_norm_([param], 1.0, nn.utils.get_total_norm([param.grad]))
+    return [*full(param).tolist(), *full(param.grad).tolist()]
+
+
+def explained(rank: int) -> str:
+    """One rank may ask; gradients that are partial sums do not make it wait for the others."""
+    trained = ENGINES["sequence_parallel"](rank, partial(optimx.AdamW, **ADAMW))
+    trained.loss(0).backward()
+    return str(optimx.explain(trained.optimizer)) if rank == 0 else ""
 
 
 #: Engine, clip, and whether it is under AMP: not where all ranks have the same gradients, or the scale is in a norm
@@ -149,6 +184,8 @@ CHECKS: dict[str, ranks.Check] = {
     **{f"{name}-{clip}-{amp}": partial(engine, name=name, clip=clip, amp=amp) for name, clip, amp in ON_ENGINES},
     "mixed": mixed,
     "refused": disagreements,
+    "gathered_norm": gathered_norm,
+    "explained": explained,
 }
 #: What four ranks are enough for.
 ON_FOUR: dict[str, ranks.Check] = {
@@ -163,7 +200,7 @@ ON_FOUR: dict[str, ranks.Check] = {
 _INTERPRETED = {
     "fsdp2-0.5-True", "tensor_parallel-0.5-True", "pipeline-0.5-True", "total_norm-0.5-False", "mixed", "SGD-0.5",
     *(f"collectives-{clip}-{missing}" for clip in (None, CLIP) for missing in (False, True)), "clip-2.0",
-    "refused",
+    "refused", "gathered_norm", "explained",
 }  # fmt: skip
 
 
@@ -266,6 +303,18 @@ def test_clip_grad_norm_of_dtensors_and_others(norm_type: float, four: ranks.Res
 
 
 def test_what_is_refused(four: ranks.Results) -> None:
-    for given_norm, norm_type in four["refused"]:
-        assert "total_norm should be None without max_grad_norm" in given_norm
-        assert "norm_type should be > 0" in norm_type
+    given_norm, norm_type, foreach, elsewhere = four["refused"][-1]
+    assert "total_norm should be None without max_grad_norm" in given_norm
+    assert "norm_type should be > 0" in norm_type
+    assert "foreach should be None with a group" in foreach
+    assert "some are on others only" in elsewhere
+
+
+def test_norms_that_are_dtensors(four: ranks.Results) -> None:
+    norm = 3.0 * 8**0.5
+    for found in four["gathered_norm"]:
+        assert found == pytest.approx([1.0 - 2 * 3.0 / norm] * 8 + [3.0 / norm] * 8)
+
+
+def test_one_rank_explains(four: ranks.Results) -> None:
+    assert "R over 4 ranks" in four["explained"][0]
