@@ -235,12 +235,18 @@ def _lamb_variants() -> Iterator[Variant]:
 
 
 def _call_adafactor(
-    shape: Shape, variant: tuple[bool, ...], control: bool, aligned: bool, dtypes: Dtypes, size: Sizes
+    shape: Shape,
+    variant: tuple[bool, ...],
+    control: bool,
+    aligned: bool,
+    dtypes: Dtypes,
+    size: Sizes,
+    whole: Shape | None = None,
 ) -> None:
     table = size.table(len(dtypes) - 1)
     (matrices,) = tables(
         [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], matrix_walk.row_divisor(dtypes),
-        torch.device("cpu"), size.tiles, size.tiles.block(dtypes),
+        torch.device("cpu"), size.tiles, size.tiles.block(dtypes), whole and [whole] * size.n_tensors,
     )  # fmt: skip
     sums = matrix_walk.Sums.of(matrices, torch.float32, variant[0])
     partials = size.partials(matrices.n_programs)
@@ -250,7 +256,7 @@ def _call_adafactor(
         table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles
     )
     update = matrix_walk.update_(
-        table, matrices, size.grads(), numbers(1, len(adafactor.HYPER)), grad_scale, controls, sums,
+        table, matrices, size.grads(), numbers(size.n_tensors, len(adafactor.HYPER)), grad_scale, controls, sums,
         measured=control, variant=variant, **roles,
     )  # fmt: skip
     deque(update, maxlen=0)
@@ -277,6 +283,20 @@ def _adafactor_variants() -> Iterator[Variant]:
             if not aligned:
                 options += "-unaligned"
             yield from _adafactor_launches(name, options, call, variant, control, aligned, wide, dtypes, kind)
+    yield from _adafactor_launches_of_parts()
+
+
+def _adafactor_launches_of_parts() -> Iterator[Variant]:
+    """What there is besides, where a matrix is half of one."""
+    dtypes = (torch.float32,) * 4
+    for control, transposed in product((False, True), repeat=2):
+        variant, shape = (True, transposed, False), (1, 2048, 2048)
+        call = partial(_call_adafactor, shape, variant, control, True, dtypes, whole=(1, 4096, 2048))
+        options = _name("float32", "transposed" if transposed else "", control=control)
+        yield Variant("adafactor_mean", f"{options}-part", call, threads=THREADS_FLOAT64, shared=2048, position=4)
+        if not transposed:
+            yield Variant("adafactor_totals", options, call, threads=THREADS, position=1)
+            yield Variant("lengths", options, call, threads=THREADS_FLOAT64, shared=512, position=7)
 
 
 def _adafactor_launches(
