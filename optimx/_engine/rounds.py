@@ -9,7 +9,7 @@ long they are, depends on parameters, meshes and the algorithm's walk alone, nev
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import repeat
 from math import prod
 from typing import Any, NamedTuple
 
@@ -42,15 +42,42 @@ class Share(NamedTuple):
 #: Stops with the number of a round, and what it has found for it.
 Update = Generator[tuple[int, Sequence[Share]], None, None]
 
-_Group = tuple[Any, int]
 
+class _Round:
+    """A vector that meets in every step."""
 
-@dataclass(frozen=True)
-class _Slot:
-    """The place of one share: how long it is, and dimensions of a mesh over whose ranks it is added up."""
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.numels: list[int] = []
+        #: Where the places of shares are among those of all.
+        self.place_of: dict[tuple[int, str], int] = {}
+        #: Dimensions of meshes over whose ranks places are added up, one after the other, and those places.
+        self.groups: dict[tuple[Any, int], list[int]] = {}
 
-    numel: int
-    groups: tuple[_Group, ...]
+    def add(self, position: int, name: str, numel: int, mesh: Any, dims: Iterable[int]) -> None:
+        """Make a place for shares, which are added up over some dimensions of a mesh."""
+        place = self.place_of[position, name] = len(self.numels)
+        self.numels.append(numel)
+        for dim in dims:
+            self.groups.setdefault((mesh, dim), []).append(place)
+
+    def meet(self, shares: Iterable[Share], device: torch.device) -> None:
+        """Add up what all ranks have, in place."""
+        vector = torch.zeros(sum(self.numels), dtype=self.dtype, device=device)
+        places = vector.split(self.numels)
+        shared = [share for share in shares if (share.position, share.name) in self.place_of and share.numbers.numel()]
+        numbers = [share.numbers for share in shared]
+        mine = [places[self.place_of[share.position, share.name]].view(share.numbers.shape) for share in shared]
+        if shared:
+            _compat.foreach_copy_(mine, numbers)
+        for (mesh, dim), members in self.groups.items():
+            theirs = [places[i] for i in members]
+            together = vector if len(members) == len(places) else torch.cat(theirs)
+            total = all_reduced(together, [mesh.get_group(dim)], dist.ReduceOp.SUM)
+            if total is not vector:
+                _compat.foreach_copy_(theirs, total.to(device).split([self.numels[i] for i in members]))
+        if shared:
+            _compat.foreach_copy_(numbers, mine)
 
 
 class Rounds:
@@ -62,15 +89,18 @@ class Rounds:
     """
 
     def __init__(self, walk: str, params: Sequence[Tensor]) -> None:
-        self._slots: list[dict[tuple[int, str], _Slot]] = [{}, {}, {}, {}]
-        self._wide = False
-        if walk == "elementwise" or not has_dtensors(params):
-            return
-        for position, param in enumerate(params):
-            if is_here(param) and cutting(param):
-                self._wide |= param.dtype is torch.float64
-                for number, name, slot in _slots_of(walk, param):
-                    self._slots[number][position, name] = slot
+        cut = []
+        if walk != "elementwise" and has_dtensors(params):
+            cut = [(position, param) for position, param in enumerate(params) if is_here(param) and cutting(param)]
+        wide = any(param.dtype is torch.float64 for _, param in cut)
+        sums = torch.float64 if wide else torch.float32
+        self._rounds = {number: _Round(torch.float64 if number in (PRESENT, LENGTHS) else sums) for number in range(4)}
+        for position, param in cut:
+            mesh = _compat.dtensor_spec(param).mesh
+            for number, name, numel, dims in _shares_of(walk, param):
+                if dims:
+                    self._rounds[number].add(position, name, numel, mesh, dims)
+        self._rounds = {number: each for number, each in self._rounds.items() if each.numels}
 
     def check(self, grads: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
         """Raise RuntimeError, on all ranks, where some of them have no gradient of a tensor that has to be whole.
@@ -82,22 +112,18 @@ class Rounds:
             grads: Of all parameters; None where there is none.
             groups: Of the optimizer.
         """
-        slots = self._slots[PRESENT]
-        if not slots:
+        if PRESENT not in self._rounds:
             return
-        device = torch.device("cpu")
-        counts = {
-            position: torch.full((1,), float(grads[position] is not None), device=device) for position, _ in slots
-        }
-        self._meet(PRESENT, slots, [Share(position, "present", count) for position, count in counts.items()], device)
+        positions = [position for position, _ in self._rounds[PRESENT].place_of]
+        found = torch.tensor([[grads[i] is not None, True] for i in positions], dtype=torch.float64, device="cpu")
+        self._rounds[PRESENT].meet(map(Share, positions, repeat("present"), found), found.device)
         members = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
-        for (position, _), slot in slots.items():
-            count, n = int(counts[position]), prod(mesh.size(dim) for mesh, dim in slot.groups)
+        for position, (count, n) in zip(positions, found.tolist(), strict=True):
             if 0 < count < n:
                 g, i = members[position]
                 raise RuntimeError(
                     "gradients should be on all ranks or on none but parameter "
-                    f"{i} of group {g} has one on {count} of {n}"
+                    f"{i} of group {g} has one on {count:.0f} of {n:.0f}"
                 )
 
     def run(self, updates: Iterable[Update], device: torch.device) -> None:
@@ -109,34 +135,14 @@ class Rounds:
         """
         joined = together(updates)
         found = next(joined, None)
-        for number, slots in enumerate(self._slots[SUMS:], SUMS):
+        for number in (SUMS, MEANS, LENGTHS):
             shares = found[1] if found is not None and found[0] == number else None
-            if slots:
-                self._meet(number, slots, shares or (), device)
+            if number in self._rounds:
+                self._rounds[number].meet(shares or (), device)
             if shares is not None:
                 found = next(joined, None)
         if found is not None:
             raise RuntimeError(f"updates should have ended but wait for other ranks in round {found[0]}")
-
-    def _meet(
-        self, number: int, slots: dict[tuple[int, str], _Slot], shares: Sequence[Share], device: torch.device
-    ) -> None:
-        dtype = torch.float64 if number in (PRESENT, LENGTHS) or self._wide else torch.float32
-        vector = torch.zeros(sum(slot.numel for slot in slots.values()), dtype=dtype, device=device)
-        place_of = dict(zip(slots, vector.split([slot.numel for slot in slots.values()]), strict=True))
-        shared = [share for share in shares if (share.position, share.name) in slots and share.numbers.numel()]
-        places = [place_of[share.position, share.name].view(share.numbers.shape) for share in shared]
-        numbers = [share.numbers for share in shared]
-        if shared:
-            _compat.foreach_copy_(places, numbers)
-        for mesh, dim in dict.fromkeys(group for slot in slots.values() for group in slot.groups):
-            mine = [place_of[key] for key, slot in slots.items() if (mesh, dim) in slot.groups]
-            together = vector if len(mine) == len(slots) else torch.cat(mine)
-            total = all_reduced(together, [mesh.get_group(dim)], dist.ReduceOp.SUM)
-            if total is not vector:
-                _compat.foreach_copy_(mine, total.to(device).split([place.numel() for place in mine]))
-        if shared:
-            _compat.foreach_copy_(numbers, places)
 
 
 def together(updates: Iterable[Update]) -> Update:
@@ -150,24 +156,19 @@ def together(updates: Iterable[Update]) -> Update:
         waiting += [(update, found) for update, _ in here if (found := next(update, None)) is not None]
 
 
-def _slots_of(walk: str, param: Tensor) -> list[tuple[int, str, _Slot]]:
-    """Round, name and place of everything that meets of a DTensor."""
-    mesh = _compat.dtensor_spec(param).mesh
-    shape = local(param).shape
-
-    def slot(numel: int, *dims: int) -> _Slot:
-        return _Slot(numel, tuple((mesh, i) for i in cutting(param, *dims)))
-
-    everywhere = range(-param.dim(), 0)
-    found = [(LENGTHS, "lengths", slot(2, *everywhere))]
-    if local(param).device.type == "cpu":
-        found.append((PRESENT, "present", slot(1, *everywhere)))
+def _shares_of(walk: str, param: Tensor) -> list[tuple[int, str, int, list[int]]]:
+    """Round, name and length of what may be found of a DTensor, and over which dimensions of its mesh that meets."""
+    part = local(param)
+    everywhere = cutting(param)
+    found = [(LENGTHS, "lengths", 2, everywhere)]
+    if part.device.type == "cpu":
+        found.append((PRESENT, "present", 2, everywhere))
     if walk == "factored" and param.dim() > 1:
-        matrices, (rows, columns) = prod(shape[:-2]), shape[-2:]
-        rows_first = SUMS if not cutting(param, -1) else MEANS
+        matrices, (rows, columns) = prod(part.shape[:-2]), part.shape[-2:]
+        over_rows, over_columns = cutting(param, -2), cutting(param, -1)
         found += [
-            (SUMS, "rows", slot(matrices * rows, -1)),
-            (SUMS, "columns", slot(matrices * columns, -2)),
-            (rows_first, "means", slot(matrices, -2)),
+            (SUMS, "rows", matrices * rows, over_columns),
+            (SUMS, "columns", matrices * columns, over_rows),
+            (MEANS if over_columns else SUMS, "means", matrices, over_rows),
         ]
-    return [entry for entry in found if entry[2].groups]
+    return found
