@@ -9,7 +9,7 @@ A step, in ten lines::
     norm, control = measure(plan.buckets)                            # grad_norm: NORM, FACTOR, SKIP; nobody waits
     for bucket in plan.buckets: bucket.compile(control)              # what fails, fails before anything changes
     run_stock(plan.leftovers)                                        # fallback: torch's own step
-    for bucket in plan.buckets: bucket.update(control)               # triton/ or cpu/
+    rounds.run(bucket.update(control) for bucket in plan.buckets)    # triton/ or cpu/; ranks meet where they have to
 
 Read in this order: ``rule`` (what an algorithm tells), ``bucket`` (the tensors of one launch), ``triton/elementwise``
 and ``cpu/elementwise`` (how they are updated), ``placement`` (who updates a parameter), ``plan`` (what is compared each
@@ -30,6 +30,7 @@ Words:
 - **present**: of a member, whether it has a gradient in the step at hand.
 - **shard**: of a parameter, what lies in this process: the local tensor of a DTensor, else the parameter itself.
 - **cut**: over which ranks the shards of a DTensor are spread.
+- **round**: where all updates of a step wait for sums over the ranks that have shards of a tensor.
 - **span**: scalars that are neighbours in memory, which are counted at once.
 - **backend**: ``triton``, ``native`` (a CPU), or ``torch``.
 """
