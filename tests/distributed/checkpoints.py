@@ -78,8 +78,9 @@ HALVES = [
     *(
         (Half(package, name, FSDP4), Half("optimx", name, place))
         for name in BY_PARTS for package, place in (("optimx", FSDP4), ("optimx", FSDP2), ("torch", FSDP2))
-        # torch's Rprop takes no DTensors
-        if name != "AdamW" and hasattr(PACKAGES[package], name) and (package, name) != ("torch", "Rprop")
+        # torch's Rprop and Adafactor take no DTensors
+        if name != "AdamW" and hasattr(PACKAGES[package], name)
+        and not (package == "torch" and name in ("Rprop", "Adafactor"))
     ),
 ]  # fmt: skip
 #: How a state dict is asked for, and how it is set.
