@@ -36,8 +36,8 @@ help:
 	@touch $@
 
 test: .venv/.installed
-	$(BIN)/python -m pytest -n 2 --timeout 300 tests --ignore tests/audit
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --timeout 300 -m interpreted tests --ignore tests/audit
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 300 tests --ignore tests/audit
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --timeout 300 -m interpreted tests --ignore tests/audit
 	$(BIN)/python -m tests.fake_gpu
 
 # the tests of a GPU on one that is host memory: a thin selection, or TESTS="tests/test_parity.py -k adamw"

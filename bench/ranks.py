@@ -1,6 +1,6 @@
-"""What a clipped step costs on many ranks, computed: ``python -m bench.ranks``.
+"""What a clipped step costs on many ranks, computed: ``python -m bench.ranks HOST_MS``.
 
-Three terms: the host's time, measured (``python -m bench dtensor``) and the same on any number of ranks; the latency of
+Three terms: the time of the host, as ``python -m bench dtensor`` measures it, on any number of ranks; the latency of
 one all-reduce of 16 bytes, two hops up and down a tree of nodes; and the kernels, whose bytes are spread over the ranks
 and move at the speed of memory. Nothing here is measured on that many ranks.
 """
@@ -19,8 +19,8 @@ class Step:
     """A step's assumptions.
 
     Attributes:
-        params: Elements of all parameters.
         host_ms: Of a clipped step.
+        params: Elements of all parameters.
         bytes_per_param: Of gradients read twice, parameters and two states read and written, in float32.
         bandwidth: Of a GPU's memory, bytes a second.
         gpus_per_node: Within a node a hop costs nothing here.
@@ -28,8 +28,8 @@ class Step:
         launch_us: Of the collective's kernel.
     """
 
+    host_ms: float
     params: float = 70e9
-    host_ms: float = 5.0
     bytes_per_param: float = 32.0
     bandwidth: float = 3e12
     gpus_per_node: int = 8
@@ -58,10 +58,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench.ranks", description="A clipped step on many ranks, computed."
     )
+    parser.add_argument("host_ms", type=float, help="milliseconds of the host in a clipped step, as measured")
     parser.add_argument("--params", type=float, default=Step.params, help="elements of all parameters (default: 70e9)")
-    parser.add_argument("--host-ms", type=float, default=Step.host_ms, help="of a clipped step (default: 5)")
     options = parser.parse_args(arguments)
-    print(table(Step(params=options.params, host_ms=options.host_ms)))
+    print(table(Step(options.host_ms, options.params)))
 
 
 if __name__ == "__main__":

@@ -88,6 +88,12 @@ def by_parts(rank: int, name: str, clip: float | None) -> dict[str, Any]:
     return result
 
 
+def whole_tensors(rank: int, name: str) -> dict[str, Any]:
+    """Under AMP, for algorithms whose parts of a tensor depend on each other; the last rank's gradient is infinite."""
+    trained = fsdp2(rank, partial(getattr(optimx, name), **BY_PARTS[name], max_grad_norm=CLIP))
+    return train(trained, amp=True, is_bad=rank == dist.get_world_size() - 1)
+
+
 def collectives(rank: int, clip: float | None, missing: bool) -> list[Any]:
     """Shapes and groups of all collectives of a step, where a rank may have no gradient, or not all of them."""
     trained = fsdp2(rank, partial(optimx.AdamW, **ADAMW, max_grad_norm=clip))
@@ -189,6 +195,7 @@ CHECKS: dict[str, ranks.Check] = {
 }
 #: What four ranks are enough for.
 ON_FOUR: dict[str, ranks.Check] = {
+    **{f"{name}-amp": partial(whole_tensors, name=name) for name in ("LAMB", "Adafactor")},
     **{f"{name}-{clip}": partial(by_parts, name=name, clip=clip) for name in BY_PARTS for clip in (None, CLIP)},
     **{
         f"collectives-{clip}-{missing}": partial(collectives, clip=clip, missing=missing)
@@ -200,7 +207,7 @@ ON_FOUR: dict[str, ranks.Check] = {
 _INTERPRETED = {
     "fsdp2-0.5-True", "tensor_parallel-0.5-True", "pipeline-0.5-True", "total_norm-0.5-False", "mixed", "SGD-0.5",
     *(f"collectives-{clip}-{missing}" for clip in (None, CLIP) for missing in (False, True)), "clip-2.0",
-    "refused", "gathered_norm", "explained",
+    "refused", "gathered_norm", "explained", "LAMB-amp", "Adafactor-amp",
 }  # fmt: skip
 
 
@@ -282,6 +289,14 @@ def test_parts_of_dtensors(name: str, clip: float | None, four: ranks.Results) -
         assert clip is None or result["norms"] == pytest.approx(norms, rel=1e-4)
         assert not any(result["reasons"]), result["reasons"]
         assert "parts of DTensors: S(0) over" in result["shown"]
+
+
+@pytest.mark.parametrize("name", ["LAMB", "Adafactor"])
+def test_parts_of_a_tensor_skip_together(name: str, four: ranks.Results) -> None:
+    params, _, _ = in_one_process(name, BY_PARTS[name], CLIP, [step for step in range(STEPS) if step != BAD_STEP])
+    for result in four[f"{name}-amp"]:
+        torch.testing.assert_close(result["params"], params, rtol=1e-3, atol=1e-4)
+        assert result["moves"] == [step != BAD_STEP for step in range(STEPS)]
 
 
 def test_one_collective_whatever_a_rank_has(four: ranks.Results) -> None:
