@@ -208,7 +208,16 @@ class Reduction:
         return bool(self._groups) or self._elsewhere is not None or self.norm_group is not None
 
     def new(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Zeros to add sums to: squares and marks of bad gradients, for plain parameters and each set of ranks."""
+        """Zeros to add sums to: squares and marks of bad gradients, for plain parameters and each set of ranks.
+
+        Raises:
+            RuntimeError: There are parameters on ranks that this process is none of.
+        """
+        if self._elsewhere is not None:
+            raise RuntimeError(
+                "a norm should be that of parameters on this rank, but some are on others only, which it cannot hear "
+                f"of: {self._elsewhere}"
+            )
         return torch.zeros(1 + len(self._groups), 2, dtype=dtype, device=device)
 
     def add(
@@ -224,16 +233,7 @@ class Reduction:
             row[1].add_(bad)
 
     def total(self, sums: Tensor, *, largest: bool = False) -> Tensor:
-        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device.
-
-        Raises:
-            RuntimeError: There are parameters on ranks that this process is none of.
-        """
-        if self._elsewhere is not None:
-            raise RuntimeError(
-                "a norm should be that of parameters on this rank, but some are on others only, which it cannot hear "
-                f"of: {self._elsewhere}"
-            )
+        """Squares and marks of all ranks, ``[2]``. Nobody waits on a device."""
         op = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
         device = sums.device
         squares, marks = sums[0]
