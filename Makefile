@@ -86,7 +86,7 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python -m bench.convergence
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

@@ -1,17 +1,25 @@
-"""What a clipped step costs on many ranks, computed: ``python -m bench.ranks HOST_MS``.
+"""What a clipped step costs on many ranks, computed: ``python -m bench.ranks FOLDER``.
 
-Three terms: the time of the host, as ``python -m bench dtensor`` measures it, on any number of ranks; the latency of
-one all-reduce of 16 bytes, two hops up and down a tree of nodes; and the kernels, whose bytes are spread over the ranks
-and move at the speed of memory. Nothing here is measured on that many ranks.
+Three terms: the time of the host, as ``python -m bench dtensor`` left it in the folder, on any number of ranks;
+the latency of one all-reduce of 16 bytes, two hops up and down a tree of nodes; and the kernels, whose bytes are spread
+over the ranks and move at the speed of memory. Nothing here is measured on that many ranks.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from bench.case import OURS
+from bench.saved import Results, load
+from bench.tables import markdown_table
 
 RANKS = (64, 256, 1024, 4096, 16384)
+#: As many tensors as Llama-70B has, on so many ranks, as far as one of them can tell.
+CASE = "dtensor-723-clip-4096-ranks"
 
 
 @dataclass(frozen=True)
@@ -43,25 +51,36 @@ class Step:
     def kernel_ms(self, ranks: int) -> float:
         return self.params / ranks * self.bytes_per_param / self.bandwidth * 1e3
 
-    def row(self, ranks: int) -> tuple[str, str, str, str]:
+    def row(self, ranks: int) -> list[str]:
         """Ranks, and milliseconds of host, latency and kernels."""
-        return f"{ranks:,}", f"{self.host_ms:.1f}", f"{self.latency_ms(ranks):.2f}", f"{self.kernel_ms(ranks):.2f}"
+        return [f"{ranks:,}", f"{self.host_ms:.1f}", f"{self.latency_ms(ranks):.2f}", f"{self.kernel_ms(ranks):.2f}"]
 
 
-def table(step: Step) -> str:
-    """The table in Markdown."""
-    rows = [("ranks", "host, ms", "all-reduce, ms", "kernels, ms"), ("---:",) * 4, *map(step.row, RANKS)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def step_of(results: Results) -> Step:
+    """A step whose host takes as long as was measured.
+
+    Raises:
+        FileNotFoundError: The case is not among the results.
+    """
+    medians = [row.median_ms for _, rows in results.cases("dtensor", CASE) for row in rows if row.contestant == OURS]
+    if not medians or medians[0] is None:
+        raise FileNotFoundError(
+            f"{results.folder} has no time of {OURS} in {CASE}: `python -m bench dtensor` writes it"
+        )
+    return Step(medians[0])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def table(step: Step) -> list[list[str]]:
+    return [["ranks", "host, ms", "all-reduce, ms", "kernels, ms"], *map(step.row, RANKS)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.ranks", description="A clipped step on many ranks, computed."
+        prog="python -m bench.ranks",
+        description="A clipped step of a model of 70e9 parameters on many ranks, computed.",
     )
-    parser.add_argument("host_ms", type=float, help="milliseconds of the host in a clipped step, as measured")
-    parser.add_argument("--params", type=float, default=Step.params, help="elements of all parameters (default: 70e9)")
-    options = parser.parse_args(arguments)
-    print(table(Step(options.host_ms, options.params)))
+    parser.add_argument("folder", type=Path, help="results of `python -m bench dtensor`")
+    print("\n".join(markdown_table(table(step_of(load(parser.parse_args(arguments).folder))))))
 
 
 if __name__ == "__main__":

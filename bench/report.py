@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import ranks
 from bench.case import COPY, FUSED, OURS, STOCK
 from bench.results import Row, Verdict
 from bench.saved import Question, Results, load
@@ -133,6 +134,18 @@ def host_table(results: Results) -> list[list[str]]:
     return table
 
 
+def sharded_table(results: Results) -> list[list[str]]:
+    """What AdamW's step costs the host where parameters are DTensors, beside plain ones, in milliseconds."""
+    cases = results.cases("dtensor")
+    names = list(dict.fromkeys(row.contestant for _, rows in cases for row in rows))
+    table = [["AdamW, ms of the host", *names]]
+    for case, rows in cases:
+        medians = {row.contestant: row.median_ms for row in rows}
+        cells = ("-" if (median := medians.get(name)) is None else number(median) for name in names)
+        table.append([case.removeprefix("dtensor-").replace("-", " "), *cells])
+    return table
+
+
 def laws_table(results: Results) -> list[list[str]]:
     """What the time of AdamW's step is made of, fitted to both sweeps."""
     rows = [row for _, rows in results.cases("scaling") for row in rows if row.contestant != COPY and row.median_ms]
@@ -238,6 +251,14 @@ def host_summary_part(results: Results, folder: str) -> list[str]:
     return textwrap.wrap(f'An AdamW step costs the host, with "{theirs}" / with {ours}: {pairs}.', 120)
 
 
+def sharded_part(results: Results, folder: str) -> list[str]:
+    return [*markdown_table(sharded_table(results)), "", f"All rows are in the [report]({folder}/report.md)."]
+
+
+def ranks_part(results: Results, folder: str) -> list[str]:
+    return markdown_table(ranks.table(ranks.step_of(results)))
+
+
 #: What a block of a page can show of a folder. Each gets the results and the folder's path relative to the page.
 PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "models": models_part,
@@ -245,6 +266,8 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "missed": missed_part,
     "host": host_part,
     "host-summary": host_summary_part,
+    "sharded": sharded_part,
+    "ranks": ranks_part,
 }
 
 

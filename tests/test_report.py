@@ -10,7 +10,7 @@ import pytest
 # `make gpu` uses the Python on PATH, which need not have what only the report wants
 pytest.importorskip("matplotlib")
 
-from bench import report
+from bench import ranks, report
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS
 from bench.charts import DRAWN_BY, over_best
 from bench.results import Row, Verdict
@@ -146,6 +146,9 @@ BLOCKS = {
     "host-summary": [
         '"torch fused" / with optimx: 20 / 30 µs for 1 tensor, 40 / 50 µs for 8 tensors.\n',
     ],
+    "sharded": ["| 723 clip 4096 ranks | 20 | 4 |\n"],
+    # 2 log2(8) hops of 5 µs and 20 µs; 70e9 / 64 parameters of 32 bytes at 3e12 bytes a second
+    "ranks": ["| 64 | 4.0 | 0.05 | 11.67 |\n"],
 }
 
 
@@ -155,6 +158,7 @@ def test_blocks_have_the_numbers_of_the_folder_they_name(folder, tmp_path, monke
     medians = [(name, *pair) for name, pair in columns]
     host = [row("host-stub-1", name, first, tensors=1) for name, first, _ in medians]
     save(folder, "host", [*host, *(row("host-stub-8", name, second, tensors=8) for name, _, second in medians)])
+    save(folder, "dtensor", [row(ranks.CASE, name, ms) for name, ms in ((FUSED, 20.0), (OURS, 4.0))])
     readmes = {part: tmp_path / f"{part}.md" for part in BLOCKS}
     for part, readme in readmes.items():
         readme.write_text(block(part))
@@ -188,13 +192,11 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
     page = tmp_path / "README.md"
     page.write_text(block(part))
     assert report.main([str(folder), "--readme", str(page)]) == 2
-    assert f"should name one of models, optimizers, missed, host, host-summary, but names: '{part}'" in (
-        capsys.readouterr().err
-    )
+    assert f"should name one of {', '.join(report.PARTS)}, but names: '{part}'" in (capsys.readouterr().err)
     assert page.read_text() == block(part)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/sharding.md"])
 def test_the_projects_pages_are_up_to_date(page):
     path = report.HERE.parent / page
     assert report.BLOCK.search(path.read_text())
