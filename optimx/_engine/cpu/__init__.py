@@ -2,10 +2,12 @@
 
 from .elementwise import NativeBucket
 from .factored import FactoredBucket
+from .orthogonal import OrthogonalBucket
 from .trust_ratio import TrustRatioBucket
 
 BUCKETS: dict[str, type[NativeBucket]] = {
     "elementwise": NativeBucket,
     "trust_ratio": TrustRatioBucket,
     "factored": FactoredBucket,
+    "orthogonal": OrthogonalBucket,
 }

@@ -1,0 +1,59 @@
+"""Muon: momentum before the iterations that orthogonalize it, and the step after them. Products are torch's.
+
+Both are updates of :mod:`.update`, and each byte is moved once: in float32 with iterations in bfloat16, grad 4,
+momentum_buffer 4+4, matrix 2; then matrix 2, param 4+4: 24 a parameter, and 6 for the norm and the division by it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .device import save
+
+RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps")
+#: ``mix`` is how much of the average there is in what is orthogonalized, beside the gradient.
+HYPER = ("factor", "eps", "momentum_c", "mix", "decay", "lr")
+
+
+@triton.jit
+def prepare(raw, scalars):
+    lr, weight_decay, momentum, nesterov, eps = raw
+    mix = tl.where(nesterov != 0, momentum, 1.0)
+    return (tl.full(lr.shape, 1.0, tl.float64), eps, 1.0 - momentum, mix, 1.0 - lr * weight_decay, lr), scalars
+
+
+@triton.jit
+def _lerp(a, b, weight):
+    """As torch: exact at both ends."""
+    return tl.where(weight < 0.5, a + weight * (b - a), b - (b - a) * (1.0 - weight))
+
+
+@triton.jit
+def average(p, g, states, hyper, VARIANT: tl.constexpr, out):
+    """States: momentum_buffer. In place of a parameter, what is to be orthogonalized is written."""
+    pointers, _, _ = out
+    momentum_c, mix = hyper[1:3]
+    moved = _lerp(states[0], g, momentum_c)
+    save(out, 0, moved)
+    # torch goes on with what is stored
+    return _lerp(g, moved.to(pointers[2].dtype.element_ty).to(moved.dtype), mix)
+
+
+@triton.jit
+def take(p, g, states, hyper, VARIANT: tl.constexpr, out):
+    """The step, an orthogonal matrix, in place of a gradient."""
+    decay, lr = hyper[3:5]
+    return p * decay - lr * g
+
+
+class Pass(NamedTuple):
+    """What :func:`~.update.update_` takes for an algorithm."""
+
+    update: Any
+    HYPER: tuple[str, ...] = HYPER
+
+
+AVERAGE, TAKE = Pass(average), Pass(take)
