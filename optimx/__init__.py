@@ -28,6 +28,7 @@ from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
+from .muon import Muon
 from .nadam import NAdam
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler

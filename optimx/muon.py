@@ -198,13 +198,13 @@ class Muon(MultiTensorStep, MuonLoop):
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
         for name, value in (("Learning rate", lr), ("momentum", momentum), ("weight decay", weight_decay)):
-            if not 0.0 <= value:
+            if not value >= 0.0:
                 raise ValueError(f"{name} should be >= 0 but is: {value}")
         if adjust_lr_fn is not None and adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"Adjust learning rate function {adjust_lr_fn} is not supported")
         if ns_dtype not in NS_DTYPES:
             raise ValueError(f"ns_dtype should be one of {', '.join(map(str, NS_DTYPES))} but is: {ns_dtype}")
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": nesterov,
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip

@@ -116,9 +116,7 @@ def _like(weight: float | Tensor, tensor: Tensor) -> float | Tensor:
     return weight.to(tensor.dtype) if isinstance(weight, Tensor) else weight
 
 
-def _advance(
-    buffer: Tensor, grad: Tensor, scale: float, momentum_c: Any, mix: Any, out: Tensor, memory: Any
-) -> None:
+def _advance(buffer: Tensor, grad: Tensor, scale: float, momentum_c: Any, mix: Any, out: Tensor, memory: Any) -> None:
     """The same for a large matrix, piece by piece."""
     for average, g, x in _pieces(buffer, grad, out):
         update = memory("piece", g.shape, average.dtype)

@@ -74,7 +74,7 @@ class OrthogonalTritonBucket(TritonBucket):
             stack.averages.rows = stack.steps.rows = self.table.rows[stack.members]
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
-        _, iterations, dtype, _ = self.key.variant
+        _, _, dtype, _ = self.key.variant
         of_param, of_grad, of_buffer = self.key.dtypes
         of_step = self._control
         if control is not None:
