@@ -83,6 +83,7 @@ class Composite(Optimizer):
             }
         )
         self.norm_group = norm_group
+        self._placed()
         self._check_owners()
         if self._conflict is not None:
             raise ValueError(self._conflict)
@@ -173,6 +174,7 @@ class Composite(Optimizer):
         except ValueError:
             owner.param_groups.pop()
             raise
+        self._placed()
 
     @_compat.disable_dynamo
     def state_dict(self) -> dict[str, Any]:
