@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.nn.utils import clip_grad_norm_
+from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.data import DataLoader
 
@@ -580,3 +581,289 @@ def test_copies(copied: Callable[[Any], Any]) -> None:
 def test_a_copy_knows_the_ranks() -> None:
     composite = optimx.Composite({"a": optimx.SGD(Net().parameters())}, 1.0, norm_group=iter(()))
     assert copy.deepcopy(composite).norm_group is composite.norm_group
+
+
+# schedules
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(opt, lambda step: 0.5**step),
+    "OneCycleLR": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=8, cycle_momentum=False),
+    "SequentialLR": lambda opt: lr_scheduler.SequentialLR(
+        opt, [lr_scheduler.ConstantLR(opt, 0.1, 2), lr_scheduler.ExponentialLR(opt, 0.5)], milestones=[2]
+    ),
+    "ScheduleLR": lambda opt: ScheduleLR(opt, {"lr": Warmup(2) >> Cosine(6), "weight_decay": Cosine(8)}),
+    "WarmupLR": lambda opt: WarmupLR(opt, Cosine(8), 2),
+    "WarmupAroundLR": lambda opt: WarmupLR(opt, lr_scheduler.StepLR(opt, 2), 2),
+    "SWALR": lambda opt: SWALR(opt, swa_lr=0.001, anneal_epochs=3),
+}
+each_scheduler = pytest.mark.parametrize("name", SCHEDULERS)
+
+
+class Each:
+    """A scheduler of each member."""
+
+    def __init__(self, make: Callable[[Any], Any], optimizers: dict[str, torch.optim.Optimizer]) -> None:
+        self.schedulers = [make(optimizer) for optimizer in optimizers.values()]
+
+    def step(self) -> None:
+        for scheduler in self.schedulers:
+            scheduler.step()
+
+
+@each_scheduler
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+def test_schedulers(name: str) -> None:
+    """One of the composite does what one of each member would do."""
+    model, composite = composed("muon-adamw")
+    other, expected = composed("muon-adamw")
+    scheduler = SCHEDULERS[name](composite)
+    each = Each(SCHEDULERS[name], expected.optimizers)
+    for step in range(6):
+        train(model, composite, range(step, step + 1), scheduler)
+        train(other, expected, range(step, step + 1), each)
+        rates, expected_rates = ([group["lr"] for group in own.param_groups] for own in (composite, expected))
+        assert rates == expected_rates
+    assert rates != [0.02, 0.01]
+    assert_same(model, composite.optimizers, other, expected.optimizers)
+
+
+@each_scheduler
+@pytest.mark.filterwarnings("ignore:The epoch parameter:UserWarning")
+def test_schedulers_resume(name: str) -> None:
+    model, composite = composed("muon-adamw")
+    scheduler = SCHEDULERS[name](composite)
+    train(model, composite, range(3), scheduler)
+    other, resumed = composed("muon-adamw")
+    then = SCHEDULERS[name](resumed)
+    other.load_state_dict(model.state_dict())
+    resumed.load_state_dict(saved(composite.state_dict()))
+    then.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    train(model, composite, range(3, 6), scheduler)
+    train(other, resumed, range(3, 6), then)
+    assert_same(other, resumed.optimizers, model, composite.optimizers)
+
+
+def test_cycled_momentum() -> None:
+    """Torch's OneCycleLR cycles betas or momenta, of which all members have to have one; else it says so."""
+    model, other = Net(), Net()
+    matrices, rest = model.split()
+    composite = optimx.Composite({"a": optimx.AdamW(matrices), "b": optimx.Lion(rest)})
+    matrices, rest = other.split()
+    expected = optimx.Composite({"a": optimx.AdamW(matrices), "b": optimx.Lion(rest)})
+
+    def make(optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=8)
+
+    scheduler, each = make(composite), Each(make, expected.optimizers)
+    assert [group["betas"] for group in composite.param_groups] == [(0.95, 0.999), (0.95, 0.99)]
+    train(model, composite, range(4), scheduler)
+    train(other, expected, range(4), each)
+    assert_same(model, composite.optimizers, other, expected.optimizers)
+    with pytest.raises(ValueError, match="optimizer must support momentum or beta1"):
+        make(composed("muon-adamw")[1])
+
+
+def test_fields_of_one_member() -> None:
+    """A schedule of what other members have not is one of that member: its groups are the composite's."""
+    _, composite = composed("muon-adamw")
+    with pytest.raises(ValueError, match=r"field should be one of eps, lr, weight_decay but is: 'momentum'"):
+        ScheduleLR(composite, {"momentum": Cosine(8)})
+    scheduler = ScheduleLR(composite["muon"], {"momentum": Warmup(4)})
+    composite.step()
+    scheduler.step()
+    assert composite.param_groups[0]["momentum"] == pytest.approx(0.95 * 2 / 4)
+
+
+def test_plateau() -> None:
+    _, composite = composed("muon-adamw")
+    scheduler = lr_scheduler.ReduceLROnPlateau(composite, factor=0.5, patience=0)
+    for loss in (1.0, 2.0, 0.5, 0.7):
+        scheduler.step(loss)
+    assert [group["lr"] for group in composite.param_groups] == [0.005, 0.0025]
+
+
+def test_averaged_weights() -> None:
+    """Torch's recipe of SWA, beside the same with one optimizer after the other."""
+    averages = []
+    for make in (SCHEDULERS["SWALR"], None):
+        model, composite = composed("muon-adamw")
+        scheduler = Each(SCHEDULERS["SWALR"], composite.optimizers) if make is None else make(composite)
+        averaged = AveragedModel(model)
+        for step in range(5):
+            train(model, composite, range(step, step + 1), scheduler)
+            averaged.update_parameters(model)
+        averages.append(averaged)
+    assert_same(averages[0], {}, averages[1], {})
+    assert not torch.equal(averages[0].module[0].weight, model[0].weight)
+
+
+# gradient scaling
+
+
+@each_pair
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+@pytest.mark.parametrize("scaler_cls", [torch.amp.GradScaler, optimx.GradScaler], ids=["torchs_scaler", "our_scaler"])
+def test_all_members_skip_or_none(pair: str, max_norm: float | None, scaler_cls: Any) -> None:
+    """An infinite gradient of one is a step that none takes. Scales are powers of 2: nothing else differs."""
+    model, composite = composed(pair, max_grad_norm=max_norm)
+    other, expected = composed(pair, max_grad_norm=max_norm)
+    scaler = scaler_cls("cpu", init_scale=1024.0, growth_interval=2)
+    skipped = []
+    for step in range(6):
+        composite.zero_grad()
+        loss = model(*batch(step))["loss"]
+        scaler.scale(loss).backward()
+        if step in (1, 4):
+            [model[0].weight, model[2].bias][step == 1].grad[0] = float("inf")
+        scaler.step(composite)
+        scaler.update()
+        skipped.append(bool(composite.step_was_skipped))
+        if step in (1, 4):
+            assert scaler_cls is torch.amp.GradScaler or max_norm is None or not composite.grad_norm.isfinite()
+            continue
+        other.zero_grad()
+        other(*batch(step))["loss"].backward()
+        expected.step()
+        if max_norm is not None:
+            assert torch.equal(composite.grad_norm, expected.grad_norm)
+    assert scaler.get_scale() == 1024.0 / 2 * 2 / 2
+    # torch's does not call what it skips
+    assert skipped == [scaler_cls is optimx.GradScaler and step in (1, 4) for step in range(6)]
+    assert_same(model, composite.optimizers, other, expected.optimizers)
+
+
+def test_fused_members_get_unscaled_gradients() -> None:
+    """Members that would unscale by themselves, one by one, are not asked to: what one skips, the others would not."""
+    models = Net(), Net()
+    composites = []
+    for model in models:
+        matrices, rest = model.split()
+        own = {"a": optimx.AdamW(matrices, fused=True), "b": torch.optim.AdamW(rest, fused=True)}
+        composites.append(optimx.Composite(own))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in range(3):
+        composites[0].zero_grad()
+        scaler.scale(models[0](*batch(step))["loss"]).backward()
+        if step == 1:
+            models[0][0].weight.grad[0] = float("nan")
+        scaler.step(composites[0])
+        scaler.update()
+        if step != 1:
+            composites[1].zero_grad()
+            models[1](*batch(step))["loss"].backward()
+            composites[1].step()
+    assert_same(models[0], composites[0].optimizers, models[1], composites[1].optimizers)
+
+
+# what explain shows
+
+
+def test_explain() -> None:
+    _, composite = composed("muon-adamw")
+    explanation = optimx.explain(composite)
+    assert explanation.optimizer == "Composite"
+    assert [member.optimizer for member in explanation.members] == ["muon: Muon", "adamw: AdamW"]
+    assert explanation.rows == (*explanation.members[0].rows, *optimx.explain(composite["adamw"]).rows)
+    assert explanation.rows[0].reason == "Muon is not an optimx optimizer"
+    composite.max_grad_norm = 1.0
+    clipped = optimx.explain(composite)
+    assert [row.reason for row in clipped.rows] == [
+        "Muon is not an optimx optimizer; its gradients are written when they are clipped", "",
+    ]  # fmt: skip
+    assert str(clipped).startswith("muon: Muon\nbackend")
+    assert "\n\nadamw: AdamW\nbackend" in str(clipped)
+
+
+# other people's training loops
+
+STEPS = 5
+CLIP = 0.5
+
+
+def decaying(optimizer: torch.optim.Optimizer) -> Any:
+    return lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (2 * STEPS))
+
+
+@pytest.fixture(scope="module")
+def by_hand() -> Net:
+    model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+    scheduler = decaying(composite)
+    for step in range(STEPS):
+        composite.zero_grad()
+        model(*batch(step))["loss"].backward()
+        composite.step()
+        scheduler.step()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(by_hand: Net, tmp_path: Path) -> None:
+    """Resumed from its checkpoint after each epoch but the first."""
+    lightning = pytest.importorskip("lightning")
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.composite = composed("muon-adamw", max_grad_norm=CLIP)
+
+        def training_step(self, numbers: Tensor, index: int) -> Tensor:
+            return self.net(*batch(self.trainer.current_epoch))["loss"]
+
+        def configure_optimizers(self) -> Any:
+            return {"optimizer": self.composite, "lr_scheduler": {"scheduler": decaying(self.composite)}}
+
+    path = None
+    for epoch in range(STEPS):
+        trainer = lightning.Trainer(
+            max_epochs=epoch + 1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+        )  # fmt: skip
+        module = Module()
+        trainer.fit(module, DataLoader([torch.zeros(1)], batch_size=None), ckpt_path=path)
+        path = tmp_path / "last.ckpt"
+        trainer.save_checkpoint(path)
+    assert_same(module.net, {}, by_hand, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_accelerate(by_hand: Net, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+
+    def begin() -> tuple[Any, ...]:
+        model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+        return accelerator.prepare(model, composite, decaying(composite))
+
+    model, optimizer, scheduler = begin()
+    for step in range(STEPS):
+        if step == 2:
+            accelerator.save_state(str(tmp_path))
+            accelerator.free_memory()
+            model, optimizer, scheduler = begin()
+            accelerator.load_state(str(tmp_path))
+        accelerator.backward(model(*batch(step))["loss"])
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert_same(accelerator.unwrap_model(model), {}, by_hand, {})
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_transformers(by_hand: Net, tmp_path: Path) -> None:
+    """A training that ends early, and one that goes on from its checkpoint."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    inputs = [{"x": x, "labels": y} for step in range(STEPS) for x, y in zip(*batch(step), strict=True)]
+    for last in (3, STEPS):
+        model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=last, use_cpu=True, report_to=[],
+            save_strategy="steps", save_steps=3, max_grad_norm=0.0, disable_tqdm=True, remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+        )  # fmt: skip
+        trainer = transformers.Trainer(
+            model, arguments, train_dataset=inputs, optimizers=(composite, decaying(composite))
+        )
+        trainer.train(resume_from_checkpoint=last == STEPS)
+    assert trainer.state.global_step == STEPS
+    assert_same(model, {}, by_hand, {})
