@@ -297,6 +297,9 @@ def test_refusals() -> None:
         optimx.Composite({"a": optimx.LAMB(rest, normalize_grads=True)}, max_grad_norm=1.0)
     with pytest.raises(ValueError, match=r"norm_group should be that of 'a' but is: None"):
         optimx.Composite({"a": optimx.SGD(rest, norm_group=object())}, max_grad_norm=1.0)
+    rest[0]._fsdp_flattened = True
+    with pytest.raises(ValueError, match=r"norm_group should be the process group .* but is: None"):
+        optimx.Composite({"a": torch.optim.SGD(rest)}, max_grad_norm=1.0)
 
 
 def test_refusals_of_a_step() -> None:
