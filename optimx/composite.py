@@ -99,7 +99,7 @@ class Composite(Optimizer):
         super().__setstate__(state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Composite:
-        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin = type(self).__new__(type(self))
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin.norm_group = self.norm_group
         return twin

@@ -721,6 +721,8 @@ def test_all_members_skip_or_none(pair: str, max_norm: float | None, scaler_cls:
         scaler.step(composite)
         scaler.update()
         skipped.append(bool(composite.step_was_skipped))
+        for optimizer in filter(is_ours, composite.optimizers.values()):
+            assert bool(optimizer.step_was_skipped) == skipped[-1]
         if step in (1, 4):
             assert scaler_cls is torch.amp.GradScaler or max_norm is None or not composite.grad_norm.isfinite()
             continue
@@ -733,6 +735,12 @@ def test_all_members_skip_or_none(pair: str, max_norm: float | None, scaler_cls:
     # torch's does not call what it skips
     assert skipped == [scaler_cls is optimx.GradScaler and step in (1, 4) for step in range(6)]
     assert_same(model, composite.optimizers, other, expected.optimizers)
+    # without a scaler nothing is skipped
+    scaler.scale(model(*batch(0))["loss"]).backward()
+    model[0].weight.grad[0] = float("inf")
+    scaler.step(composite)
+    composite.step()
+    assert not composite.step_was_skipped
 
 
 def test_fused_members_get_unscaled_gradients() -> None:
