@@ -28,6 +28,7 @@ import optimx
 # torchvision, which trainers import, has to import first
 import tests.models  # noqa: F401
 from optimx.lr_scheduler import Cosine, ScheduleLR, Warmup, WarmupLR
+from tests.engine import interpreted
 
 Factory = Callable[[list[Any]], torch.optim.Optimizer]
 
@@ -139,6 +140,7 @@ def test_members_step_as_apart(pair: str) -> None:
     assert_same(model, composite.optimizers, other, apart)
 
 
+@interpreted
 @each_pair
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
 def test_one_norm_over_all(pair: str, max_norm: float) -> None:
@@ -169,6 +171,7 @@ def test_one_norm_over_all(pair: str, max_norm: float) -> None:
     assert_same(model, composite.optimizers, other, apart, **tolerance)
 
 
+@interpreted
 def test_norm_is_that_of_one_optimizer() -> None:
     """Two members of a class are as one optimizer of it with two groups, also in what clipping does."""
     model, other = Net(), Net()
