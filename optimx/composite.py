@@ -33,7 +33,7 @@ class Composite(Optimizer):
     Args:
         optimizers: The members by name: optimx's, torch's, or any other :class:`torch.optim.Optimizer`. They keep
             their settings and may be stepped, saved and loaded apart.
-        max_grad_norm: Clip the gradients of *all* members to their common 2-norm inside the step (default: None, each
+        max_grad_norm: Clip the gradients of *all* members together to this 2-norm inside the step (default: None, each
             member has its own ``max_grad_norm`` or none). Members of optimx are told the norm and leave ``p.grad``
             alone; the gradients of others are scaled in place. May be changed between steps.
         norm_group: A process group, each rank of which has other parameters that are no DTensors, as for every
@@ -45,6 +45,7 @@ class Composite(Optimizer):
             ``max_grad_norm``. Not finite where our GradScaler skipped the step.
 
     Raises:
+        TypeError: ``optimizers`` is no mapping, or a member no :class:`torch.optim.Optimizer`.
         ValueError: There is no member; a parameter is in two of them; a step needs a closure, as LBFGS's does; a member
             is a composite; or with ``max_grad_norm`` a member has its own, normalizes its gradients, or has another
             ``norm_group``.
@@ -58,6 +59,7 @@ class Composite(Optimizer):
     def __init__(
         self, optimizers: Mapping[str, Optimizer], max_grad_norm: float | None = None, norm_group: Any = None
     ) -> None:
+        check_instance("optimizers", optimizers, Mapping, "a dict of optimizers by name")
         for name, optimizer in optimizers.items():
             check_instance(f"optimizers[{name!r}]", optimizer, Optimizer, "a torch.optim.Optimizer")
             closure = inspect.signature(optimizer.step).parameters.get("closure")

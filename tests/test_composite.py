@@ -284,6 +284,8 @@ def test_refusals() -> None:
     (first, second), rest = model.split()
     with pytest.raises(ValueError, match=r"optimizers should be one or more but are: \{\}"):
         optimx.Composite({})
+    with pytest.raises(TypeError, match="optimizers should be a dict of optimizers by name but is: list"):
+        optimx.Composite([optimx.SGD(rest)])
     with pytest.raises(TypeError, match=r"optimizers\['a'\] should be a torch.optim.Optimizer but is: Linear"):
         optimx.Composite({"a": model[0]})
     with pytest.raises(ValueError, match=r"need no closure to step, but is: LBFGS"):
