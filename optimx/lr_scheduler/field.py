@@ -27,7 +27,7 @@ class Field:
         groups = optimizer.param_groups
         # torch's OneCycleLR calls Adam's first beta its momentum
         alias = "betas[0]" if name == "momentum" and "momentum" not in groups[0] else name
-        self.name = one_of("field", alias, field_names(groups[0]))
+        self.name = one_of("field", alias, set.intersection(*(set(field_names(group)) for group in groups)))
         match = re.fullmatch(r"(\w+)\[(\d+)\]", self.name)
         self.key = match[1] if match else self.name
         self.index = int(match[2]) if match else None
