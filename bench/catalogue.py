@@ -18,6 +18,8 @@ READ_AGAIN: dict[str, Callable[[float], float]] = {
     "trust_ratio": lambda state: 8.0 + state,
     # the gradient for the sums; gradient and parameter for the length of the step
     "factored": lambda state: 12.0,
+    # what is orthogonalized, in 16 bits: written, read for its norm, divided by it, read for the step
+    "orthogonal": lambda state: 10.0,
 }
 
 

@@ -28,13 +28,16 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 FLOORS = [
     [KERNELS],
     ["optimx._checks", "optimx._compat", "optimx._table", "optimx._torch_names", "optimx.swa_utils"],
-    [f"optimx._engine.{name}" for name in ("layout", "rule", "backends", "scalars", "sharding", "rounds", "optimizer")],
+    [
+        f"optimx._engine.{name}"
+        for name in ("layout", "rule", "backends", "scalars", "newton_schulz", "sharding", "rounds", "optimizer")
+    ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [f"optimx._engine.{name}" for name in ("placement", "states", "plan", "grad_norm", "fallback")],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._transformers_checkpoint",
-        *(case.cls.__module__ for case in CASES),
+        *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite",
     ],

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...triton_kernels import muon
+from ...triton_kernels.device import FACTOR
 from ...triton_kernels.tensor_table import TensorTable
 from ...triton_kernels.update import update_
-from ..grad_norm import FACTOR
 from ..newton_schulz import first_dtype, orthogonalize_
 from ..rounds import Update
 from . import elementwise
@@ -79,7 +79,7 @@ class OrthogonalTritonBucket(TritonBucket):
         of_step = self._control
         if control is not None:
             of_step = control.clone()
-            of_step[FACTOR] = self._control[FACTOR]
+            of_step[FACTOR.value] = self._control[FACTOR.value]
         for stack in self._stacks:
             grads = self.grads[stack.members]
             update_(
