@@ -23,6 +23,7 @@ from .adamw import AdamW
 from .asgd import ASGD
 from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
+from .composite import Composite
 from .config import Config, ConfigError
 from .explain import explain
 from .grad_scaler import GradScaler
@@ -43,6 +44,7 @@ __all__ = sorted(
     {
         *_torch.__all__,
         "Build",
+        "Composite",
         "Config",
         "ConfigError",
         "FormulaLoop",

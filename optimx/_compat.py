@@ -150,6 +150,30 @@ def add_param_group(optimizer: Optimizer, group: dict[str, Any], add: Callable[[
     groups += joined
 
 
+def with_state_dict_hooks(optimizer: Optimizer, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` returns, with torch's hooks of ``state_dict`` around it."""
+    for before in optimizer._optimizer_state_dict_pre_hooks.values():
+        before(optimizer)
+    state_dict = make()
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = after(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    return state_dict
+
+
+def with_load_state_dict_hooks(
+    optimizer: Optimizer, state_dict: dict[str, Any], load: Callable[[dict[str, Any]], None]
+) -> None:
+    """Let ``load`` have a state dict, with torch's hooks of ``load_state_dict`` around it."""
+    state_dict = state_dict.copy()
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = before(optimizer, state_dict)
+        state_dict = state_dict if changed is None else changed
+    load(state_dict)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
+
+
 #: What a device reports, of this call or of an earlier one.
 DEVICE_ERRORS: Any = getattr(torch, "AcceleratorError", ())
 

@@ -57,16 +57,16 @@ def get_total_norm(
             ``norm_type`` is not > 0 for tensors that several ranks have.
     """
     listed = _listed(tensors)
-    return _norm_of(listed, listed, norm_type, error_if_nonfinite, foreach, group)
+    return norm_of(listed, listed, norm_type, error_if_nonfinite, foreach, group)
 
 
-def _norm_of(
+def norm_of(
     tensors: list[Tensor],
     owners: Sequence[Tensor],
-    norm_type: float,
-    error_if_nonfinite: bool,
-    foreach: bool | None,
-    group: Any,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+    group: Any = None,
 ) -> Tensor:
     """The norm of tensors; ranks meet where ``owners``, which all of them have, lie."""
     norm_type = float(norm_type)
@@ -155,7 +155,7 @@ def clip_grad_norm_(
             warnings.warn(message, stacklevel=2)
     listed = _listed(parameters)
     grads = [param.grad for param in listed if param.grad is not None]
-    norm = _norm_of(grads, listed, norm_type, error_if_nonfinite, foreach, group)
+    norm = norm_of(grads, listed, norm_type, error_if_nonfinite, foreach, group)
     clip_grads_with_norm_(listed, max_norm, norm, foreach)
     return norm
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from torch.optim import Optimizer
 
@@ -12,6 +13,7 @@ from ._engine.placement import Placement, place_all
 from ._engine.sharding import layout_of, local_pairs
 from ._engine.step import MultiTensorStep
 from ._table import aligned
+from .composite import Composite
 
 __all__ = ["Explanation", "explain"]
 
@@ -42,10 +44,17 @@ class ExplanationRow:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` found; prints as a table."""
+    """What :func:`explain` found; prints as a table, or as one for each member of a composite.
+
+    Attributes:
+        optimizer: Name of the class; of a member, with its name before it.
+        rows: What shares launches; of a composite, those of its members one after the other.
+        members: Of a composite, what was found of each member.
+    """
 
     optimizer: str
     rows: tuple[ExplanationRow, ...]
+    members: tuple[Explanation, ...] = ()
 
     @property
     def table(self) -> list[tuple[str, ...]]:
@@ -57,6 +66,8 @@ class Explanation:
         return rows
 
     def __str__(self) -> str:
+        if self.members:
+            return "\n\n".join(map(str, self.members))
         lines = [self.optimizer]
         for i, line in enumerate(aligned(self.table, numbers=range(1, 4))):
             lines.append(line)
@@ -78,6 +89,9 @@ def explain(optimizer: Optimizer) -> Explanation:
     Returns:
         An :class:`Explanation`; ``print`` it.
     """
+    if isinstance(optimizer, Composite):
+        members = tuple(_of_member(optimizer, name) for name in optimizer.optimizers)
+        return Explanation(type(optimizer).__name__, (*chain.from_iterable(each.rows for each in members),), members)
     rows: dict[tuple[str, str, tuple[str, ...], str, str, object], list[tuple[int, int]]] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if isinstance(optimizer, MultiTensorStep):
@@ -111,6 +125,18 @@ def explain(optimizer: Optimizer) -> Explanation:
             for (backend, device, dtypes, reason, sharding, _), members in rows.items()
         ),
     )
+
+
+def _of_member(composite: Composite, name: str) -> Explanation:
+    """What shares launches in a member; where it is not optimx's, also what clipping does to its gradients."""
+    optimizer = composite[name]
+    found = explain(optimizer)
+    rows = found.rows
+    if composite.max_grad_norm is not None and not isinstance(optimizer, MultiTensorStep):
+        rows = tuple(
+            replace(row, reason=f"{row.reason}; its gradients are written when they are clipped") for row in rows
+        )
+    return Explanation(f"{name}: {found.optimizer}", rows)
 
 
 def _dtypes(dtypes: Sequence[str]) -> str:

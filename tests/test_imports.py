@@ -36,6 +36,7 @@ FLOORS = [
         "optimx._loop", "optimx._transformers_checkpoint",
         *(case.cls.__module__ for case in CASES),
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
+        "optimx.composite",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx", "optimx.cli", "optimx.__main__"],
