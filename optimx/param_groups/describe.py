@@ -57,11 +57,11 @@ class GroupsDescription:
         routed = any(group.reasons for group in self.groups)
         whose = ("optimizer", "why") if routed else ()
         rows: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, *whose, "others", "names")]
-        common = self._common()
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
             numbers = (_number(group.settings.get(name)) for name in NUMBERS)
             whose = (str(group.settings.get("optimizer", "-")), _counted(group.reasons)) if routed else ()
+            common = self._common(group.settings.get("optimizer"))
             others = {k: v for k, v in group.settings.items() if k not in (*NUMBERS, *common, "optimizer")}
             rows.append((*counts, *numbers, *whose, _settings(others) or "-", _few(group.names)))
         return rows
@@ -69,8 +69,10 @@ class GroupsDescription:
     @property
     def notes(self) -> list[str]:
         """What the table does not say, a line each."""
-        common = self._common()
-        lines = [f"in every group: {_settings(common)}"] if common else []
+        lines = []
+        for owner in dict.fromkeys(group.settings.get("optimizer") for group in self.groups):
+            if common := self._common(owner):
+                lines.append(f"in every group{'' if owner is None else f' of {owner}'}: {_settings(common)}")
         lines += [f"tied: {' = '.join(names)}" for names in self.tied]
         for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
             if names:
@@ -80,11 +82,12 @@ class GroupsDescription:
     def __str__(self) -> str:
         return "\n".join([*aligned(self.table, numbers=range(6)), *self.notes])
 
-    def _common(self) -> dict[str, Any]:
-        """Settings without a column that are the same in all groups."""
-        if not self.groups:
+    def _common(self, owner: str | None) -> dict[str, Any]:
+        """Settings without a column that are the same in all groups of an optimizer; of all, where they do not say."""
+        settings = [group.settings for group in self.groups if group.settings.get("optimizer") == owner]
+        if not settings:
             return {}
-        first, *rest = (group.settings for group in self.groups)
+        first, *rest = settings
         return {
             name: value
             for name, value in first.items()
