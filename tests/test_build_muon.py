@@ -74,8 +74,9 @@ def test_trains_as_two_by_hand() -> None:
     assert min(norms) > 0.1
     torch.testing.assert_close(build.optimizer.grad_norm, norms[-1], rtol=1e-5, atol=0.0)
     for name, param in build.model.named_parameters():
-        # AdamW's fused step rounds in another order; Muon's gradients differ in the last bit of the norm
-        torch.testing.assert_close(param, named[name], rtol=1e-4, atol=1e-6, msg=name)
+        # in bfloat16 the last bit of a clipped gradient may become 2**-8 of an update of 0.02
+        atol = 1e-4 if name in MUONS else 1e-7
+        torch.testing.assert_close(param, named[name], rtol=1e-5, atol=atol)
 
 
 def test_the_optimizer_is_a_composite() -> None:
