@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
 
 import optimx
 from optimx import Composite
@@ -234,6 +235,17 @@ def test_resume(schedule: dict[str, Any] | None) -> None:
     second.load_state_dict(saved)
     train(second, range(3, 6))
     assert all(map(torch.equal, straight.model.parameters(), second.model.parameters()))
+
+
+def test_distributed_checkpoint(tmp_path: Path) -> None:
+    cfg = {"optimizer": {**BOTH, "max_grad_norm": 0.1}, "schedule": {"name": "cosine", "total": 20, "warmup": 3}}
+    first, second = optimx.build(vit(), cfg), optimx.build(vit(), cfg)
+    train(first, range(3))
+    dcp.save({"train": first.as_stateful()}, checkpoint_id=tmp_path)
+    dcp.load({"train": second.as_stateful()}, checkpoint_id=tmp_path)
+    for build in (first, second):
+        train(build, range(3, 6))
+    assert all(map(torch.equal, first.model.parameters(), second.model.parameters()))
 
 
 # what is wrong

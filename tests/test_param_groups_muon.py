@@ -238,6 +238,17 @@ def test_heads_defined_before_the_layers() -> None:
     assert muons(model) == blocks()
 
 
+def test_the_model_tells_its_head() -> None:
+    """As transformers' models do, whatever it is called and wherever it is."""
+    model = Model(to_words=nn.Linear(4, 8), probe=nn.Linear(4, 4))
+    assert muons(model) == blocks() | {"to_words.weight"}
+    model.get_output_embeddings = lambda: model.to_words
+    assert muons(model) == blocks() | {"probe.weight"}
+    assert muons(nn.ModuleDict({"model": model})) == {f"model.{name}" for name in blocks() | {"probe.weight"}}
+    model.get_output_embeddings = lambda: None
+    assert muons(model) == blocks() | {"to_words.weight"}
+
+
 def test_ties() -> None:
     """Whether the model says so or not, and whichever of the two was there first."""
     model = Model(to_words=nn.Linear(4, 8, bias=False))
@@ -262,13 +273,19 @@ def test_stacks_of_single_layers() -> None:
     convolutions = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     model = nn.Module()
     model.features, model.classifier = convolutions, linears(4, 4, 4, 2)
-    assert muons(model) == {"features.2.weight", "features.3.weight", "classifier.0.weight", "classifier.1.weight"}
+    hidden = {"features.2.weight", "features.3.weight", "classifier.0.weight", "classifier.1.weight"}
+    assert muons(model) == hidden
+    # what is called a classifier is one, also where another layer is the last
+    model.probe = nn.Linear(4, 4)
+    assert muons(model) == hidden | {"probe.weight"}
 
 
 def test_an_encoder_alone_has_no_ends() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
     assert muons(encoder) == {name for name, param in encoder.named_parameters() if param.ndim == 2}
     assert reasons(encoder)["layers.0.self_attn.in_proj_weight"] == ("muon", "fused projections")
+    # also where the first weight is of a linear layer
+    assert muons(nn.Sequential(Block(), Block())) == {name.removeprefix("blocks.") for name in blocks()}
 
 
 class Experts(nn.Module):
