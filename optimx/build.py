@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ._checks import check_instance
 from ._table import aligned
+from .composite import Composite
 from .config import Config, ScheduleConfig
 from .config.errors import Problems
 from .config.loading import load
@@ -86,7 +87,7 @@ class Build:
 
     def explain(self) -> BuildExplanation:
         """Parameter groups, what their steps run on, and learning rates over the schedule; ``print`` it."""
-        groups = [_before_any_schedule(group) for group in self.optimizer.param_groups]
+        groups = [_before_any_schedule(group) for group in _with_owners(self.optimizer)]
         name = "" if self.scheduler is None else type(self.scheduler).__name__
         rates: tuple[tuple[int, float, float], ...] = ()
         if self.config.schedule is not None and is_function_of_step(self.scheduler):
@@ -239,6 +240,14 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
 def is_function_of_step(scheduler: LRScheduler | None) -> TypeGuard[ScheduleLR]:
     """Whether its values can be foretold: :class:`ScheduleLR`, but around no scheduler of torch's."""
     return isinstance(scheduler, ScheduleLR) and not isinstance(scheduler, WarmupAroundLR)
+
+
+def _with_owners(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The groups; those of a composite say whose they are."""
+    if not isinstance(optimizer, Composite):
+        return optimizer.param_groups
+    owners = {id(group): name for name, member in optimizer.optimizers.items() for group in member.param_groups}
+    return [{**group, "optimizer": owners[id(group)]} for group in optimizer.param_groups]
 
 
 def _before_any_schedule(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,20 @@ PRESETS: dict[str, Preset] = {
             "schedule": {"name": "cosine", "warmup": 0.00125, "floor": 0.1},
         },
     ),
+    "gpt-muon": Preset(
+        "a decoder from scratch: Muon for the hidden matrices, AdamW for the rest, weight decay for all",
+        "https://github.com/KellerJordan/Muon, usage in its README and defaults of its MuonWithAuxAdam",
+        {
+            "optimizer": {
+                "name": "muon",
+                "lr": 0.02,
+                "weight_decay": 0.01,
+                "momentum": 0.95,
+                "adamw": {"lr": 3e-4, "weight_decay": 0.01, "betas": [0.9, 0.95], "eps": 1e-10},
+            },
+            "groups": {"no_decay": []},
+        },
+    ),
     "resnet-sgd": Preset(
         "a ResNet on ImageNet: a tenth of the learning rate after 30 and 60 of 90 epochs, weight decay for all",
         "https://arxiv.org/abs/1512.03385, epochs of pytorch/examples, batch size rule of https://arxiv.org/abs/1706.02677",

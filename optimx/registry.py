@@ -152,7 +152,8 @@ def _same(one: Any, other: Any) -> bool:
 
 def _optimizers() -> Iterable[tuple[str, Any]]:
     package = importlib.import_module(__package__)
-    bases = Optimizer, package.MultiTensorStep, package.FormulaLoop
+    # what makes no optimizer of parameters alone
+    bases = Optimizer, package.MultiTensorStep, package.FormulaLoop, package.Composite
     for name in package.__all__:
         thing = getattr(package, name)
         if inspect.isclass(thing) and issubclass(thing, Optimizer) and thing not in bases:

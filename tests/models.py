@@ -64,5 +64,26 @@ def t5() -> nn.Module:
     )
 
 
+def mixtral() -> nn.Module:
+    return transformers_model(
+        "MixtralForCausalLM", "MixtralConfig", num_local_experts=3, num_key_value_heads=1, **BERT, **TOKENS
+    )
+
+
+def torchvision_vit() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=5)
+
+
+def torchvision_resnet() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 2, 1], num_classes=5)
+
+
+def torchvision_swin() -> nn.Module:
+    torchvision = pytest.importorskip("torchvision")
+    return torchvision.models.SwinTransformer([4, 4], 8, [2, 2], [2, 2], [4, 4], num_classes=5)
+
+
 TIMM: dict[str, Callable[[], nn.Module]] = {"vit": vit, "swin": swin, "convnext": convnext, "resnet": resnet}
 TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {"bert": bert, "gpt2": gpt2, "llama": llama, "t5": t5}

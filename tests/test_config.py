@@ -421,7 +421,7 @@ def test_all_problems_at_once() -> None:
         "  optimizer.max_grad_norm should be a number but is: 'x'",
         "  groups.layer_decay should be in (0, 1] but is: 1.5",
         "  groups.layr (value: 2) is no key of groups (freeze, include_frozen, layer_decay, layer_preset, layers, "
-        "min_lr_scale, no_decay, rules); did you mean 'layers'?",
+        "min_lr_scale, muon, no_decay, rules); did you mean 'layers'?",
         "  groups.rules[1] should be a table but is: 5",
         "  shedule (value: {}) is no key of a config (batch_scaling, groups, optimizer, preset, schedule); "
         "did you mean 'schedule'?",

@@ -12,7 +12,7 @@ import torch
 
 import optimx
 from bench.catalogue import optimizers
-from optimx.config import BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
+from optimx.config import AdamWConfig, BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
 
 pytest.importorskip("mkdocstrings_handlers.python")
 
@@ -118,7 +118,9 @@ def test_adafactor_keeps_a_row_and_a_column() -> None:
     assert moved == clipped == pytest.approx(24, abs=0.1)
 
 
-@pytest.mark.parametrize("section", [Config, OptimizerConfig, GroupsConfig, ScheduleConfig, BatchScalingConfig])
+@pytest.mark.parametrize(
+    "section", [Config, OptimizerConfig, AdamWConfig, GroupsConfig, ScheduleConfig, BatchScalingConfig]
+)
 def test_every_key_of_the_config_has_a_row(section: type) -> None:
     text = hooks.expand(f"<!-- fields {section.__name__} -->")
     assert f"<!-- fields {section.__name__} -->" in PAGES["config.md"]

@@ -1,9 +1,10 @@
 """A typed config: its sections, every format it comes in, and all that is wrong with one at once."""
 
 from .errors import ConfigError, Problem
-from .sections import BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
+from .sections import AdamWConfig, BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
 
 __all__ = [
+    "AdamWConfig",
     "BatchScalingConfig",
     "Config",
     "ConfigError",

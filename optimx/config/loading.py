@@ -20,6 +20,9 @@ from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
 
 __all__ = ["load", "merge", "parse_value"]
 
+#: The table within the section ``optimizer`` that is of an optimizer too.
+SECOND = "adamw"
+
 
 def load(
     cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = (), presets: Mapping[str, Mapping[str, Any]] | None = None
@@ -56,7 +59,7 @@ def load(
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """``over`` laid over ``base``, section by section and key by key.
+    """``over`` laid over ``base``, section by section and key by key, that of ``optimizer.adamw`` too.
 
     A section of another ``name`` (or of ``phases``) replaces the whole: the old one's arguments mean nothing to it.
     """
@@ -65,8 +68,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         old = merged.get(section)
         if isinstance(old, dict) and isinstance(new, Mapping):
             other = "phases" in new or not _same(new.get("name", old.get("name")), old.get("name"))
-            new = dict(new) if other else {**old, **new}
+            new = dict(new) if other else _laid_over(old, new)
         merged[section] = new
+    return merged
+
+
+def _laid_over(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {**old, **new}
+    if isinstance(old.get(SECOND), Mapping) and isinstance(new.get(SECOND), Mapping):
+        merged[SECOND] = {**old[SECOND], **new[SECOND]}
     return merged
 
 

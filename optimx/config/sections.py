@@ -14,7 +14,16 @@ from torch import Tensor
 from .._checks import FINITE, Condition, above, at_least, within
 from ..lr_scheduler import Absolute
 
-__all__ = ["EPOCHS", "BatchScalingConfig", "Config", "Duration", "GroupsConfig", "OptimizerConfig", "ScheduleConfig"]
+__all__ = [
+    "EPOCHS",
+    "AdamWConfig",
+    "BatchScalingConfig",
+    "Config",
+    "Duration",
+    "GroupsConfig",
+    "OptimizerConfig",
+    "ScheduleConfig",
+]
 
 #: ``"2ep"``, ``"0.5 epochs"``, ``"30ep-1"``: a step less
 EPOCHS = re.compile(r"(\d{1,9}(?:\.\d+)?) ?ep(?:ochs?)?(?: ?([-+] ?\d{1,9}))?")
@@ -35,6 +44,21 @@ Duration = Annotated[
 
 
 @dataclass
+class AdamWConfig:
+    """Table ``optimizer.adamw``: :class:`optimx.AdamW` trains what is not for the optimizer itself, which is Muon.
+
+    Attributes:
+        lr: Its learning rate (default: the class's own).
+        weight_decay: Of its parameters that decay (default: the class's own).
+        args: Its other arguments, in files keys beside these: ``betas``, ``eps``, ...
+    """
+
+    lr: Annotated[float, FINITE] | Tensor | None = None
+    weight_decay: Annotated[float, FINITE] | Tensor | None = None
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
 class OptimizerConfig:
     """Section ``optimizer``. In files its ``args`` are keys beside the others.
 
@@ -43,6 +67,8 @@ class OptimizerConfig:
         lr: Learning rate (default: the class's own).
         weight_decay: Of parameters that decay (default: the class's own).
         max_grad_norm: Clip the gradients of all groups to this norm inside the step (default: no clipping).
+        adamw: Table of an AdamW that trains with it: ``name`` is ``"muon"``, say, and gets the parameters that
+            ``groups.muon`` tells, AdamW the rest, in one :class:`optimx.Composite` (default: none).
         args: Other arguments of the class: ``betas``, ``momentum``, ...
     """
 
@@ -50,6 +76,7 @@ class OptimizerConfig:
     lr: Annotated[float, FINITE] | Tensor | None = None
     weight_decay: Annotated[float, FINITE] | Tensor | None = None
     max_grad_norm: Annotated[float, above(0)] | None = None
+    adamw: AdamWConfig | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -66,9 +93,12 @@ class GroupsConfig:
         layer_preset: How layers are numbered: ``"beit"``, ``"timm"`` or ``"electra"`` (default: ``"beit"``).
         min_lr_scale: Least factor that ``layer_decay`` gives (default: 0).
         rules: Settings by name, in order: tables of ``match`` and ``lr``, ``lr_mult``, ``weight_decay``, ``wd_mult``,
-            ``freeze`` or an argument of the optimizer that groups can have.
+            ``freeze``, ``optimizer`` (``"muon"`` or ``"adamw"`` where there are both) or an argument of the optimizer
+            that groups can have.
         freeze: Patterns of names that are left out of the optimizer.
         include_frozen: Parameters that do not require gradients get groups too (default: False).
+        muon: Beside a table ``optimizer.adamw``, what is not AdamW's: ``"auto"`` (the hidden matrices) or patterns of
+            names, of which none is nothing (default: ``"auto"`` beside that table).
     """
 
     no_decay: str | tuple[str, ...] | None = "auto"
@@ -79,6 +109,7 @@ class GroupsConfig:
     rules: tuple[dict[str, Any], ...] = ()
     freeze: tuple[str, ...] = ()
     include_frozen: bool = False
+    muon: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         # no file but YAML and JSON has a null
@@ -120,7 +151,8 @@ class ScheduleConfig:
 class BatchScalingConfig:
     """Section ``batch_scaling``: ``lr`` was found with one batch size and is used with another.
 
-    It multiplies the optimizer's lr and every lr of ``groups.rules`` before anything reads them.
+    It multiplies the optimizer's lr, that of ``optimizer.adamw`` and every lr of ``groups.rules`` before anything reads
+    them.
 
     Attributes:
         batch: Samples of an optimizer step: batch size x accumulation x processes.
@@ -168,8 +200,8 @@ class Config:
 def _to_dict(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         table = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        # of what is empty only the exceptional is said: nobody is without decay
-        empty = {name for name, item in table.items() if item == () and name != "no_decay"}
+        # of what is empty only the exceptional is said: nobody is without decay, nothing is Muon's
+        empty = {name for name, item in table.items() if item == () and name not in ("no_decay", "muon")}
         table |= table.pop("args", {})
         value = {key: item for key, item in table.items() if item is not None and key not in empty}
     if isinstance(value, Mapping):

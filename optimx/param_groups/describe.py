@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._table import aligned
+from .muon import BY_HAND, routes
 from .names import NamedParameter, module_tree, named_parameters
 from .rules import same
 
@@ -24,11 +26,13 @@ class GroupDescription:
         names: Of its parameters in the model, without wrappers.
         elements: Of all of them.
         settings: The group without ``params`` and ``param_names``.
+        reasons: Why each parameter is the group's optimizer's, in words, where the group says whose it is; else empty.
     """
 
     names: tuple[str, ...]
     elements: int
     settings: Mapping[str, Any]
+    reasons: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,20 +54,25 @@ class GroupsDescription:
     @property
     def table(self) -> list[tuple[str, ...]]:
         """A row for each group, after one with the names of the columns."""
-        rows: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, "others", "names")]
-        common = self._common()
+        routed = any(group.reasons for group in self.groups)
+        whose = ("optimizer", "why") if routed else ()
+        rows: list[tuple[str, ...]] = [("group", "tensors", "elements", *NUMBERS, *whose, "others", "names")]
         for i, group in enumerate(self.groups):
             counts = (str(i), f"{len(group.names):,}", f"{group.elements:,}")
             numbers = (_number(group.settings.get(name)) for name in NUMBERS)
-            others = {name: value for name, value in group.settings.items() if name not in (*NUMBERS, *common)}
-            rows.append((*counts, *numbers, _settings(others) or "-", _few(group.names)))
+            whose = (str(group.settings.get("optimizer", "-")), _counted(group.reasons)) if routed else ()
+            common = self._common(group.settings.get("optimizer"))
+            others = {k: v for k, v in group.settings.items() if k not in (*NUMBERS, *common, "optimizer")}
+            rows.append((*counts, *numbers, *whose, _settings(others) or "-", _few(group.names)))
         return rows
 
     @property
     def notes(self) -> list[str]:
         """What the table does not say, a line each."""
-        common = self._common()
-        lines = [f"in every group: {_settings(common)}"] if common else []
+        lines = []
+        for owner in dict.fromkeys(group.settings.get("optimizer") for group in self.groups):
+            if common := self._common(owner):
+                lines.append(f"in every group{'' if owner is None else f' of {owner}'}: {_settings(common)}")
         lines += [f"tied: {' = '.join(names)}" for names in self.tied]
         for what, names in (("frozen", self.frozen), ("trainable, in no group", self.left_out)):
             if names:
@@ -73,20 +82,23 @@ class GroupsDescription:
     def __str__(self) -> str:
         return "\n".join([*aligned(self.table, numbers=range(6)), *self.notes])
 
-    def _common(self) -> dict[str, Any]:
-        """Settings without a column that are the same in all groups."""
-        if not self.groups:
+    def _common(self, owner: str | None) -> dict[str, Any]:
+        """Settings without a column that are the same in all groups of an optimizer; of all, where they do not say."""
+        settings = [group.settings for group in self.groups if group.settings.get("optimizer") == owner]
+        if not settings:
             return {}
-        first, *rest = (group.settings for group in self.groups)
+        first, *rest = settings
         return {
             name: value
             for name, value in first.items()
-            if name not in NUMBERS and all(name in other and same(other[name], value) for other in rest)
+            if name not in (*NUMBERS, "optimizer") and all(name in other and same(other[name], value) for other in rest)
         }
 
 
 def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDescription:
     """Show which parameters of a model are in which group, which in none, which are frozen, which tied.
+
+    Of groups that say whose they are, Muon's or AdamW's, it tells why their parameters are.
 
     Args:
         model: The model, wrapped or not.
@@ -98,7 +110,11 @@ def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDes
     Raises:
         ValueError: A group has a parameter that is not the model's.
     """
-    params: dict[Tensor, NamedParameter] = {named.param: named for named in named_parameters(module_tree(model))}
+    root = module_tree(model)
+    found = named_parameters(root)
+    params: dict[Tensor, NamedParameter] = {named.param: named for named in found}
+    groups = list(groups)
+    shown = routes(root, found) if any("optimizer" in group for group in groups) else {}
     rows = []
     for i, group in enumerate(groups):
         members: list[Tensor] = list(group["params"])
@@ -107,7 +123,12 @@ def describe(model: nn.Module, groups: Iterable[Mapping[str, Any]]) -> GroupsDes
             raise ValueError(f"groups[{i}] should have parameters of the model only but has {strange} others")
         settings = {name: value for name, value in group.items() if name not in ("params", "param_names")}
         names = tuple(params[param].name for param in members)
-        rows.append((set(members), GroupDescription(names, sum(param.numel() for param in members), settings)))
+        reasons: tuple[str, ...] = ()
+        if "optimizer" in group:
+            its = (shown[params[param]] for param in members)
+            reasons = tuple(route.reason if route.optimizer == group["optimizer"] else BY_HAND for route in its)
+        elements = sum(param.numel() for param in members)
+        rows.append((set(members), GroupDescription(names, elements, settings, reasons)))
     grouped = set().union(*(members for members, _ in rows))
     return GroupsDescription(
         tuple(row for _, row in rows),
@@ -123,6 +144,11 @@ def _number(value: Any) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+def _counted(reasons: tuple[str, ...]) -> str:
+    """The reasons with how many parameters have each, the most frequent first."""
+    return ", ".join(f"{reason} ({count:,})" for reason, count in Counter(reasons).most_common()) or "-"
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .._checks import check_number, one_of, within
 from .layers import PRESETS, Layers, number
-from .names import NamedParameter, PatternLike, module_tree, named_parameters
+from .muon import ADAMW, MUON, check_matrices, choose_muon, routes
+from .names import NamedParameter, Node, PatternLike, module_tree, named_parameters
 from .no_decay import without_decay
 from .rules import Rule, as_rules, same, select_all
 
@@ -27,6 +29,9 @@ def param_groups(
     rules: Sequence[Rule | Mapping[str, Any]] = (),
     freeze: PatternLike | Sequence[PatternLike] = (),
     include_frozen: bool = False,
+    muon: str | Sequence[PatternLike] | None = None,
+    adamw_lr: float | Tensor | None = None,
+    adamw_weight_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model for any :mod:`torch.optim` optimizer. The model is not changed.
 
@@ -61,10 +66,20 @@ def param_groups(
         freeze: Patterns of parameters to leave out, whatever their ``requires_grad``.
         include_frozen: Put parameters with ``requires_grad=False`` into groups too, to train them later (default:
             False).
+        muon: Who is trained by Muon, where AdamW trains the rest; :func:`by_optimizer` has the groups of each.
+            ``"auto"``: the hidden matrices, which are weights of linear layers and convolutions, fused projections and
+            stacks of experts' matrices. Not embeddings, output layers (tied or not), first layers (patch embeddings and
+            stems too, which is the cautious choice), norms, biases, vectors, tables of positions and of tokens, routers
+            of experts, depthwise convolutions, and what cannot be told. The modules decide, not the shapes. A list of
+            ``"auto"`` and of patterns, of which ``"!pattern"`` takes back what those before it chose. None: the groups
+            are all of one optimizer (default: None).
+        adamw_lr: Learning rate of AdamW where ``muon`` is given, and ``lr`` is Muon's (default: None, AdamW's own).
+        adamw_weight_decay: Weight decay of AdamW, likewise (default: None, AdamW's own).
 
     Returns:
         Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
-        and ``weight_decay`` where they are known, and the rules' other options. ``lr`` is scaled already: take
+        and ``weight_decay`` where they are known, ``optimizer`` (``"muon"`` or ``"adamw"``) where ``muon`` is given,
+        and the rules' other options. ``lr`` is scaled already: take
         ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take groups without
         names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have none.
 
@@ -76,7 +91,8 @@ def param_groups(
     Sources: layer decay as in BEiT (https://arxiv.org/abs/2106.08254), timm's ``param_groups_layer_decay`` and
     ELECTRA (https://arxiv.org/abs/2003.10555).
     """
-    _check_numbers(lr, weight_decay, layer_decay, min_lr_scale)
+    bases = _bases(muon is not None, _Base(lr, weight_decay), _Base(adamw_lr, adamw_weight_decay, "adamw_"))
+    _check_numbers(bases.values(), layer_decay, min_lr_scale)
     one_of("layer_preset", layer_preset, PRESETS)
     for name, value in (("layers", layers), ("min_lr_scale", min_lr_scale or None)):
         if value is not None and layer_decay is None:
@@ -92,10 +108,11 @@ def param_groups(
         ids = number(root, params, layers, layer_preset)
         top = max(ids.values())
         scales = {param: max(min_lr_scale, layer_decay ** (top - layer)) for param, layer in ids.items()}
+    selected = [(rule, select_all(rule.match, params, f"rules[{i}].match")) for i, rule in enumerate(ordered)]
+    owners = _owners(root, params, muon, selected)
     matched: dict[NamedParameter, list[Rule]] = {param: [] for param in params}
-    for i, rule in enumerate(ordered):
-        chosen = select_all(rule.match, params, f"rules[{i}].match")
-        _check_rule(rule, f"rules[{i}]", chosen, lr, weight_decay, undecayed)
+    for i, (rule, chosen) in enumerate(selected):
+        _check_rule(rule, f"rules[{i}]", chosen, [bases[owners[param]] for param in chosen], undecayed)
         for param in chosen:
             matched[param].append(rule)
 
@@ -105,11 +122,29 @@ def param_groups(
         if param in frozen or any(rule.freeze for rule in its_rules):
             continue
         if param.param.requires_grad or include_frozen:
-            settings = _settings(its_rules, lr, scales[param], weight_decay, param in undecayed)
-            _add(groups, param, settings)
+            owner = owners[param]
+            settings = _settings(its_rules, bases[owner], scales[param], param in undecayed)
+            _add(groups, param, settings if owner is None else {**settings, "optimizer": owner})
     if not groups:
         raise ValueError(f"the model should have parameters to train but has none: {len(params)} are frozen")
     return groups
+
+
+def by_optimizer(groups: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The groups of each optimizer, without the key ``optimizer`` that says whose they are.
+
+    Args:
+        groups: From :func:`param_groups` with ``muon``; they are not changed.
+
+    Raises:
+        ValueError: A group does not say whose it is.
+    """
+    members: dict[str, list[dict[str, Any]]] = {}
+    for i, group in enumerate(groups):
+        if "optimizer" not in group:
+            raise ValueError(f"groups[{i}] should have 'optimizer' but has: {', '.join(group)}")
+        members.setdefault(group["optimizer"], []).append({k: v for k, v in group.items() if k != "optimizer"})
+    return members
 
 
 def no_decay_groups(
@@ -141,33 +176,76 @@ def layer_decay_groups(
     )  # fmt: skip
 
 
-def _check_numbers(
-    lr: float | Tensor | None, weight_decay: float | None, layer_decay: float | None, min_lr_scale: float
-) -> None:
-    if lr is not None:
-        check_number("lr", lr, tensor=True)
-    if weight_decay is not None:
-        check_number("weight_decay", weight_decay)
+@dataclass(frozen=True)
+class _Base:
+    """What the groups of an optimizer have where no rule says otherwise.
+
+    Attributes:
+        lr: Learning rate, None if it is the optimizer's own.
+        weight_decay: Likewise.
+        prefix: Of the names of the arguments that they are from.
+    """
+
+    lr: float | Tensor | None
+    weight_decay: float | None
+    prefix: str = ""
+
+
+def _bases(two: bool, first: _Base, second: _Base) -> dict[str | None, _Base]:
+    """By whose they are, None where there is one optimizer."""
+    if two:
+        return {MUON: first, ADAMW: second}
+    for name, value in (("lr", second.lr), ("weight_decay", second.weight_decay)):
+        if value is not None:
+            raise ValueError(f"muon should be given with {second.prefix}{name} but is: None")
+    return {None: first}
+
+
+def _check_numbers(bases: Collection[_Base], layer_decay: float | None, min_lr_scale: float) -> None:
+    for base in bases:
+        if base.lr is not None:
+            check_number(f"{base.prefix}lr", base.lr, tensor=True)
+        if base.weight_decay is not None:
+            check_number(f"{base.prefix}weight_decay", base.weight_decay)
     check_number("min_lr_scale", min_lr_scale, within("[0, 1]"))
     if layer_decay is not None:
         check_number("layer_decay", layer_decay, within("(0, 1]"))
-        if lr is None:
-            raise ValueError("lr should be given with layer_decay but is: None")
+        for base in bases:
+            if base.lr is None:
+                raise ValueError(f"{base.prefix}lr should be given with layer_decay but is: None")
+
+
+def _owners(
+    root: Node,
+    params: Sequence[NamedParameter],
+    muon: str | Sequence[PatternLike] | None,
+    rules: Sequence[tuple[Rule, set[NamedParameter]]],
+) -> dict[NamedParameter, str | None]:
+    """Whose each parameter is, None where ``muon`` is: as the model shows, then as the rules say."""
+    muons = set() if muon is None else choose_muon(muon, routes(root, params), params)
+    owners: dict[NamedParameter, str | None] = dict.fromkeys(params)
+    if muon is not None:
+        owners = {param: MUON if param in muons else ADAMW for param in params}
+    for i, (rule, chosen) in enumerate(rules):
+        if rule.optimizer is None:
+            continue
+        if muon is None:
+            raise ValueError(f"muon should be given with rules[{i}].optimizer but is: None")
+        if rule.optimizer == MUON:
+            check_matrices(chosen, f"rules[{i}]")
+        owners |= dict.fromkeys(chosen, rule.optimizer)
+    return owners
 
 
 def _check_rule(
-    rule: Rule,
-    what: str,
-    chosen: set[NamedParameter],
-    lr: float | Tensor | None,
-    weight_decay: float | None,
-    undecayed: set[NamedParameter],
+    rule: Rule, what: str, chosen: set[NamedParameter], bases: Sequence[_Base], undecayed: set[NamedParameter]
 ) -> None:
     """A setting that could not take effect is an error."""
-    if rule.lr_mult is not None and lr is None:
-        raise ValueError(f"lr should be given with {what}.lr_mult but is: None")
-    if rule.wd_mult is not None and weight_decay is None:
-        raise ValueError(f"weight_decay should be given with {what}.wd_mult but is: None")
+    for base in bases:
+        if rule.lr_mult is not None and base.lr is None:
+            raise ValueError(f"{base.prefix}lr should be given with {what}.lr_mult but is: None")
+        if rule.wd_mult is not None and base.weight_decay is None:
+            raise ValueError(f"{base.prefix}weight_decay should be given with {what}.wd_mult but is: None")
     if (rule.weight_decay or rule.wd_mult) and chosen <= undecayed:
         first = min(param.name for param in chosen)
         raise ValueError(
@@ -176,22 +254,20 @@ def _check_rule(
         )
 
 
-def _settings(
-    rules: Sequence[Rule], lr: float | Tensor | None, lr_scale: float, weight_decay: float | None, undecayed: bool
-) -> dict[str, Any]:
+def _settings(rules: Sequence[Rule], base: _Base, lr_scale: float, undecayed: bool) -> dict[str, Any]:
     """What a group of this parameter alone would say."""
     settings: dict[str, Any] = {}
-    group_lr, scale = lr, lr_scale
-    decay = weight_decay
+    group_lr, scale = base.lr, lr_scale
+    decay = base.weight_decay
     for rule in rules:
         if rule.lr is not None:
             group_lr, scale = rule.lr, 1.0
         elif rule.lr_mult is not None:
-            group_lr, scale = lr, lr_scale * rule.lr_mult
+            group_lr, scale = base.lr, lr_scale * rule.lr_mult
         if rule.weight_decay is not None:
             decay = rule.weight_decay
-        elif rule.wd_mult is not None and weight_decay is not None:
-            decay = weight_decay * rule.wd_mult
+        elif rule.wd_mult is not None and base.weight_decay is not None:
+            decay = base.weight_decay * rule.wd_mult
         settings.update(rule.others)
     if undecayed:
         decay = 0.0

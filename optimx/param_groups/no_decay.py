@@ -78,19 +78,39 @@ def without_decay(
 
 
 def _is_exempt(param: NamedParameter) -> bool:
-    places = [
+    return (
+        len(param.shape) <= 1
+        or is_bias(param)
+        or is_of_norm(param)
+        or is_of_state_space(param)
+        or _is_marked(param.param)
+    )
+
+
+def is_bias(param: NamedParameter) -> bool:
+    """Whether one of its names, without the numbers and keys of a collection, says so."""
+    return any(BIAS.search(part) for part, _ in _places(param))
+
+
+def is_of_norm(param: NamedParameter) -> bool:
+    """Whether it belongs to one of torch's norm layers, or is the scale or shift of one by its class's name."""
+    return any(isinstance(owner, NORMS) for owner in param.owners) or (
+        _is_vector(param) and any(map(is_norm, param.owners))
+    )
+
+
+def is_of_state_space(param: NamedParameter) -> bool:
+    """Whether it is the decay or the skip connection of a state space model."""
+    return any(_is_decay_or_skip(part, owner) for part, owner in _places(param))
+
+
+def _places(param: NamedParameter) -> list[tuple[str, nn.Module]]:
+    """The last part of each name, of what a collection has the last two, with the module that owns it."""
+    return [
         (part, owner)
         for name, owner in zip(param.names, param.owners, strict=True)
         for part in name.split(".")[-2 if isinstance(owner, COLLECTIONS) else -1 :]
     ]
-    return (
-        len(param.shape) <= 1
-        or any(BIAS.search(part) for part, _ in places)
-        or any(isinstance(owner, NORMS) for owner in param.owners)
-        or (_is_vector(param) and any(map(is_norm, param.owners)))
-        or any(_is_of_state_space(part, owner) for part, owner in places)
-        or _is_marked(param.param)
-    )
 
 
 def _is_vector(param: NamedParameter) -> bool:
@@ -99,8 +119,7 @@ def _is_vector(param: NamedParameter) -> bool:
     return sum(size > 1 for size in param.shape) <= 1 + heads
 
 
-def _is_of_state_space(name: str, owner: nn.Module) -> bool:
-    """Whether it is the decay or the skip connection of a state space model."""
+def _is_decay_or_skip(name: str, owner: nn.Module) -> bool:
     if not STATE_SKIP.fullmatch(name):
         return STATE_DECAY.fullmatch(name) is not None
     return any(STATE_DECAY.fullmatch(sibling) for sibling, _ in owner.named_parameters(recurse=False))

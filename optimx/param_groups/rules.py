@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_number, nearest, told
+from .._checks import check_number, nearest, one_of, told
+from .muon import OPTIMIZERS
 from .names import NamedParameter, PatternLike, compile_pattern, select
 
 #: What no rule may set, and what does what was meant.
@@ -30,6 +31,7 @@ class Rule:
         wd_mult: Factor of the weight decay.
         freeze: Leave them out of the groups, so that no optimizer updates them; a later rule does not bring them
             back.
+        optimizer: ``"muon"`` or ``"adamw"``, where :func:`~optimx.param_groups.param_groups` has ``muon``.
         others: Other options of a group, such as ``betas``, ``eps`` or ``momentum``.
 
     Raises:
@@ -44,6 +46,7 @@ class Rule:
     weight_decay: float | None
     wd_mult: float | None
     freeze: bool
+    optimizer: str | None
     others: dict[str, Any]
 
     def __init__(
@@ -54,6 +57,7 @@ class Rule:
         weight_decay: float | None = None,
         wd_mult: float | None = None,
         freeze: bool = False,
+        optimizer: str | None = None,
         **others: Any,
     ) -> None:
         numbers = {"lr": lr, "lr_mult": lr_mult, "weight_decay": weight_decay, "wd_mult": wd_mult}
@@ -62,17 +66,20 @@ class Rule:
             compile_pattern(pattern, "match")
         if not patterns:
             raise ValueError("match should not be empty")
-        values = {"match": match, **numbers, "freeze": freeze, "others": others}
+        values = {"match": match, **numbers, "freeze": freeze, "optimizer": optimizer, "others": others}
         for name, value in numbers.items():
             if value is not None:
                 check_number(name, value, tensor=name == "lr")
         if not isinstance(freeze, bool):
             raise TypeError(f"freeze should be True or False but is: {freeze!r}")
+        if optimizer is not None:
+            one_of("optimizer", optimizer, OPTIMIZERS)
         for one, other in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
             if numbers[one] is not None and numbers[other] is not None:
                 raise ValueError(f"{one} and {other} should not both be set but are: {numbers[one]}, {numbers[other]}")
         _check_others(others, list(values))
-        settings = [name for name, value in numbers.items() if value is not None] + list(others)
+        given = {**numbers, "optimizer": optimizer}
+        settings = [name for name, value in given.items() if value is not None] + list(others)
         if freeze and settings:
             raise ValueError(f"a rule that freezes should set nothing else but sets: {', '.join(settings)}")
         if not freeze and not settings:

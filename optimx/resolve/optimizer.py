@@ -1,8 +1,8 @@
-"""Sections ``optimizer`` and ``groups``: the class, its arguments, the parameter groups."""
+"""Section ``optimizer``: the class and its arguments, or those of two optimizers that train together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._engine.step import MultiTensorStep
-from ..config import GroupsConfig, OptimizerConfig
-from ..config.errors import MISSING, Problems, join
+from ..composite import Composite
+from ..config import AdamWConfig, OptimizerConfig
+from ..config.errors import Problems, join
 from ..config.values import check_arguments, parameters_of
-from ..param_groups import Rule, param_groups
+from ..param_groups import by_optimizer
+from ..param_groups.muon import ADAMW, MUON
 from ..registry import OPTIMIZERS
 from .checks import attempt
 
-__all__ = ["OptimizerRecipe", "resolve_groups", "resolve_optimizer"]
+__all__ = ["CompositeRecipe", "OptimizerRecipe", "Recipe", "resolve_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,26 @@ class OptimizerRecipe:
         """For messages."""
         return getattr(self.factory, "__name__", "the optimizer")
 
+    @property
+    def members(self) -> dict[str | None, OptimizerRecipe]:
+        """By what groups say of whose they are, which is nothing."""
+        return {None: self}
+
+    @property
+    def options(self) -> set[str]:
+        """What a group can have of its own."""
+        named, takes_any = parameters_of(self.factory)
+        return {key for key in self.defaults if takes_any or key in named}
+
+    def check(self, options: dict[str, Any], path: str) -> None:
+        """ConfigError if the optimizer refuses these as a group's.
+
+        Args:
+            options: Some of :attr:`options`.
+            path: Of the table that they are in.
+        """
+        attempt(lambda **some: self.factory([small_like(self.like)], **{**self.arguments, **some}), options, path)
+
     def make(self, groups: list[dict[str, Any]]) -> Optimizer:
         """The optimizer. Where names would keep groups without them from joining later, it gets none."""
         hidden = () if self.mixes_names else ("param_names",)
@@ -62,10 +84,48 @@ class OptimizerRecipe:
             }
             for group in groups
         ]
-        return self.factory([{**group, "params": [_small(self.like)]} for group in copies], **self.arguments)
+        return self.factory([{**group, "params": [small_like(self.like)]} for group in copies], **self.arguments)
 
 
-def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> OptimizerRecipe:
+@dataclass(frozen=True)
+class CompositeRecipe:
+    """Two optimizers that can be made as one.
+
+    Attributes:
+        members: By what groups say of whose they are.
+        max_grad_norm: Of the gradients of both.
+        config: The resolved section.
+    """
+
+    members: dict[str | None, OptimizerRecipe]
+    max_grad_norm: float | None
+    config: OptimizerConfig
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return " and ".join(member.name for member in self.members.values())
+
+    def make(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer, of the members that have groups."""
+        return self._composed(groups, OptimizerRecipe.make)
+
+    def rehearse(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """As :meth:`OptimizerRecipe.rehearse`."""
+        return self._composed(groups, OptimizerRecipe.rehearse)
+
+    def _composed(
+        self, groups: list[dict[str, Any]], make: Callable[[OptimizerRecipe, list[dict[str, Any]]], Optimizer]
+    ) -> Composite:
+        theirs = by_optimizer(groups)
+        made = {name: make(member, theirs[name]) for name, member in self.members.items() if name in theirs}
+        return Composite(made, self.max_grad_norm)
+
+
+Recipe = OptimizerRecipe | CompositeRecipe
+
+
+def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) -> Recipe:
     """The class and its arguments, checked by the class itself on a small parameter.
 
     Args:
@@ -76,15 +136,40 @@ def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) 
     Raises:
         ConfigError: Everything that is wrong with it.
     """
+    if section.adamw is None:
+        return _resolve(section, model, scale, "optimizer")
+    problems = Problems()
+    first = second = None
+    with problems.collected():
+        first = _resolve(replace(section, max_grad_norm=None, adamw=None), model, scale, "optimizer")
+    table = section.adamw
+    if "max_grad_norm" in table.args:
+        rule = "should be given as optimizer.max_grad_norm, as one norm clips both,"
+        problems.add("optimizer.adamw.max_grad_norm", rule, table.args["max_grad_norm"])
+    args = {key: value for key, value in table.args.items() if key != "max_grad_norm"}
+    with problems.collected():
+        second = _resolve(
+            OptimizerConfig(ADAMW, table.lr, table.weight_decay, args=args), model, scale, "optimizer.adamw"
+        )
+    problems.raise_if_any()
+    assert first is not None
+    assert second is not None
+    resolved = AdamWConfig(second.config.lr, second.config.weight_decay, second.config.args)
+    config = replace(first.config, max_grad_norm=section.max_grad_norm, adamw=resolved)
+    return CompositeRecipe({MUON: first, ADAMW: second}, section.max_grad_norm, config)
+
+
+def _resolve(section: OptimizerConfig, model: nn.Module, scale: float, path: str) -> OptimizerRecipe:
+    """The recipe of one optimizer, which is described under ``path``."""
     factory = section.name
     if isinstance(factory, str):
-        factory = OPTIMIZERS.get(factory, "optimizer.name")
+        factory = OPTIMIZERS.get(factory, join(path, "name"))
     problems = Problems()
     given = {"lr": section.lr, "weight_decay": section.weight_decay, "max_grad_norm": section.max_grad_norm}
     given = {key: value for key, value in given.items() if value is not None} | section.args
     named, _ = parameters_of(factory)
     defaults = {key: p.default for key, p in named.items() if p.default is not p.empty}
-    arguments = check_arguments(factory, given, "optimizer", problems)
+    arguments = check_arguments(factory, given, path, problems)
     if scale != 1.0:
         lr = arguments.get("lr", defaults.get("lr"))
         if isinstance(lr, (int, float, Tensor)):
@@ -96,9 +181,9 @@ def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) 
     if arguments.keys() >= set(required):
         like = next((p for p in model.parameters() if p.requires_grad), torch.zeros(1))
         with problems.collected():
-            made = attempt(lambda **some: factory([_small(like)], **some), arguments, "optimizer", required)
+            made = attempt(lambda **some: factory([small_like(like)], **some), arguments, path, required)
             if not isinstance(made, Optimizer):
-                problems.add("optimizer.name", "should make a torch.optim.Optimizer", section.name)
+                problems.add(join(path, "name"), "should make a torch.optim.Optimizer", section.name)
     problems.raise_if_any()
     assert made is not None
     complete = {key: value for key, value in {**defaults, **arguments}.items() if value is not None}
@@ -107,101 +192,7 @@ def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) 
     return OptimizerRecipe(factory, arguments, made.defaults, config, like, isinstance(made, MultiTensorStep))
 
 
-def resolve_groups(
-    section: GroupsConfig, model: nn.Module, recipe: OptimizerRecipe | None, scale: float
-) -> tuple[list[dict[str, Any]], GroupsConfig]:
-    """The parameter groups of the model and the resolved section.
-
-    Args:
-        section: Of the config.
-        model: Whose parameters.
-        recipe: Of the optimizer, None if that has problems: what groups it can have is not checked then.
-        scale: Factor of learning rates.
-
-    Raises:
-        ConfigError: Everything that is wrong with it.
-    """
-    problems = Problems()
-    defaults = {"lr": 1.0, "weight_decay": 1.0} if recipe is None else recipe.defaults
-    rules: dict[int, Rule] = {}
-    for i, table in enumerate(section.rules):
-        with problems.collected():
-            rules[i] = _rule(table, recipe, scale, f"groups.rules[{i}]")
-    base: dict[str, Any] = {
-        "lr": defaults.get("lr"),
-        "weight_decay": defaults.get("weight_decay"),
-        "no_decay": section.no_decay if "weight_decay" in defaults else None,
-        "layer_decay": section.layer_decay,
-        "layers": section.layers,
-        "layer_preset": section.layer_preset,
-        "min_lr_scale": section.min_lr_scale,
-        "include_frozen": section.include_frozen,
-    }
-
-    def make(**parts: Any) -> list[dict[str, Any]]:
-        chosen = [rule for i, rule in rules.items() if f"rules[{i}]" in parts]
-        frozen = [pattern for i, pattern in enumerate(section.freeze) if f"freeze[{i}]" in parts]
-        try:
-            return param_groups(model, **base, rules=chosen, freeze=frozen)
-        except ValueError as error:
-            # alone it is the first, and the path tells which it is
-            text = str(error).removeprefix("rules[0].")
-            raise (ValueError(text) if len(chosen) == 1 and type(error) is ValueError else error) from error
-
-    # a rule is shown by its path alone
-    parts = {f"rules[{i}]": MISSING for i in rules} | {f"freeze[{i}]": item for i, item in enumerate(section.freeze)}
-    groups: list[dict[str, Any]] = []
-    with problems.collected():
-        groups = attempt(make, parts, "groups")
-    problems.raise_if_any()
-    return groups, replace(section, rules=tuple(_table(rule) for rule in rules.values()))
-
-
-def _rule(table: Mapping[str, Any], recipe: OptimizerRecipe | None, scale: float, path: str) -> Rule:
-    """The rule of a table; its other options are those that a group of this optimizer can have."""
-    problems = Problems()
-    arguments = check_arguments(Rule, table, path, problems, skip=0)
-    if isinstance(arguments.get("lr"), (int, float, Tensor)):
-        arguments["lr"] = arguments["lr"] * scale
-    if recipe is not None:
-        settings, _ = parameters_of(Rule, skip=0)
-        others = {key: value for key, value in arguments.items() if key not in settings}
-        with problems.collected():
-            arguments |= _options(others, settings, recipe, path)
-        for key in ("weight_decay", "wd_mult"):
-            if key in arguments and "weight_decay" not in recipe.defaults:
-                problems.add(join(path, key), f"is refused: {recipe.name} has no weight decay", arguments[key])
-    problems.raise_if_any()
-    return attempt(lambda: Rule(**arguments), {}, path)
-
-
-def _options(
-    others: Mapping[str, Any], settings: Collection[str], recipe: OptimizerRecipe, path: str
-) -> dict[str, Any]:
-    """A rule's options beside its settings, as the optimizer wants them."""
-    problems = Problems()
-    own, takes_any = parameters_of(recipe.factory)
-    options = {key for key in recipe.defaults if takes_any or key in own}
-    for key, value in others.items():
-        if key not in options:
-            problems.unknown(path, f"a rule for {recipe.name}", key, value, {*settings, *options})
-    known = {key: value for key, value in others.items() if key in options}
-    known = check_arguments(recipe.factory, known, path, problems, complete=False)
-    if known:
-        with problems.collected():
-            attempt(lambda **some: recipe.factory([_small(recipe.like)], **{**recipe.arguments, **some}), known, path)
-    problems.raise_if_any()
-    return known
-
-
-def _table(rule: Rule) -> dict[str, Any]:
-    """What makes the rule again."""
-    settings = {key: getattr(rule, key) for key in ("match", "lr", "lr_mult", "weight_decay", "wd_mult")}
-    given = {key: value for key, value in settings.items() if value is not None}
-    return {**given, **({"freeze": True} if rule.freeze else {}), **rule.others}
-
-
-def _small(like: Tensor) -> Tensor:
+def small_like(like: Tensor) -> Tensor:
     """A parameter of the same kind that costs nothing; a matrix, which Muon wants."""
     dtype = like.dtype if like.is_floating_point() or like.is_complex() else torch.float32
     return torch.zeros(1, 1, dtype=dtype, device=like.device, requires_grad=True)
