@@ -28,7 +28,7 @@ RESULTS = Path("bench/results")
 #: Questions that an H100 answers in less than nine minutes together.
 PARTS = {
     "1": ("host", "step"),
-    "2": ("clip", "amp", "groups", "adafactor", "memory"),
+    "2": ("clip", "amp", "groups", "adafactor", "muon", "memory"),
     "3": ("scaling", "schedulers", "dtensor"),
 }
 #: Pytest's exit status where a question has no case for this device, or none that matches.

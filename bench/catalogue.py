@@ -45,6 +45,11 @@ def optimizers() -> list[str]:
     return sorted((name for name in ours if things[name] is not base), key=str.lower)
 
 
+def of_all_shapes() -> list[str]:
+    """Names of those that take vectors, too."""
+    return [name for name in optimizers() if getattr(optimx, name).rule.walk != "orthogonal"]
+
+
 def cost_of(name: str, arguments: dict[str, Any]) -> Cost:
     """What the rule of an optimizer with these arguments says of its memory: its states, and how it walks over them."""
     param = torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))

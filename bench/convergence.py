@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import optimx
-from bench.catalogue import optimizers, stock_of
+from bench.catalogue import of_all_shapes, stock_of
 from bench.convergence_tasks import TASKS, Recipe, Task, accuracy, arguments_of, loss
 from bench.provenance import circumstances, machine, machine_folder
 
@@ -33,7 +33,7 @@ FLOOR = 0.1
 #: A curve that ends above this part of where it began says nothing about an optimizer.
 LEARNED = 0.7
 
-OPTIMIZERS = optimizers()
+OPTIMIZERS = of_all_shapes()
 
 #: Takes a step with the gradients that are there: clips, updates, moves the schedule on.
 Step = Callable[[], None]

@@ -10,7 +10,7 @@ import torch
 
 from bench import shapes
 from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, OURS, Case, Target, at_least
-from bench.catalogue import cost_of, optimizers
+from bench.catalogue import cost_of, of_all_shapes
 from bench.suite import LARGE, SMALL, contests, model_case, no_sync, step_case, steps
 
 #: Arguments of an optimizer: of cases that move other memory, and with which stock takes the same steps.
@@ -23,7 +23,7 @@ ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
 #: Name of the cases -> class and arguments: all but AdamW and Adafactor, which have cases of their own.
 OTHERS = {
     "-".join(filter(None, (optimizer.lower(), label))): (optimizer, kwargs)
-    for optimizer in optimizers()
+    for optimizer in of_all_shapes()
     if optimizer not in ("AdamW", "Adafactor")
     for label, kwargs in ARGUMENTS.get(optimizer, {"": {}}).items()
 }

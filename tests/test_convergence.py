@@ -10,7 +10,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from bench import convergence
-from bench.catalogue import optimizers, stock_of
+from bench.catalogue import of_all_shapes, stock_of
 from bench.convergence import Curves, factor, judge, main
 from bench.convergence_chart import draw
 from bench.convergence_tasks import SETTINGS, TASKS, Recipe, arguments_of
@@ -37,7 +37,7 @@ def run(tmp_path, which):
 
 def test_every_optimizer_takes_part():
     names = {case.cls.__name__ for case in CASES}
-    assert {*optimizers()} == names
+    assert {*of_all_shapes()} == names
     assert SETTINGS.keys() <= names
     for name in names:
         for task in TASKS.values():
