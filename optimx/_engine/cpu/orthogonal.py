@@ -17,9 +17,9 @@ from ..rule import Row
 from .batch import in_order, runs
 from .elementwise import PIECE, NativeBucket
 
-#: Elements of matrices that are orthogonalized together; larger ones, one after the other (there is no gain from
-#: there on: measured from 2**12 to 2**19).
-TOGETHER = 1 << 18
+#: Elements of matrices that are orthogonalized together: more products in a call take less time each (measured from
+#: 2**18 to 2**21).
+TOGETHER = 1 << 20
 
 
 class OrthogonalBucket(NativeBucket):
@@ -59,14 +59,17 @@ class OrthogonalBucket(NativeBucket):
         else:
             self._advance_together(grads, buffers, scale, momentum_c, mix, x, together=together)
         x = orthogonalize_(x, iterations, dtype, _like(eps, x), self.memory)
-        matrices, steps = [param.view(shape) for param in params], x.unbind()
-        # of tensors of 16 bits, the operator on lists rounds the factor, too
-        if isinstance(decay, float) and isinstance(lr, float) and matrices[0].dtype.itemsize > 2:
-            _compat.foreach_mul_(matrices, decay)
-            _compat.foreach_add_(matrices, steps, alpha=-lr * times)
+        if len(stack) == 1:
+            params[0].view(shape).mul_(decay).add_(x[0], alpha=-lr * times)
             return
-        for matrix, step, row in zip(matrices, steps, rows, strict=True):
-            matrix.mul_(row[-2]).add_(step, alpha=-row[-1] * times)
+        # operators on lists take longer than both copies
+        p = self._stacked("params", params, x.shape)
+        p.mul_(_like(decay, p))
+        if isinstance(lr, Tensor):
+            p.sub_(x * _like(lr * times, p))
+        else:
+            p.add_(x, alpha=-lr * times)
+        _compat.foreach_copy_(params, p.view(len(params), *params[0].shape).unbind())
 
     def _advance_together(
         self,
@@ -80,21 +83,25 @@ class OrthogonalBucket(NativeBucket):
         together: bool,
     ) -> None:
         """Move the averages of several matrices, and leave in ``x`` what is to be orthogonalized."""
-        dtype = buffers[0].dtype
-        g, *copies = (self.memory(name, x.shape, dtype) for name in ("grads", "buffers")[: 2 - together])
-        places = g.view(len(grads), *grads[0].shape).unbind()
-        _compat.foreach_copy_(places, grads)
+        g = self._stacked("grads", grads, x.shape)
+        if g.dtype is not buffers[0].dtype:
+            g = self.memory("scaled grads", x.shape, buffers[0].dtype).copy_(g)
         if scale != 1.0:
             g.mul_(scale)
         if together:
             average = buffers[0].as_strided(x.shape, x.stride())
         else:
-            (average,) = copies
-            _compat.foreach_copy_(average.view(len(buffers), *buffers[0].shape).unbind(), buffers)
+            average = self._stacked("buffers", buffers, x.shape)
         average.lerp_(g, _like(momentum_c, g))
         x.copy_(g.lerp_(average, _like(mix, g)))
         if not together:
             _compat.foreach_copy_(buffers, average.view(len(buffers), *buffers[0].shape).unbind())
+
+    def _stacked(self, name: str, tensors: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Copies of tensors, one after the other, as matrices."""
+        memory = self.memory(name, shape, tensors[0].dtype)
+        torch.stack([tensor.detach() for tensor in tensors], out=memory.view(len(tensors), *tensors[0].shape))
+        return memory
 
     def memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Memory that stays; what it held is of no use."""
