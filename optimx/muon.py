@@ -17,6 +17,7 @@ from ._checks import one_of
 from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
+from ._engine.sharding import gathered, scattered
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Muon"]
@@ -138,10 +139,12 @@ class MuonLoop(TorchMuon):
                 buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
                 update = grad.lerp(buffer, momentum) if nesterov else buffer
                 shape = matrix_shape(param)
-                x = update.to(first_dtype(dtype), copy=True).reshape(1, *shape)
+                # of a DTensor, all ranks do the same work
+                x = gathered(update.to(first_dtype(dtype), copy=True)).reshape(1, *shape)
                 x = orthogonalize_(x, iterations, dtype, eps, partial(_fresh, param.device))
                 param.mul_(1 - lr * weight_decay)
-                param.add_(x.view(shape).reshape(param.shape), alpha=-lr * size_of(adjust, *shape))
+                step = scattered(param, x.reshape(param.shape))
+                param.add_(step, alpha=-lr * size_of(adjust, *shape))
         return loss
 
 

@@ -89,6 +89,8 @@ def place(
     if cut is not None and rule.walk == "elementwise":
         # along which dimension makes no difference
         cut = cut._replace(dims=())
+    if cut is not None and cut.n_shards > 1 and rule.walk == "orthogonal":
+        return Placement(None, "parameter is a DTensor that is cut: all of it is gathered for a step")
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
         return Placement(None, f"its state is a {type(state).__name__}")

@@ -160,7 +160,7 @@ def _shares_of(walk: str, param: Tensor) -> list[tuple[int, str, int, list[int]]
     """Round, name and length of what may be found of a DTensor, and over which dimensions of its mesh that meets."""
     part = local(param)
     everywhere = cutting(param)
-    found = [(LENGTHS, "lengths", 2, everywhere)]
+    found = [(LENGTHS, "lengths", 2, everywhere)] if walk != "orthogonal" else []
     if part.device.type == "cpu":
         found.append((PRESENT, "present", 2, everywhere))
     if walk == "factored" and param.dim() > 1:

@@ -148,6 +148,17 @@ def gathered(number: Any) -> Any:
     return local(number.full_tensor()) if _compat.is_dtensor(number) else local(number)
 
 
+def scattered(param: Tensor, whole: Tensor) -> Tensor:
+    """A tensor that all ranks have alike, laid out as a parameter; nobody communicates."""
+    if not _compat.is_dtensor(param):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    spec = _compat.dtensor_spec(param)
+    everywhere = DTensor.from_local(whole, spec.mesh, [Replicate()] * spec.mesh.ndim, run_check=False)
+    return everywhere.redistribute(spec.mesh, spec.placements)
+
+
 def like(param: Tensor, shard: Tensor, kind: StateKind = PLAIN) -> Tensor:
     """What belongs to a parameter, given this process's part of it: a DTensor if the parameter is one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import optimx
 from tests.conftest import INTERPRETED
 from tests.distributed import ranks
-from tests.distributed.engines import full, local
+from tests.distributed.engines import fsdp2_of_tensor_parallel, full, local, loss_of, net
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.interpreted]
 
@@ -29,6 +29,8 @@ OPTIMIZERS: dict[str, Any] = {
     "adafactor-moment": partial(optimx.Adafactor, lr=0.1, beta1=0.9),
     "adafactor-hf": partial(optimx.Adafactor, lr=None, variant="hf", weight_decay=0.1),
 }
+MUON = partial(optimx.Muon, lr=0.1)
+STRIDED = {"muon": partial(MUON, ns_dtype=torch.float32), **{name: OPTIMIZERS[name] for name in ("lamb", "adafactor")}}
 #: Shards are even, uneven and empty; of matrices, kernels of convolutions, vectors.
 SHAPES = [(8, 6), (5, 7), (1, 4), (3, 1), (6, 2, 3, 3), (5,), (1,)]
 R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
@@ -121,11 +123,51 @@ def replicas(rank: int, name: str) -> Tensor:
     return local(optimizer.state[param]["col_var"])
 
 
+def matrices(mesh: DeviceMesh | None, clip: float | None) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters and momentum after some steps of Muon, whose matrices are gathered."""
+    made = [case for case in cases() if case[0].dim() > 1]
+    params = [nn.Parameter(t.clone() if mesh is None else distribute_tensor(t, mesh, layout)) for t, layout in made]
+    optimizer = optimx.Muon(params, lr=0.1, ns_dtype=torch.float32, max_grad_norm=clip)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        for i, (param, (tensor, layout)) in enumerate(zip(params, made, strict=True)):
+            grad = torch.randn(tensor.shape, generator=generator)
+            grad = grad if mesh is None else distribute_tensor(grad, mesh, layout)
+            param.grad = None if step == 1 and i % 5 == 0 else grad
+        optimizer.step()
+    return [*map(full, params)], [full(optimizer.state[param]["momentum_buffer"]) for param in params]
+
+
+def gathered_matrices(rank: int, clip: float | None) -> Any:
+    return matrices(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), clip)
+
+
+def in_steps(model: nn.Module, optimizer: Any, loss: Any) -> list[Tensor]:
+    """The optimizer's parameters after some steps."""
+    for step in range(STEPS):
+        model.zero_grad()
+        loss(step).backward()
+        optimizer.step()
+    return [full(param) for group in optimizer.param_groups for param in group["params"]]
+
+
+def of_matrices(params: Iterable[Tensor], name: str) -> Any:
+    return STRIDED[name]([param for param in params if param.dim() > 1], max_grad_norm=0.5)
+
+
+def strided(rank: int, name: str) -> list[Tensor]:
+    """FSDP2 of tensor parallelism along the same dimension leaves strided shards."""
+    trained = fsdp2_of_tensor_parallel(rank, partial(of_matrices, name=name))
+    assert "_StridedShard" in str([param.placements for param in trained.model.parameters()])
+    return in_steps(trained.model, trained.optimizer, trained.loss)
+
+
 def apart(rank: int, name: str) -> str:
     """What a rank is told when a gradient is missing on another one; nothing changes."""
     mesh = init_device_mesh("cpu", (WORLD,))
     params = [nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [ROWS])) for _ in range(2)]
-    optimizer = OPTIMIZERS[name]([{"params": params[:1]}, {"params": params[1:]}], max_grad_norm=1.0)
+    make = {**OPTIMIZERS, "muon": MUON}[name]
+    optimizer = make([{"params": params[:1]}, {"params": params[1:]}], max_grad_norm=1.0)
     for param in params:
         param.grad = distribute_tensor(torch.ones(8, 4), mesh, [ROWS])
     if rank == 1:
@@ -159,7 +201,9 @@ CHECKS: dict[str, ranks.Check] = {
         for name, layout in COUNTED for clip in (None, 1.0)
     },
     "replicas": partial(replicas, name="adafactor"),
-    **{f"apart-{name}": partial(apart, name=name) for name in ("lamb", "adafactor")},
+    **{f"apart-{name}": partial(apart, name=name) for name in ("lamb", "adafactor", "muon")},
+    **{f"strided-{name}": partial(strided, name=name) for name in STRIDED},
+    **{f"matrices-{clip}": partial(gathered_matrices, clip=clip) for clip in (None, 1.0)},
 }  # fmt: skip
 
 
@@ -198,7 +242,21 @@ def test_ranks_without_elements_have_the_averages(results: ranks.Results) -> Non
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["lamb", "adafactor"])
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_matrices_that_are_gathered(clip: float | None, results: ranks.Results) -> None:
+    for found in results[f"matrices-{clip}"]:
+        torch.testing.assert_close(found, matrices(None, clip), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_strided_shards(name: str, results: ranks.Results) -> None:
+    model = net()
+    expected = in_steps(model, of_matrices(model.parameters(), name), partial(loss_of, model))
+    for found in results[f"strided-{name}"]:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lamb", "adafactor", "muon"])
 def test_gradients_on_some_ranks_alone(name: str, results: ranks.Results) -> None:
     for told in results[f"apart-{name}"]:
         assert "gradients should be on all ranks or on none but parameter 0 of group 1 has one on 3 of 4" in told
