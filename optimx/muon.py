@@ -25,7 +25,7 @@ __all__ = ["Muon"]
 #: How the step size depends on a matrix's shape. Torch's names; None is the first.
 ADJUSTMENTS = ("original", "match_rms_adamw")
 #: Settings that torch has not, and their values if a group does not have them.
-EXTRAS: dict[str, Any] = {"coefficients": None, "ns_dtype": torch.bfloat16}
+EXTRAS: dict[str, Any] = {"coefficients": None, "ns_dtype": torch.bfloat16, "stacked": False}
 NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -43,8 +43,8 @@ class MuonRow(NamedTuple):
 class MuonRule(UpdateRule):
     """One step of Muon. Torch keeps no step count.
 
-    A variant is what matrices have in common that are orthogonalized together: rows and columns, iterations, the dtype
-    that these compute in, and the factor of the step size that follows from the shape.
+    A variant is what tensors have in common whose matrices are orthogonalized together: how many of how many rows and
+    columns, iterations, the dtype that these compute in, and the factor of the step size that follows from the shape.
     """
 
     module = "muon"
@@ -57,12 +57,13 @@ class MuonRule(UpdateRule):
         adjust = group["adjust_lr_fn"]
         if adjust is not None:
             one_of("adjust_lr_fn", adjust, ADJUSTMENTS)
-        return iterations_of(group), group.get("ns_dtype", EXTRAS["ns_dtype"]), adjust or ADJUSTMENTS[0]
+        extras = (group.get(name, EXTRAS[name]) for name in ("ns_dtype", "stacked"))
+        return iterations_of(group), *extras, adjust or ADJUSTMENTS[0]
 
     def variant_of(self, variant: tuple[Any, ...], param: Tensor) -> tuple[Any, ...]:
-        iterations, dtype, adjust = variant
-        shape = matrix_shape(param)
-        return shape, iterations, dtype, size_of(adjust, *shape)
+        iterations, dtype, stacked, adjust = variant
+        shape = matrices_of(param, stacked)
+        return shape, iterations, dtype, size_of(adjust, *shape[1:])
 
     def unsuitable(self, param: Tensor) -> str | None:
         return None if param.is_contiguous() else "rows are not contiguous"
@@ -82,9 +83,11 @@ class MuonRule(UpdateRule):
 RULE = MuonRule()
 
 
-def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """Rows and columns: output channels, and all else."""
-    return param.shape[0], math.prod(param.shape[1:])
+def matrices_of(param: Tensor, stacked: bool) -> tuple[int, int, int]:
+    """How many matrices, of how many rows and columns: output channels and all else, if they are not ``stacked``."""
+    if stacked:
+        return math.prod(param.shape[:-2]), *param.shape[-2:]
+    return 1, param.shape[0], math.prod(param.shape[1:])
 
 
 def size_of(adjust: str, rows: int, columns: int) -> float:
@@ -123,7 +126,7 @@ class MuonLoop(TorchMuon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = evaluated(closure)
         for group in self.param_groups:
-            iterations, dtype, adjust = RULE.group_variant(group)
+            iterations, dtype, stacked, adjust = RULE.group_variant(group)
             lr, weight_decay, momentum, nesterov, eps = (
                 value.item() if isinstance(value, Tensor) else value for value in RULE.values(group)
             )
@@ -138,13 +141,13 @@ class MuonLoop(TorchMuon):
                     state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
                 buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
                 update = grad.lerp(buffer, momentum) if nesterov else buffer
-                shape = matrix_shape(param)
+                shape = matrices_of(param, stacked)
                 # of a DTensor, all ranks do the same work
-                x = gathered(update.to(first_dtype(dtype), copy=True)).reshape(1, *shape)
+                x = gathered(update.to(first_dtype(dtype), copy=True)).reshape(shape)
                 x = orthogonalize_(x, iterations, dtype, eps, partial(_fresh, param.device))
                 param.mul_(1 - lr * weight_decay)
                 step = scattered(param, x.reshape(param.shape))
-                param.add_(step, alpha=-lr * size_of(adjust, *shape))
+                param.add_(step, alpha=-lr * size_of(adjust, *shape[1:]))
         return loss
 
 
@@ -153,7 +156,7 @@ class Muon(MultiTensorStep, MuonLoop):
 
     For the matrices between a model's layers; embeddings, output heads, norms and biases belong to AdamW. All matrices
     of a shape, whatever their group, are orthogonalized together. Tensors of more dimensions (kernels of convolutions)
-    are matrices of output channels and all else.
+    are matrices of output channels and all else, or with ``stacked=True`` several matrices.
 
     Where torch's class is wrong, this one is not: bfloat16 gradients with ``nesterov=False`` (torch 2.13 divides the
     momentum buffer), matrices without columns, norms whose squares overflow float32, and an unknown ``adjust_lr_fn``
@@ -163,6 +166,8 @@ class Muon(MultiTensorStep, MuonLoop):
         coefficients: Of the iterations, in place of ``ns_coefficients`` and ``ns_steps``: a name of
             ``"standard"``, ``"quintic5"``, ``"polar-express"``, ``"deepseek-v4"``, or a sequence of ``(a, b, c)``, one
             for each (default: None).
+        stacked: Tensors of more than two dimensions are stacks of matrices, such as those of experts, each of which is
+            orthogonalized by itself (default: False: they are kernels, each a matrix of output channels and all else).
         ns_dtype: The dtype that iterations compute in: torch.bfloat16, torch.float16 or torch.float32
             (default: torch.bfloat16, as torch).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
@@ -194,6 +199,7 @@ class Muon(MultiTensorStep, MuonLoop):
         *,
         coefficients: str | Sequence[tuple[float, float, float]] | None = None,
         ns_dtype: torch.dtype = torch.bfloat16,
+        stacked: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
@@ -212,7 +218,7 @@ class Muon(MultiTensorStep, MuonLoop):
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip
         # groups have torch's keys alone where nothing else is chosen: checkpoints go both ways
-        extras = {"coefficients": coefficients, "ns_dtype": ns_dtype}
+        extras = {"coefficients": coefficients, "ns_dtype": ns_dtype, "stacked": stacked}
         defaults |= {name: value for name, value in extras.items() if value != EXTRAS[name]}
         if coefficients is not None:
             iterations_of(defaults)

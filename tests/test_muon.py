@@ -314,6 +314,27 @@ def test_kernels_of_convolutions(device: torch.device) -> None:
     torch.testing.assert_close(kernels[0].view(8, 27), flat[0], **CLOSE[torch.float32])
 
 
+def test_stacks(device: torch.device) -> None:
+    """Each expert's matrix by itself, in groups with an eps of their own."""
+    stacks = make_params([(3, 8, 16), (3, 8, 16), (2, 2, 16, 8)], device)
+    ours = optimx.Muon([{"params": [p], "eps": 1e-7 * 10**i} for i, p in enumerate(stacks)], lr=0.1, stacked=True)
+    apart = [Parameter(m.detach().clone()) for p in stacks for m in p.reshape(-1, *p.shape[-2:])]
+    counts = [3, 3, 4]
+    eps = [1e-7 * 10**i for i, count in enumerate(counts) for _ in range(count)]
+    stock = torch.optim.Muon([{"params": [p], "eps": e} for p, e in zip(apart, eps, strict=True)], lr=0.1)
+    for step in range(3):
+        set_grads(stacks, step)
+        grads = [g for p in stacks for g in p.grad.reshape(-1, *p.shape[-2:])]
+        for param, grad in zip(apart, grads, strict=True):
+            param.grad = grad.clone()
+        ours.step()
+        stock.step()
+    matrices = [m for p in stacks for m in p.detach().reshape(-1, *p.shape[-2:])]
+    for mine, theirs in zip(matrices, apart, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=4e-3)
+    assert not any(row.reason for row in optimx.explain(ours).rows)
+
+
 @pytest.mark.parametrize("foreign", [False, True], ids=["buckets", "loop"])
 def test_clipping(device: torch.device, foreign: bool) -> None:
     """Momentum mixes gradients of different steps, so clipping changes the step."""

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import Parameter
 from torch.nn.utils import parametrizations
 
+import optimx
 from optimx.param_groups import Rule, by_optimizer, describe, param_groups
 from tests import models
 from tests.models import mixtral, transformers_model
@@ -265,6 +266,20 @@ def test_tied_layers_are_one() -> None:
     model = Model(head=nn.Linear(4, 8))
     model.blocks[1] = model.blocks[0]
     assert muons(model) == blocks(1)
+
+
+def test_stacks_of_experts_are_no_kernels() -> None:
+    """Each expert's matrix is orthogonalized by itself, unless a rule says otherwise."""
+    model = nn.ModuleDict({"first": linears(4, 4, 4, 4), "experts": Experts(), "head": nn.Linear(4, 3)})
+    groups = param_groups(model, muon="auto", lr=0.1)
+    stacked = {name for group in groups if group.get("stacked") for name in group["param_names"]}
+    assert stacked == {"experts.w1"}
+    optimizer = optimx.Muon(by_optimizer(groups)["muon"])
+    group = next(group for group in optimizer.param_groups if group.get("stacked"))
+    shape, *_ = optimizer.rule.variant_of(optimizer.rule.group_variant(group), group["params"][0])
+    assert shape == (3, 4, 4)
+    ruled = param_groups(model, muon="auto", lr=0.1, rules=[{"match": "experts.w1", "stacked": False}])
+    assert not any(group.get("stacked") for group in ruled)
 
 
 def test_stacks_of_single_layers() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .._checks import check_number, one_of, within
 from .layers import PRESETS, Layers, number
-from .muon import ADAMW, MUON, check_matrices, choose_muon, routes
-from .names import NamedParameter, Node, PatternLike, module_tree, named_parameters
+from .muon import ADAMW, MUON, STACK, Route, check_matrices, choose_muon, routes
+from .names import NamedParameter, PatternLike, module_tree, named_parameters
 from .no_decay import without_decay
 from .rules import Rule, as_rules, same, select_all
 
@@ -79,9 +79,10 @@ def param_groups(
     Returns:
         Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
         and ``weight_decay`` where they are known, ``optimizer`` (``"muon"`` or ``"adamw"``) where ``muon`` is given,
-        and the rules' other options. ``lr`` is scaled already: take
-        ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take groups without
-        names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have none.
+        ``stacked=True`` for stacks of experts' matrices among Muon's, and the rules' other options. ``lr`` is scaled
+        already: take ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take
+        groups without names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have
+        none.
 
     Raises:
         ValueError: An argument is out of range, a pattern matches nothing, there is nothing to train or a single
@@ -109,7 +110,8 @@ def param_groups(
         top = max(ids.values())
         scales = {param: max(min_lr_scale, layer_decay ** (top - layer)) for param, layer in ids.items()}
     selected = [(rule, select_all(rule.match, params, f"rules[{i}].match")) for i, rule in enumerate(ordered)]
-    owners = _owners(root, params, muon, selected)
+    found = {} if muon is None else routes(root, params)
+    owners = _owners(found, params, muon, selected)
     matched: dict[NamedParameter, list[Rule]] = {param: [] for param in params}
     for i, (rule, chosen) in enumerate(selected):
         _check_rule(rule, f"rules[{i}]", chosen, [bases[owners[param]] for param in chosen], undecayed)
@@ -124,7 +126,11 @@ def param_groups(
         if param.param.requires_grad or include_frozen:
             owner = owners[param]
             settings = _settings(its_rules, bases[owner], scales[param], param in undecayed)
-            _add(groups, param, settings if owner is None else {**settings, "optimizer": owner})
+            if owner is not None:
+                settings["optimizer"] = owner
+                if owner == MUON and found[param].reason == STACK:
+                    settings.setdefault("stacked", True)
+            _add(groups, param, settings)
     if not groups:
         raise ValueError(f"the model should have parameters to train but has none: {len(params)} are frozen")
     return groups
@@ -216,13 +222,13 @@ def _check_numbers(bases: Collection[_Base], layer_decay: float | None, min_lr_s
 
 
 def _owners(
-    root: Node,
+    found: dict[NamedParameter, Route],
     params: Sequence[NamedParameter],
     muon: str | Sequence[PatternLike] | None,
     rules: Sequence[tuple[Rule, set[NamedParameter]]],
 ) -> dict[NamedParameter, str | None]:
     """Whose each parameter is, None where ``muon`` is: as the model shows, then as the rules say."""
-    muons = set() if muon is None else choose_muon(muon, routes(root, params), params)
+    muons = set() if muon is None else choose_muon(muon, found, params)
     owners: dict[NamedParameter, str | None] = dict.fromkeys(params)
     if muon is not None:
         owners = {param: MUON if param in muons else ADAMW for param in params}

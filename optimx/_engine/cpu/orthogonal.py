@@ -52,13 +52,18 @@ class OrthogonalBucket(NativeBucket):
         """One step of some members, with gradients times ``scale``."""
         params, grads, (buffers,), _ = self.members.pick(picker(stack))
         _, eps, momentum_c, mix, decay, lr = (_of_stack(column) for column in zip(*rows, strict=True))
-        shape, iterations, dtype, times = self.key.variant
+        (count, rows_of_each, columns), iterations, dtype, times = self.key.variant
+        # a member's matrices, if it has several, follow each other
+        shape = count * rows_of_each, columns
         x = self.memory("matrices", (len(stack), *shape), first_dtype(dtype))
         if len(stack) == 1:
             _advance(flat(buffers[0]), flat(grads[0]), scale, momentum_c, mix, x.view(-1), self.memory)
         else:
             self._advance_together(grads, buffers, scale, momentum_c, mix, x, together=together)
-        x = orthogonalize_(x, iterations, dtype, _like(eps, x), self.memory)
+        matrices = x.view(len(stack) * count, rows_of_each, columns)
+        eps = eps.repeat_interleave(count, 0) if isinstance(eps, Tensor) else eps
+        matrices = orthogonalize_(matrices, iterations, dtype, _like(eps, x), self.memory)
+        x = matrices.reshape(x.shape)
         if len(stack) == 1:
             params[0].view(shape).mul_(decay).add_(x[0], alpha=-lr * times)
             return

@@ -44,8 +44,8 @@ class OrthogonalTritonBucket(TritonBucket):
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self._memory: dict[str, Tensor] = {}
-        (rows, columns), _, dtype, times = self.key.variant
-        device, n, numel = self.key.device, len(self.positions), rows * columns
+        (count, rows, columns), _, dtype, times = self.key.variant
+        device, n, numel = self.key.device, len(self.positions), count * rows * columns
         #: Momentum is worked out in the parameters' precision.
         self._first_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else first_dtype(dtype)
         # rows of tables begin at multiples of 16 bytes
@@ -55,7 +55,7 @@ class OrthogonalTritonBucket(TritonBucket):
         for first in range(0, n, most):
             members = slice(first, min(n, first + most))
             numels = [numel] * len(params[members])
-            matrices = self._matrices(len(numels)).unbind()
+            matrices = self._matrices(len(numels)).view(len(numels), numel).unbind()
             tables = (
                 TensorTable(numels, roles, range(len(numels)), device, elementwise.launch_size)
                 for roles in ([matrices, buffers[members]], [params[members]])
@@ -64,9 +64,9 @@ class OrthogonalTritonBucket(TritonBucket):
         #: For the step there is neither a norm nor a loss scale, but the factor of its size.
         self._control = torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
 
-    def _matrices(self, count: int) -> Tensor:
-        (rows, columns), *_ = self.key.variant
-        return self.memory("matrices", (count, rows, columns), self._first_dtype)
+    def _matrices(self, n_members: int) -> Tensor:
+        (count, rows, columns), *_ = self.key.variant
+        return self.memory("matrices", (n_members * count, rows, columns), self._first_dtype)
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         super().send(values)
@@ -89,7 +89,8 @@ class OrthogonalTritonBucket(TritonBucket):
             x = self._matrices(len(grads))
             if not warmup:
                 x = self._orthogonal(x, stack.averages.rows)
-            places = x.data_ptr() + torch.arange(len(grads), device=grads.device) * (x[0].numel() * dtype.itemsize)
+            bytes_of_each = x.numel() // len(grads) * dtype.itemsize
+            places = x.data_ptr() + torch.arange(len(grads), device=grads.device) * bytes_of_each
             # what has no gradient stays as it is
             update_(
                 muon.TAKE, stack.steps, torch.where(grads != 0, places, 0), self._rows, of_step, variant=(),
@@ -103,7 +104,7 @@ class OrthogonalTritonBucket(TritonBucket):
         if x.dtype is torch.float64:
             x = self.memory("matrices in few bits", tuple(x.shape), first_dtype(dtype)).copy_(x)
         eps = self._rows.view(-1, len(muon.HYPER))[:, muon.HYPER.index("eps")]
-        eps = eps[rows.long()].to(x.dtype).view(-1, 1, 1)
+        eps = eps[rows.long()].to(x.dtype).repeat_interleave(len(x) // len(rows)).view(-1, 1, 1)
         result = orthogonalize_(x, iterations, dtype, eps, self.memory)
         return result if result.is_contiguous() else self.memory("step", tuple(x.shape), dtype).copy_(result)
 
