@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,7 +34,9 @@ class Results:
 
 def run(checks: Mapping[str, Check], world: int, folder: Path) -> Results:
     """Let ``world`` processes go through the checks, and have a process group of its own for each."""
-    mp.spawn(_run_all, (dict(checks), str(folder), world), nprocs=world)
+    # ranks are forked from a server that has imported what they need, and nothing more
+    multiprocessing.set_forkserver_preload(["tests.distributed.engines", "torch.distributed.checkpoint"])
+    mp.start_processes(_run_all, (dict(checks), str(folder), world), nprocs=world, start_method="forkserver")
     results, failures = zip(*(torch.load(folder / f"rank{rank}") for rank in range(world)), strict=True)
     return Results([*results], [*failures])
 
