@@ -160,7 +160,8 @@ assert "AdamW" in names and "Adafactor" in names, names
 for name in names:
     setattr(torch.optim, name, getattr(optimx, name))
 for name in names:
-    for extra in ({}, {"foreach": False}):
+    # Muon has no such argument
+    for extra in ({}, {"foreach": False})[: 1 + (name != "Muon")]:
         class Mine(getattr(torch.optim, name)):
             def step(self, closure=None):
                 return super().step(closure)

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, update
+from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, muon, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
@@ -79,6 +79,8 @@ def _algorithms() -> Iterator[Algorithm]:
     for module, found in by_module.items():
         variants = {label: (variant, n_states) for variant, (label, n_states) in found.items()}
         yield Algorithm(import_module(f"optimx.triton_kernels.{module}"), variants, n_scalars[module])
+    # which takes no vectors, and is in no table of them
+    yield Algorithm(muon, {}, 0)
 
 
 ALGORITHMS = tuple(_algorithms())
@@ -197,6 +199,33 @@ def _prepare_variants() -> Iterator[Variant]:
             )  # fmt: skip
 
         yield Variant(f"{algorithm.name}_prepare", _name(control=control), call, threads=THREADS_FLOAT64)
+
+
+def _muon_variants() -> Iterator[Variant]:
+    """The passes before and after the products, which are of 16 bits."""
+    for name, control in REDUCED:
+        p, g, state = DTYPES[name]
+        matrix = torch.float64 if p is torch.float64 else torch.bfloat16
+        passes = {
+            "average": (muon.AVERAGE, (matrix, g, state), [g, state], [matrix, state]),
+            "take": (muon.TAKE, (p, torch.bfloat16), [p, torch.bfloat16], [p]),
+        }
+        for kind, (algorithm, dtypes, reads, writes) in passes.items():
+            # float64 beside 16 bits is the exception, and takes an address an element
+            is_wide = {torch.float64, torch.bfloat16}.issubset(dtypes)
+            if is_wide:
+                reads, writes = [], []
+
+            def call(size, algorithm=algorithm, dtypes=dtypes, control=control) -> None:
+                update.update_(
+                    algorithm, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(algorithm.HYPER)),
+                    numbers(3) if control else None, variant=(), dtypes=dtypes,
+                )  # fmt: skip
+
+            yield Variant(
+                "muon", _name(kind, name, control=control), call, reads=reads, writes=writes,
+                threads=_threads(dtypes), counted=not (control or is_wide),
+            )  # fmt: skip
 
 
 def _lamb_variants() -> Iterator[Variant]:
@@ -410,6 +439,7 @@ def variants() -> tuple[Variant, ...]:
     """Every variant of every kernel."""
     families = (
         _update_variants,
+        _muon_variants,
         _lamb_variants,
         _adafactor_variants,
         _prepare_variants,
