@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import optim_db
 
 import optimx
-from optimx._engine.newton_schulz import NAMED, orthogonalize_
+from optimx._engine.newton_schulz import NAMED, first_dtype, orthogonalize_
 from tests.cases import make_params, set_grads
 from tests.conftest import INTERPRETED
 from tests.reference.muon import muon, polynomial
@@ -261,6 +261,15 @@ def test_bands(name: str) -> None:
             x = orthogonalize_(matrices(3, rows, columns).to(dtype), iterations, dtype, 1e-7, fresh)
             found = torch.linalg.svdvals(x.double())
             assert low - slack <= float(found.min()) <= float(found.max()) <= high + slack, (dtype, rows)
+
+
+def test_errors_of_dtypes() -> None:
+    """What the page of Muon says of them, within a half."""
+    exact = orthogonalize_(matrices(4, 256, 1024).double(), NAMED["standard"], torch.float64, 1e-7, fresh)
+    for dtype, error in ((torch.bfloat16, 1.2e-2), (torch.float16, 1.4e-3), (torch.float32, 2e-6)):
+        x = matrices(4, 256, 1024).to(first_dtype(dtype))
+        found = orthogonalize_(x, NAMED["standard"], dtype, 1e-7, fresh).double()
+        assert 0.5 * error < float((found - exact).norm() / exact.norm()) < 1.5 * error, dtype
 
 
 @pytest.mark.parametrize("name", NAMED)
