@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.optim import Muon as TorchMuon
 from torch.optim.optimizer import ParamsT
 
-from ._checks import one_of
+from ._checks import one_of, within
+from ._engine.matrices import Block, MatrixVariant, blocks_of, equalized, row_squares
 from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_
 from ._engine.optimizer import evaluated
-from ._engine.rule import UpdateRule
-from ._engine.sharding import gathered, scattered
+from ._engine.rule import StateKind, UpdateRule
+from ._engine.sharding import gathered, like, local, scattered
 from ._engine.step import MultiTensorStep
 
 __all__ = ["Muon"]
@@ -25,7 +26,17 @@ __all__ = ["Muon"]
 #: How the step size depends on a matrix's shape. Torch's names; None is the first.
 ADJUSTMENTS = ("original", "match_rms_adamw")
 #: Settings that torch has not, and their values if a group does not have them.
-EXTRAS: dict[str, Any] = {"coefficients": None, "ns_dtype": torch.bfloat16, "stacked": False}
+EXTRAS: dict[str, Any] = {
+    "coefficients": None,
+    "ns_dtype": torch.bfloat16,
+    "stacked": False,
+    "split": None,
+    "normalize": None,
+    "beta2": 0.95,
+    "cautious_weight_decay": False,
+}
+#: What may happen to a matrix after the iterations.
+NORMALIZATIONS = ("neuron",)
 NS_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,56 +49,74 @@ class MuonRow(NamedTuple):
     mix: float
     decay: float
     lr: float
+    beta2_c: float
+
+
+class MuonSettings(NamedTuple):
+    """A group's settings that choose other arithmetic."""
+
+    iterations: Iterations
+    dtype: torch.dtype
+    stacked: bool
+    split: int | tuple[int, ...] | None
+    adjust: str
+    normalized: bool
+    cautious: bool
 
 
 class MuonRule(UpdateRule):
-    """One step of Muon. Torch keeps no step count.
-
-    A variant is what tensors have in common whose matrices are orthogonalized together: how many of how many rows and
-    columns, iterations, the dtype that these compute in, and the factor of the step size that follows from the shape.
-    """
+    """One step of Muon. Torch keeps no step count."""
 
     module = "muon"
     scalars = ()
     walk = "orthogonal"
-    optional_settings = tuple(EXTRAS)
+    optional_settings = tuple(name for name in EXTRAS if name != "beta2")
     _read = itemgetter("lr", "weight_decay", "momentum", "nesterov", "eps")
 
-    def group_variant(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        adjust = group["adjust_lr_fn"]
+    def group_variant(self, group: dict[str, Any]) -> MuonSettings:
+        adjust, normalize = group["adjust_lr_fn"], group.get("normalize")
         if adjust is not None:
             one_of("adjust_lr_fn", adjust, ADJUSTMENTS)
-        extras = (group.get(name, EXTRAS[name]) for name in ("ns_dtype", "stacked"))
-        return iterations_of(group), *extras, adjust or ADJUSTMENTS[0]
+        if normalize is not None:
+            one_of("normalize", normalize, NORMALIZATIONS)
+        dtype, stacked, split, cautious = (
+            group.get(name, EXTRAS[name]) for name in ("ns_dtype", "stacked", "split", "cautious_weight_decay")
+        )
+        # a checkpoint may have made a list of it
+        split = split if split is None or isinstance(split, int) else tuple(split)
+        return MuonSettings(
+            iterations_of(group), dtype, stacked, split, adjust or ADJUSTMENTS[0], normalize is not None, cautious
+        )
 
-    def variant_of(self, variant: tuple[Any, ...], param: Tensor) -> tuple[Any, ...]:
-        iterations, dtype, stacked, adjust = variant
-        shape = matrices_of(param, stacked)
-        return shape, iterations, dtype, size_of(adjust, *shape[1:])
+    def variant_of(self, variant: Any, param: Tensor) -> MatrixVariant:
+        blocks = blocks_of(param.shape, stacked=variant.stacked, split=variant.split)
+        times = tuple(size_of(variant.adjust, block.rows, block.columns) for block in blocks)
+        return MatrixVariant(blocks, times, variant.iterations, variant.dtype, variant.normalized, variant.cautious)
 
     def unsuitable(self, param: Tensor) -> str | None:
         return None if param.is_contiguous() else "rows are not contiguous"
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, weight_decay, momentum, nesterov, eps = self._read(group)
-        return lr, weight_decay, momentum, float(bool(nesterov)), eps
+        return lr, weight_decay, momentum, float(bool(nesterov)), eps, group.get("beta2", EXTRAS["beta2"])
 
-    def state_names(self, variant: tuple[Any, ...]) -> tuple[str, ...]:
-        return ("momentum_buffer",)
+    def state_names(self, variant: Any) -> tuple[str, ...]:
+        return ("momentum_buffer", "second_momentum_buffer") if variant.normalized else ("momentum_buffer",)
+
+    def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
+        if name == "momentum_buffer":
+            return StateKind()
+        # one entry a row
+        n_rows_dims = param.dim() - 1 if group.get("stacked") else 1
+        return StateKind(reduced=tuple(range(n_rows_dims - param.dim(), 0)))
 
     def prepare(self, values, scalars):
-        lr, weight_decay, momentum, nesterov, eps = values
-        return MuonRow(1.0, eps, 1.0 - momentum, momentum if nesterov else 1.0, 1.0 - lr * weight_decay, lr), ()
+        lr, weight_decay, momentum, nesterov, eps, beta2 = values
+        mix = momentum if nesterov else 1.0
+        return MuonRow(1.0, eps, 1.0 - momentum, mix, 1.0 - lr * weight_decay, lr, 1.0 - beta2), ()
 
 
 RULE = MuonRule()
-
-
-def matrices_of(param: Tensor, stacked: bool) -> tuple[int, int, int]:
-    """How many matrices, of how many rows and columns: output channels and all else, if they are not ``stacked``."""
-    if stacked:
-        return math.prod(param.shape[:-2]), *param.shape[-2:]
-    return 1, param.shape[0], math.prod(param.shape[1:])
 
 
 def size_of(adjust: str, rows: int, columns: int) -> float:
@@ -120,14 +149,14 @@ def _fresh(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch
 
 
 class MuonLoop(TorchMuon):
-    """Muon, one matrix after the other, on any device and in any layout: what :class:`Muon` falls back to."""
+    """Muon, one parameter after the other, on any device and in any layout: what :class:`Muon` falls back to."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = evaluated(closure)
         for group in self.param_groups:
-            iterations, dtype, stacked, adjust = RULE.group_variant(group)
-            lr, weight_decay, momentum, nesterov, eps = (
+            settings = RULE.group_variant(group)
+            lr, weight_decay, momentum, nesterov, eps, beta2 = (
                 value.item() if isinstance(value, Tensor) else value for value in RULE.values(group)
             )
             for param in group["params"]:
@@ -137,18 +166,46 @@ class MuonLoop(TorchMuon):
                 if param.is_complex() or grad.is_sparse:
                     kind = "complex parameters" if param.is_complex() else "sparse gradients"
                     raise RuntimeError(f"Muon does not support {kind}")
+                variant = RULE.variant_of(settings, param)
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(grad, memory_format=torch.preserve_format)
                 buffer = state["momentum_buffer"].lerp_(grad, 1 - momentum)
                 update = grad.lerp(buffer, momentum) if nesterov else buffer
-                shape = matrices_of(param, stacked)
                 # of a DTensor, all ranks do the same work
-                x = gathered(update.to(first_dtype(dtype), copy=True)).reshape(shape)
-                x = orthogonalize_(x, iterations, dtype, eps, partial(_fresh, param.device))
-                param.mul_(1 - lr * weight_decay)
-                step = scattered(param, x.reshape(param.shape))
-                param.add_(step, alpha=-lr * size_of(adjust, *shape[1:]))
+                x = gathered(update.to(first_dtype(variant.dtype), copy=True)).reshape(-1)
+                matrices = [_orthogonal(block.of(x).view(block[1:]), variant, eps) for block in variant.blocks]
+                if variant.normalized:
+                    name = "second_momentum_buffer"
+                    if name not in state:
+                        new = RULE.new_state(name, local(param), group, self.defaults)
+                        state[name] = like(param, new, RULE.kind_of(name, param, group, self.defaults))
+                    averages = gathered(state[name])
+                    _normalize_(matrices, variant.blocks, averages.view(-1), 1 - beta2)
+                    state[name].copy_(scattered(state[name], averages))
+                times = variant.times[0]
+                if len({*variant.times}) > 1:
+                    matrices = [m.float() * (of_m / times) for m, of_m in zip(matrices, variant.times, strict=True)]
+                whole = torch.cat([m.reshape(-1) for m in matrices]) if len(matrices) > 1 else matrices[0]
+                step = scattered(param, whole.reshape(param.shape))
+                if variant.cautious:
+                    param.copy_(torch.where(param * step < 0, param, param * (1 - lr * weight_decay)))
+                else:
+                    param.mul_(1 - lr * weight_decay)
+                param.add_(step, alpha=-lr * times)
         return loss
+
+
+def _orthogonal(x: Tensor, variant: MatrixVariant, eps: float) -> Tensor:
+    return orthogonalize_(x, variant.iterations, variant.dtype, eps, partial(_fresh, x.device))
+
+
+def _normalize_(matrices: Sequence[Tensor], blocks: Sequence[Block], averages: Tensor, beta2_c: float) -> None:
+    """Bring the rows of matrices to alike sizes, and move the averages of their mean squares, one entry a row."""
+    for x, block in zip(matrices, blocks, strict=True):
+        if x.numel():
+            squares, average = row_squares(x), block.of(averages, 1)
+            average.copy_(average.double().lerp_((squares / block.columns).view(-1), beta2_c))
+            x.mul_(equalized(squares, average.view(squares.shape)).float())
 
 
 class Muon(MultiTensorStep, MuonLoop):
@@ -166,6 +223,17 @@ class Muon(MultiTensorStep, MuonLoop):
         coefficients: Of the iterations, in place of ``ns_coefficients`` and ``ns_steps``: a name of
             ``"standard"``, ``"quintic5"``, ``"polar-express"``, ``"deepseek-v4"``, or a sequence of ``(a, b, c)``, one
             for each (default: None).
+        split: Tensors are several matrices, one above the other, each of which is orthogonalized by itself, with the
+            step size of its own shape: a number of equal ones (3 for queries, keys and values in one; the number of
+            heads to take each by itself), or how many rows each has, ``(queries, keys, values)`` (default: None: they
+            are one).
+            With ``stacked=True`` each matrix of a stack is split. Layers that keep columns of outputs, as transformers'
+            Conv1D does, have no rows to split.
+        normalize: ``"neuron"``: divide each row of an orthogonalized matrix by the root of an average of its mean
+            squares, and keep the matrix's norm (NorMuon, https://arxiv.org/abs/2510.05491) (default: None).
+        beta2: What that average keeps of itself in a step (default: 0.95).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
         stacked: Tensors of more than two dimensions are stacks of matrices, such as those of experts, each of which is
             orthogonalized by itself (default: False: they are kernels, each a matrix of output channels and all else).
         ns_dtype: The dtype that iterations compute in: torch.bfloat16, torch.float16 or torch.float32
@@ -176,7 +244,8 @@ class Muon(MultiTensorStep, MuonLoop):
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
 
-    State: ``momentum_buffer`` of the parameter's shape.
+    State: ``momentum_buffer`` of the parameter's shape; with ``normalize`` also ``second_momentum_buffer``, which has
+    one entry a row.
 
     Raises:
         ValueError: A hyperparameter is out of range, or a parameter has fewer than two dimensions.
@@ -200,6 +269,10 @@ class Muon(MultiTensorStep, MuonLoop):
         coefficients: str | Sequence[tuple[float, float, float]] | None = None,
         ns_dtype: torch.dtype = torch.bfloat16,
         stacked: bool = False,
+        split: int | Sequence[int] | None = None,
+        normalize: str | None = None,
+        beta2: float = 0.95,
+        cautious_weight_decay: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
@@ -218,22 +291,33 @@ class Muon(MultiTensorStep, MuonLoop):
             "ns_coefficients": ns_coefficients, "eps": eps, "ns_steps": ns_steps, "adjust_lr_fn": adjust_lr_fn,
         }  # fmt: skip
         # groups have torch's keys alone where nothing else is chosen: checkpoints go both ways
-        extras = {"coefficients": coefficients, "ns_dtype": ns_dtype, "stacked": stacked}
+        extras = {
+            "coefficients": coefficients, "ns_dtype": ns_dtype, "stacked": stacked, "split": split,
+            "normalize": normalize, "beta2": beta2, "cautious_weight_decay": cautious_weight_decay,
+        }  # fmt: skip
         defaults |= {name: value for name, value in extras.items() if value != EXTRAS[name]}
         if coefficients is not None:
             iterations_of(defaults)
+        if normalize is not None:
+            one_of("normalize", normalize, NORMALIZATIONS)
+        within("[0, 1)").check("beta2", beta2)
         super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.
 
         Raises:
-            ValueError: A parameter has fewer than two dimensions.
+            ValueError: A parameter has fewer than two dimensions, or the group's ``split`` does not suit its rows.
         """
         super().add_param_group(param_group)
-        for param in param_group["params"]:
-            if param.dim() < 2:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}"
-                )
+        group = self.param_groups[-1]
+        try:
+            for param in group["params"]:
+                if param.dim() < 2:
+                    raise ValueError(
+                        f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}"
+                    )
+                blocks_of(param.shape, stacked=bool(group.get("stacked")), split=group.get("split"))
+        except ValueError:
+            self.param_groups.pop()
+            raise

@@ -344,15 +344,140 @@ def test_stacks(device: torch.device) -> None:
     assert not any(row.reason for row in optimx.explain(ours).rows)
 
 
-@pytest.mark.parametrize("foreign", [False, True], ids=["buckets", "loop"])
-def test_clipping(device: torch.device, foreign: bool) -> None:
+def transposed(params: Iterable[Parameter]) -> list[Parameter]:
+    """The same, of rows that are not contiguous, which are the loop's."""
+    return [Parameter(p.detach().mT.contiguous().mT) for p in params]
+
+
+@pytest.mark.parametrize("layout", [list, transposed], ids=["buckets", "loop"])
+@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize(
+    ("shape", "split", "heights"),
+    [
+        ((24, 16), 3, [8] * 3),
+        ((24, 16), (12, 6, 6), [12, 6, 6]),
+        ((20, 6), (2, 4, 4, 10), [2, 4, 4, 10]),
+        ((2, 12, 8), 2, [6] * 4),
+        ((2, 12, 8), (8, 4), [8, 4] * 2),
+        ((6, 3, 2, 2), 2, [3, 3]),
+    ],
+)
+def test_split(
+    device: torch.device, shape: tuple[int, ...], split: Any, heights: list[int], adjust: str, layout: Any
+) -> None:
+    """As if each part were a parameter: also the step sizes, which follow from its shape."""
+    params = layout(make_params([shape] * 3, device))
+    stacked = len(shape) == 3
+    ours = optimx.Muon(params, lr=0.1, split=split, stacked=stacked, adjust_lr_fn=adjust, max_grad_norm=1e9)
+
+    def parts(tensor: Tensor) -> list[Tensor]:
+        columns = shape[-1] if stacked else tensor.numel() // shape[0]
+        return [part.detach().clone() for part in tensor.reshape(-1, columns).split(heights)]
+
+    apart = [Parameter(part) for p in params for part in parts(p)]
+    stock = torch.optim.Muon(apart, lr=0.1, adjust_lr_fn=adjust)
+    for step in range(3):
+        set_grads(params, step, skip=(1,) if step == 1 else ())
+        grads = [grad for p in params for grad in (parts(p.grad) if p.grad is not None else [None] * len(heights))]
+        for param, grad in zip(apart, grads, strict=True):
+            param.grad = grad
+        ours.step()
+        stock.step()
+    for mine, theirs in zip([part for p in params for part in parts(p)], apart, strict=True):
+        torch.testing.assert_close(mine, theirs.detach(), rtol=0, atol=4e-3)
+    assert bool(optimx.explain(ours).rows[0].reason) is (layout is transposed)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"split": 5}, r"split should divide the rows but is 5 for 24 rows of shape \[24, 16\]"),
+        ({"split": 0}, "split should divide the rows but is 0"),
+        ({"split": (8, 8)}, r"split should add up to the rows but is \[8, 8\] for 24 rows"),
+        ({"split": (32, -8)}, "split should add up to the rows"),
+        ({"split": ()}, "split should add up to the rows"),
+        ({"normalize": "neurons"}, "normalize should be one of neuron but is: 'neurons'; did you mean 'neuron'"),
+        ({"beta2": 1.0}, r"beta2 should be in \[0, 1\) but is: 1.0"),
+    ],
+)
+def test_errors_of_extras(kwargs: dict[str, Any], told: str) -> None:
+    params = make_params([(24, 16)])
+    with pytest.raises(ValueError, match=told):
+        optimx.Muon(params, **kwargs)
+
+
+def test_a_split_that_does_not_suit_a_group_is_refused() -> None:
+    optimizer = optimx.Muon(make_params([(6, 4)]), split=3)
+    with pytest.raises(ValueError, match="split should divide the rows but is 3 for 8 rows"):
+        optimizer.add_param_group({"params": make_params([(8, 4)])})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": make_params([(8, 4)]), "split": (2, 6)})
+
+
+@pytest.mark.parametrize("layout", [list, transposed], ids=["buckets", "loop"])
+@pytest.mark.parametrize("extra", ["normalize", "cautious", "both"])
+def test_normalized_rows_and_cautious_decay(device: torch.device, extra: str, layout: Any) -> None:
+    """In float32, as the float64 reference does it."""
+    shapes = [(6, 20), (20, 6), (6, 20), (5, 5)]
+    kwargs: dict[str, Any] = {}
+    options: dict[str, Any] = {}
+    if extra != "cautious":
+        kwargs |= {"normalize": "neuron", "beta2": 0.8}
+        options["beta2"] = 0.8
+    if extra != "normalize":
+        kwargs["cautious_weight_decay"] = options["cautious"] = True
+    params = layout(make_params(shapes, device))
+    optimizer = optimx.Muon(params, lr=0.1, weight_decay=0.5, ns_dtype=torch.float32, **kwargs)
+    grads: list[list[Tensor]] = [[] for _ in shapes]
+    for step in range(3):
+        set_grads(params, step)
+        for param, of_param in zip(params, grads, strict=True):
+            of_param.append(param.grad.cpu())
+        optimizer.step()
+    for param, start, of_param in zip(params, make_params(shapes), grads, strict=True):
+        expected = muon(start.detach(), of_param, lr=0.1, weight_decay=0.5, **options)
+        torch.testing.assert_close(param.detach().double().cpu(), expected, rtol=1e-4, atol=1e-4)
+        if extra != "cautious":
+            assert optimizer.state[param]["second_momentum_buffer"].shape == (len(param), 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stacked", "of_rows"),
+    [
+        ((4, 3, 2, 2), False, (4, 1, 1, 1)),
+        ((3, 4, 5), True, (3, 4, 1)),
+        ((0, 4), False, (0, 1)),
+        ((4, 0), False, (4, 1)),
+    ],
+)
+def test_averages_of_rows(device: torch.device, shape: Any, stacked: bool, of_rows: Any) -> None:
+    """One entry a row of each matrix; a batch changes no bit; checkpoints go on; a bad gradient changes nothing."""
+    kwargs = {"normalize": "neuron", "stacked": stacked, "lr": 0.1}
+    params, alone = make_params([shape] * 3, device), make_params([shape] * 3, device)
+    together, apart = optimx.Muon(params, **kwargs), [optimx.Muon([p], **kwargs) for p in alone]
+    for step in range(4):
+        if step == 2:
+            state = deepcopy(together.state_dict())
+            together = optimx.Muon(params, **kwargs)
+            together.load_state_dict(state)
+        for each in (params, alone):
+            set_grads(each, step)
+        for optimizer in (together, *apart):
+            optimizer.step()
+    for a, b, optimizer in zip(params, alone, apart, strict=True):
+        assert torch.equal(a, b)
+        assert bool(a.isfinite().all())
+        mine, other = (each["second_momentum_buffer"] for each in (together.state[a], optimizer.state[b]))
+        assert mine.shape == of_rows
+        assert torch.equal(mine, other)
+        assert bool(mine.isfinite().all())
+
+
+@pytest.mark.parametrize("layout", [list, transposed], ids=["buckets", "loop"])
+def test_clipping(device: torch.device, layout: Any) -> None:
     """Momentum mixes gradients of different steps, so clipping changes the step."""
 
-    def groups(params: Iterable[Parameter]) -> list[Parameter]:
-        # rows that do not follow each other are the loop's
-        return [Parameter(p.detach().t().contiguous().t()) for p in params] if foreign else [*params]
-
-    ours, stock = twins(device, {"lr": 0.1}, groups)
+    ours, stock = twins(device, {"lr": 0.1}, layout)
     ours.max_grad_norm = 1.0
     params = [p for group in stock.param_groups for p in group["params"]]
     mine = [p for group in ours.param_groups for p in group["params"]]
@@ -370,9 +495,9 @@ def test_clipping(device: torch.device, foreign: bool) -> None:
 
 @pytest.mark.parametrize("scaler_cls", [torch.amp.GradScaler, optimx.GradScaler])
 def test_amp(device: torch.device, scaler_cls: Callable[..., Any]) -> None:
-    """A step with an infinite gradient changes nothing, the momentum least of all."""
+    """A step with an infinite gradient changes nothing, the averages least of all."""
     params = make_params([(8, 16), (8, 16), (16, 8)], device)
-    optimizer = optimx.Muon(params, max_grad_norm=1.0)
+    optimizer = optimx.Muon(params, max_grad_norm=1.0, normalize="neuron")
     scaler = scaler_cls(device.type, init_scale=1024.0)
     for step in range(3):
         before = [(p.detach().clone(), {k: v.clone() for k, v in optimizer.state[p].items()}) for p in params]
@@ -386,7 +511,8 @@ def test_amp(device: torch.device, scaler_cls: Callable[..., Any]) -> None:
         assert same == [step == 1] * 3
         if step == 1:
             for p, (_, state) in zip(params, before, strict=True):
-                assert torch.equal(optimizer.state[p]["momentum_buffer"], state["momentum_buffer"])
+                for name in ("momentum_buffer", "second_momentum_buffer"):
+                    assert torch.equal(optimizer.state[p][name], state[name])
     assert scaler.get_scale() == 512.0
 
 

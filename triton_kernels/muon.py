@@ -13,16 +13,17 @@ import triton.language as tl
 
 from .device import save
 
-RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps")
+RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps", "beta2")
 #: ``mix`` is how much of the average there is in what is orthogonalized, beside the gradient.
-HYPER = ("factor", "eps", "momentum_c", "mix", "decay", "lr")
+HYPER = ("factor", "eps", "momentum_c", "mix", "decay", "lr", "beta2_c")
 
 
 @triton.jit
 def prepare(raw, scalars):
-    lr, weight_decay, momentum, nesterov, eps = raw
+    lr, weight_decay, momentum, nesterov, eps, beta2 = raw
     mix = tl.where(nesterov != 0, momentum, 1.0)
-    return (tl.full(lr.shape, 1.0, tl.float64), eps, 1.0 - momentum, mix, 1.0 - lr * weight_decay, lr), scalars
+    factor = tl.full(lr.shape, 1.0, tl.float64)
+    return (factor, eps, 1.0 - momentum, mix, 1.0 - lr * weight_decay, lr, 1.0 - beta2), scalars
 
 
 @triton.jit
@@ -44,9 +45,25 @@ def average(p, g, states, hyper, VARIANT: tl.constexpr, out):
 
 @triton.jit
 def take(p, g, states, hyper, VARIANT: tl.constexpr, out):
-    """The step, an orthogonal matrix, in place of a gradient."""
+    """The step, an orthogonal matrix, in place of a gradient. Variant: weights decay only where it lets them."""
     decay, lr = hyper[3:5]
+    if VARIANT[0]:
+        # signs, because products may underflow
+        decay = tl.where(tl.where(p < 0, -g, g) < 0, 1.0, decay)
     return p * decay - lr * g
+
+
+@triton.jit
+def average_rows(p, g, states, hyper, VARIANT: tl.constexpr, out):
+    """Averages of rows' mean squares, which stand in place of a gradient; a copy is written in place of a parameter.
+
+    States: second_momentum_buffer.
+    """
+    pointers, _, _ = out
+    moved = _lerp(states[0], g, hyper[5])
+    save(out, 0, moved)
+    # what is stored is what the host goes on with
+    return moved.to(pointers[2].dtype.element_ty).to(moved.dtype)
 
 
 class Pass(NamedTuple):
@@ -56,4 +73,4 @@ class Pass(NamedTuple):
     HYPER: tuple[str, ...] = HYPER
 
 
-AVERAGE, TAKE = Pass(average), Pass(take)
+AVERAGE, TAKE, AVERAGE_ROWS = Pass(average), Pass(take), Pass(average_rows)

@@ -42,7 +42,7 @@ class BucketKey:
     backend: str
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
-    variant: tuple[Any, ...]
+    variant: Any
     on_device: bool
     scalar_dtype: torch.dtype
     first: bool

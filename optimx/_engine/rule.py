@@ -59,7 +59,7 @@ class UpdateRule:
     optional_settings: ClassVar[tuple[str, ...]] = ()
     by_element: ClassVar[tuple[int, ...]] = ()
 
-    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+    def group_variant(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """The settings of a group that choose other arithmetic, such as AMSGrad: a kernel is compiled for each."""
         return ()
 
@@ -79,11 +79,11 @@ class UpdateRule:
         """Why the kernels cannot update a parameter that most could; None if they can."""
         return None
 
-    def variant_of(self, variant: tuple[bool, ...], param: Tensor) -> tuple[bool, ...]:
+    def variant_of(self, variant: Any, param: Tensor) -> tuple[Any, ...]:
         """The kernel variant of one parameter of a group whose variant is ``variant``."""
         return variant
 
-    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+    def state_names(self, variant: Any) -> tuple[str, ...]:
         """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""
         raise NotImplementedError
 

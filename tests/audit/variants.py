@@ -209,22 +209,25 @@ def _muon_variants() -> Iterator[Variant]:
         passes = {
             "average": (muon.AVERAGE, (matrix, g, state), [g, state], [matrix, state]),
             "take": (muon.TAKE, (p, torch.bfloat16), [p, torch.bfloat16], [p]),
+            "cautious": (muon.TAKE, (p, torch.bfloat16), [p, torch.bfloat16], [p]),
+            "average_rows": (muon.AVERAGE_ROWS, (torch.float32, torch.float32, state), [], []),
         }
         for kind, (algorithm, dtypes, reads, writes) in passes.items():
             # float64 beside 16 bits is the exception, and takes an address an element
             is_wide = {torch.float64, torch.bfloat16}.issubset(dtypes)
             if is_wide:
                 reads, writes = [], []
+            variant = (kind == "cautious",) if algorithm is muon.TAKE else ()
 
-            def call(size, algorithm=algorithm, dtypes=dtypes, control=control) -> None:
+            def call(size, algorithm=algorithm, dtypes=dtypes, control=control, variant=variant) -> None:
                 update.update_(
                     algorithm, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(algorithm.HYPER)),
-                    numbers(3) if control else None, variant=(), dtypes=dtypes,
+                    numbers(3) if control else None, variant=variant, dtypes=dtypes,
                 )  # fmt: skip
 
             yield Variant(
                 "muon", _name(kind, name, control=control), call, reads=reads, writes=writes,
-                threads=_threads(dtypes), counted=not (control or is_wide),
+                threads=_threads(dtypes), counted=bool(reads) and not control,
             )  # fmt: skip
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...triton_kernels import muon
-from ...triton_kernels.device import FACTOR
+from ...triton_kernels.device import FACTOR, NORM, SKIP
 from ...triton_kernels.tensor_table import TensorTable
 from ...triton_kernels.update import update_
+from ..matrices import Block, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
 from ..rounds import Update
 from . import elementwise
@@ -22,89 +24,139 @@ TOGETHER = 1 << 27
 
 
 class Stack(NamedTuple):
-    """Matrices that are orthogonalized together.
+    """Matrices that are orthogonalized together: a block of some members.
 
     Attributes:
+        block: Which matrices of each.
         members: Which of the bucket's.
         averages: Roles: what is to be orthogonalized, momentum buffers.
         steps: Role: params.
+        row_averages: Roles: averages of rows, and the states that they are copies of; None: rows stay as they are.
     """
 
+    block: Block
     members: slice
     averages: TensorTable
     steps: TensorTable
+    row_averages: TensorTable | None
+
+    @property
+    def tables(self) -> list[TensorTable]:
+        """All of them."""
+        return [self.averages, self.steps, *([] if self.row_averages is None else [self.row_averages])]
 
 
 class OrthogonalTritonBucket(TritonBucket):
     """Members that a launch for the momentum, batched products, and a launch for the step update.
 
-    Their variant says shape, iterations, dtype of these, and the factor of the step size that follows from the shape.
+    Their variant is a :class:`~..matrices.MatrixVariant`.
     """
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self._memory: dict[str, Tensor] = {}
-        (count, rows, columns), _, dtype, times = self.key.variant
-        device, n, numel = self.key.device, len(self.positions), count * rows * columns
+        variant, device = self.key.variant, self.key.device
         #: Momentum is worked out in the parameters' precision.
-        self._first_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else first_dtype(dtype)
-        # rows of tables begin at multiples of 16 bytes
-        most = max(4, TOGETHER // max(1, numel) // 4 * 4)
-        params, _, (buffers,), _ = self.members
-        self._stacks: list[Stack] = []
-        for first in range(0, n, most):
-            members = slice(first, min(n, first + most))
-            numels = [numel] * len(params[members])
-            matrices = self._matrices(len(numels)).view(len(numels), numel).unbind()
-            tables = (
-                TensorTable(numels, roles, range(len(numels)), device, elementwise.launch_size)
-                for roles in ([matrices, buffers[members]], [params[members]])
-            )
-            self._stacks.append(Stack(members, *tables))
-        #: For the step there is neither a norm nor a loss scale, but the factor of its size.
-        self._control = torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
+        self._first_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else first_dtype(variant.dtype)
+        for block in variant.blocks:
+            # all that they need, because tables have its addresses
+            n = min(self._most(block), len(self.positions))
+            self._matrices(n, block)
+            if variant.normalized:
+                self._row_averages(n, block)
+        self._stacks = [*chain.from_iterable(map(self._cut_into_stacks, variant.blocks))]
+        #: For a step there is neither a norm nor a loss scale, but the factor of its size; for averages of rows 1.
+        self._control_of = {
+            block: torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
+            for block, times in zip((*variant.blocks, None), (*variant.times, 1.0), strict=True)
+        }
 
-    def _matrices(self, n_members: int) -> Tensor:
-        (count, rows, columns), *_ = self.key.variant
-        return self.memory("matrices", (n_members * count, rows, columns), self._first_dtype)
+    def _most(self, block: Block) -> int:
+        """Members whose blocks are orthogonalized together: rows of tables begin at multiples of 16 bytes."""
+        return max(4, TOGETHER // max(1, block.numel) // 4 * 4)
+
+    def _cut_into_stacks(self, block: Block) -> Iterator[Stack]:
+        params, _, (buffers, *averages), _ = self.members
+        most = self._most(block)
+
+        def table(numel: int, *roles: Sequence[Tensor]) -> TensorTable:
+            n = len(roles[0])
+            return TensorTable([numel] * n, roles, range(n), self.key.device, elementwise.launch_size)
+
+        for first in range(0, len(params), most):
+            members = slice(first, first + most)
+            of_members = self._parts(params[members], block)
+            n, n_rows = len(of_members), block.n_matrices * block.rows
+            row_averages = None
+            if averages:
+                copies = self._row_averages(n, block).view(n, n_rows).unbind()
+                row_averages = table(n_rows, copies, self._parts(averages[0][members], block, 1))
+            matrices = self._matrices(n, block).view(n, block.numel).unbind()
+            yield Stack(
+                block,
+                slice(first, first + n),
+                table(block.numel, matrices, self._parts(buffers[members], block)),
+                table(block.numel, of_members),
+                row_averages,
+            )
+
+    def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
+        """Of tensors with ``row_numel`` elements a row (None: as parameters have), what belongs to a block."""
+        return [block.of(tensor.detach().view(-1), row_numel) for tensor in tensors]
+
+    def _matrices(self, n_members: int, block: Block) -> Tensor:
+        return self.memory("matrices", (n_members * block.n_matrices, block.rows, block.columns), self._first_dtype)
+
+    def _row_averages(self, n_members: int, block: Block) -> Tensor:
+        return self.memory("averages of rows", (n_members * block.n_matrices, block.rows, 1), torch.float32)
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         super().send(values)
         for stack in self._stacks:
-            stack.averages.rows = stack.steps.rows = self.table.rows[stack.members]
+            for table in stack.tables:
+                table.rows = self.table.rows[stack.members]
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
-        _, _, dtype, _ = self.key.variant
-        of_param, of_grad, of_buffer = self.key.dtypes
-        of_step = self._control
-        if control is not None:
-            of_step = control.clone()
-            of_step[FACTOR.value] = self._control[FACTOR.value]
+        of_param, of_grad, of_buffer, *of_averages = self.key.dtypes
+        variant, rows = self.key.variant, self._rows
         for stack in self._stacks:
-            grads = self.grads[stack.members]
+            grads, block = self.grads[stack.members], stack.block
+            first = block.first_row * block.columns * of_grad.itemsize
             update_(
-                muon.AVERAGE, stack.averages, grads, self._rows, control, variant=(),
-                dtypes=(self._first_dtype, of_grad, of_buffer), warmup=warmup,
+                muon.AVERAGE, stack.averages, torch.where(grads != 0, grads + first, 0) if first else grads, rows,
+                control, variant=(), dtypes=(self._first_dtype, of_grad, of_buffer), warmup=warmup,
             )  # fmt: skip
-            x = self._matrices(len(grads))
+            x = self._matrices(len(grads), block)
             if not warmup:
-                x = self._orthogonal(x, stack.averages.rows)
-            bytes_of_each = x.numel() // len(grads) * dtype.itemsize
-            places = x.data_ptr() + torch.arange(len(grads), device=grads.device) * bytes_of_each
-            # what has no gradient stays as it is
+                x = self._orthogonal(x, stack)
+            if stack.row_averages is not None:
+                squares = x.new_zeros(()) if warmup else row_squares(x)
+                means = (squares / max(1, block.columns)).float()
+                update_(
+                    muon.AVERAGE_ROWS, stack.row_averages, _places(means, grads), rows,
+                    self._control_like(None, control), variant=(),
+                    dtypes=(torch.float32, torch.float32, *of_averages), warmup=warmup,
+                )  # fmt: skip
+                if not warmup:
+                    x.mul_(equalized(squares, self._row_averages(len(grads), block)).float())
             update_(
-                muon.TAKE, stack.steps, torch.where(grads != 0, places, 0), self._rows, of_step, variant=(),
-                dtypes=(of_param, dtype), warmup=warmup,
+                muon.TAKE, stack.steps, _places(x, grads), rows, self._control_like(block, control),
+                variant=(variant.cautious,), dtypes=(of_param, variant.dtype), warmup=warmup,
             )  # fmt: skip
         yield from ()
 
-    def _orthogonal(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _control_like(self, block: Block | None, control: Tensor | None) -> Tensor:
+        """What skips a step where ``control`` does, with the factor of a block's step size."""
+        mine = self._control_of[block]
+        return mine if control is None else torch.stack([mine[NORM.value], mine[FACTOR.value], control[SKIP.value]])
+
+    def _orthogonal(self, x: Tensor, stack: Stack) -> Tensor:
         """Matrices, contiguous, orthogonalized."""
-        _, iterations, dtype, _ = self.key.variant
+        iterations, dtype, rows = self.key.variant.iterations, self.key.variant.dtype, stack.averages.rows
         if x.dtype is torch.float64:
             x = self.memory("matrices in few bits", tuple(x.shape), first_dtype(dtype)).copy_(x)
         eps = self._rows.view(-1, len(muon.HYPER))[:, muon.HYPER.index("eps")]
-        eps = eps[rows.long()].to(x.dtype).repeat_interleave(len(x) // len(rows)).view(-1, 1, 1)
+        eps = eps[rows.long()].to(x.dtype).repeat_interleave(stack.block.n_matrices).view(-1, 1, 1)
         result = orthogonalize_(x, iterations, dtype, eps, self.memory)
         return result if result.is_contiguous() else self.memory("step", tuple(x.shape), dtype).copy_(result)
 
@@ -115,3 +167,10 @@ class OrthogonalTritonBucket(TritonBucket):
         if kept is None or kept.numel() < numel:
             kept = self._memory[name] = torch.empty(numel, dtype=dtype, device=self.key.device)
         return kept[:numel].view(shape)
+
+
+def _places(tensor: Tensor, grads: Tensor) -> Tensor:
+    """Addresses of its entries, one a member; what has no gradient stays as it is."""
+    bytes_of_each = tensor.nbytes // len(grads)
+    there = tensor.data_ptr() + torch.arange(len(grads), device=grads.device) * bytes_of_each
+    return torch.where(grads != 0, there, 0)

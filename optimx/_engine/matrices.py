@@ -1,0 +1,115 @@
+"""Which matrices a parameter is, and what happens to them, for algorithms that treat each as a whole (Muon)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .newton_schulz import Iterations
+
+
+class Block(NamedTuple):
+    """Matrices of one shape that follow each other in a tensor's memory.
+
+    Attributes:
+        first_row: Of all the tensor's rows.
+        n_matrices: How many there are.
+        rows, columns: Of each.
+    """
+
+    first_row: int
+    n_matrices: int
+    rows: int
+    columns: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of all of them."""
+        return self.n_matrices * self.rows * self.columns
+
+    def of(self, flat: Tensor, row_numel: int | None = None) -> Tensor:
+        """The block's part of a tensor without dimensions of its own, which has ``row_numel`` elements a row."""
+        numel = self.columns if row_numel is None else row_numel
+        return flat.narrow(0, self.first_row * numel, self.n_matrices * self.rows * numel)
+
+
+class MatrixVariant(NamedTuple):
+    """What parameters have in common whose matrices are treated together.
+
+    Attributes:
+        blocks: The matrices of each.
+        times: What the step sizes of each block are multiplied by.
+        iterations: What orthogonalizes them.
+        dtype: That iterations compute in.
+        normalized: Rows of the result are divided by the root of an average of their squares.
+        cautious: Weights decay only where the step does not move them away from zero.
+    """
+
+    blocks: tuple[Block, ...]
+    times: tuple[float, ...]
+    iterations: Iterations
+    dtype: torch.dtype
+    normalized: bool
+    cautious: bool
+
+
+def blocks_of(shape: torch.Size, *, stacked: bool, split: int | Sequence[int] | None) -> tuple[Block, ...]:
+    """The matrices of a tensor.
+
+    Args:
+        shape: Of the tensor, two dimensions or more.
+        stacked: Leading dimensions count matrices, else all but the first are columns.
+        split: Into how many matrices the rows are split, or how many rows each has.
+
+    Raises:
+        ValueError: The rows cannot be split like that.
+    """
+    n, (rows, columns) = 1, (shape[0], prod(shape[1:]))
+    if stacked:
+        n, (rows, columns) = prod(shape[:-2]), shape[-2:]
+    heights = [rows]
+    if isinstance(split, int):
+        if split < 1 or rows % split:
+            raise ValueError(f"split should divide the rows but is {split} for {rows} rows of shape {[*shape]}")
+        heights = [rows // split] * split
+    elif split is not None:
+        heights = [*split]
+        if min(heights, default=0) < 1 or sum(heights) != rows:
+            raise ValueError(f"split should add up to the rows but is {heights} for {rows} rows of shape {[*shape]}")
+    blocks = []
+    heights *= n
+    starts = iter(accumulate(heights, initial=0))
+    for height, same in groupby(heights):
+        first, *others = (next(starts) for _ in same)
+        blocks.append(Block(first, 1 + len(others), height, columns))
+    # of no matrices, the first is where they would be
+    return (*blocks,) or (Block(0, 0, rows, columns),)
+
+
+#: Added to what rows are divided by, as in dion's NorMuon.
+EPS = 1e-8
+
+
+def row_squares(matrices: Tensor) -> Tensor:
+    """Sums of squares of the rows of matrices ``[n, rows, columns]``, float64 ``[n, rows, 1]``."""
+    return torch.linalg.vector_norm(matrices, dim=2, keepdim=True, dtype=torch.float64).square_()
+
+
+def equalized(squares: Tensor, averages: Tensor) -> Tensor:
+    """Factors that bring rows to alike sizes, and no matrix to another Frobenius norm, ``[n, rows, 1]``.
+
+    As in NorMuon (https://arxiv.org/abs/2510.05491): each row is divided by the root of an average.
+
+    Args:
+        squares: Sums of squares of the rows, float64 ``[n, rows, 1]``.
+        averages: Of their mean squares.
+    """
+    factors = 1.0 / (averages.double().sqrt_() + EPS)
+    before, after = squares.sum(1, keepdim=True), (squares * factors * factors).sum(1, keepdim=True)
+    # rows of zeros stay what they are
+    return factors * torch.where(after > 0, before / after, 0.0).sqrt_()
