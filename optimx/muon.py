@@ -72,6 +72,8 @@ class MuonRule(UpdateRule):
     walk = "orthogonal"
     optional_settings = tuple(name for name in EXTRAS if name != "beta2")
     _read = itemgetter("lr", "weight_decay", "momentum", "nesterov", "eps")
+    #: Where ``eps`` is among :meth:`values`.
+    EPS = 4
 
     def group_variant(self, group: dict[str, Any]) -> MuonSettings:
         adjust, normalize = group["adjust_lr_fn"], group.get("normalize")
@@ -114,6 +116,17 @@ class MuonRule(UpdateRule):
         lr, weight_decay, momentum, nesterov, eps, beta2 = values
         mix = momentum if nesterov else 1.0
         return MuonRow(1.0, eps, 1.0 - momentum, mix, 1.0 - lr * weight_decay, lr, 1.0 - beta2), ()
+
+    def treat_wholes_(self, wholes, variant, values):
+        flat = wholes.view(len(wholes), -1)
+        eps = [of_group[self.EPS] for of_group in values]
+        for block in variant.blocks:
+            part = block.of(flat, dim=1)
+            x = part.reshape(-1, block.rows, block.columns)
+            floors = torch.stack([torch.as_tensor(each, dtype=x.dtype, device=x.device) for each in eps])
+            floors = floors.repeat_interleave(block.n_matrices).view(-1, 1, 1)
+            memory = partial(_fresh, x.device)
+            part.copy_(orthogonalize_(x, variant.iterations, variant.dtype, floors, memory).reshape(part.shape))
 
 
 RULE = MuonRule()

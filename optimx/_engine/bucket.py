@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .rounds import Update
+from .rounds import ROUNDS_OF, Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
 from .sharding import Cut
@@ -127,7 +127,7 @@ class Bucket:
     @property
     def meets(self) -> bool:
         """Whether an update needs what other ranks find in their parts of the members."""
-        return self.rule.walk != "elementwise" and self.key.cut is not None and self.key.cut.n_shards > 1
+        return bool(ROUNDS_OF[self.rule.walk]) and self.key.cut is not None and self.key.cut.n_shards > 1
 
     @property
     def has_whole_rows(self) -> bool:

@@ -230,7 +230,8 @@ class Engine:
             whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
             run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
         updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
-        plan.rounds.run(updates, inputs.shards[0].device if inputs.shards else torch.device("cpu"))
+        device = inputs.shards[0].device if inputs.shards else torch.device("cpu")
+        plan.rounds.run(updates, self.values, device)
         for bucket in buckets:
             # autograd has to notice that what it saved for backward is gone
             torch.autograd.graph.increment_version(bucket.updated(bucket.members.params))

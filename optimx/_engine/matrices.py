@@ -32,10 +32,10 @@ class Block(NamedTuple):
         """Elements of all of them."""
         return self.n_matrices * self.rows * self.columns
 
-    def of(self, flat: Tensor, row_numel: int | None = None) -> Tensor:
-        """The block's part of a tensor without dimensions of its own, which has ``row_numel`` elements a row."""
+    def of(self, flat: Tensor, row_numel: int | None = None, dim: int = 0) -> Tensor:
+        """The block's part of a tensor that has its elements, ``row_numel`` a row, along ``dim`` alone."""
         numel = self.columns if row_numel is None else row_numel
-        return flat.narrow(0, self.first_row * numel, self.n_matrices * self.rows * numel)
+        return flat.narrow(dim, self.first_row * numel, self.n_matrices * self.rows * numel)
 
 
 class MatrixVariant(NamedTuple):
@@ -56,6 +56,11 @@ class MatrixVariant(NamedTuple):
     dtype: torch.dtype
     normalized: bool
     cautious: bool
+
+    @property
+    def cost(self) -> int:
+        """Of an iteration, about: products of the short side with itself, along the long one."""
+        return sum(b.n_matrices * min(b.rows, b.columns) ** 2 * max(b.rows, b.columns) for b in self.blocks)
 
 
 def blocks_of(shape: torch.Size, *, stacked: bool, split: int | Sequence[int] | None) -> tuple[Block, ...]:
@@ -113,3 +118,18 @@ def equalized(squares: Tensor, averages: Tensor) -> Tensor:
     before, after = squares.sum(1, keepdim=True), (squares * factors * factors).sum(1, keepdim=True)
     # rows of zeros stay what they are
     return factors * torch.where(after > 0, before / after, 0.0).sqrt_()
+
+
+class Scratch:
+    """Memory that stays, by name; what it held is of no use."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        numel = prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < numel:
+            kept = self._kept[name, dtype] = torch.empty(numel, dtype=dtype, device=self._device)
+        return kept[:numel].view(shape)

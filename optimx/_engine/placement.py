@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
-from . import backends, sharding
+from . import backends, exchange, sharding
 from .bucket import BucketKey
 from .layout import extent, is_dense, same_layout
 from .optimizer import EngineOptimizer
+from .rounds import MATRICES, ROUNDS_OF
 from .rule import StateKind, UpdateRule
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,15 +87,16 @@ def place(
     if reason := rule.unsuitable(param):
         return Placement(None, reason)
     cut = sharding.cut_of(whole) if whole is not param else None
-    if cut is not None and rule.walk == "elementwise":
+    if cut is not None and not ROUNDS_OF[rule.walk]:
         # along which dimension makes no difference
         cut = cut._replace(dims=())
-    if cut is not None and cut.n_shards > 1 and rule.walk == "orthogonal":
-        return Placement(None, "parameter is a DTensor that is cut: all of it is gathered for a step")
+    in_one_piece = MATRICES in ROUNDS_OF[rule.walk]
+    variant = rule.variant_of(rule.group_variant(group), whole if in_one_piece else param)
+    if in_one_piece and cut is not None and cut.n_shards > 1 and (reason := exchange.unsuitable(whole, variant)):
+        return Placement(None, f"parameter is a DTensor that is cut, and {reason}: all of it is gathered for a step")
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
         return Placement(None, f"its state is a {type(state).__name__}")
-    variant = rule.variant_of(rule.group_variant(group), param)
     names = rule.state_names(variant)
     states = {name: state[name] for name in names if state.get(name) is not None}
     kinds = {name: rule.kind_of(name, param, group, optimizer.defaults) for name in names}

@@ -104,7 +104,7 @@ class StepPlan:
     def __init__(self, optimizer: EngineOptimizer, inputs: StepInputs) -> None:
         rule, groups, params = optimizer.rule, optimizer.param_groups, inputs.params
         self.reduction = sharding.Reduction(params, optimizer.norm_group)
-        self.rounds = Rounds(rule.walk, params)
+        self.rounds = Rounds(rule, groups)
         self.leftovers: list[tuple[int, Placement]] = []
         self.relayout: list[int] = []
         self.variant = [rule.group_variant(group) for group in groups]

@@ -18,11 +18,22 @@ from torch import Tensor
 from torch import distributed as dist
 
 from .. import _compat
+from .exchange import Exchange, exchanges
+from .rule import UpdateRule
 from .sharding import all_reduced, cutting, has_dtensors, is_here, local
 
 #: What meets: whether there is a gradient; sums of squared gradients over rows and over columns, with averages of rows,
-#: added up, if these are whole; else those after them; squared lengths of parameters and of their steps.
-PRESENT, SUMS, MEANS, LENGTHS = range(4)
+#: added up, if these are whole; else those after them; squared lengths of parameters and of their steps; and matrices,
+#: which are not added up but put together.
+PRESENT, SUMS, MEANS, LENGTHS, MATRICES = range(5)
+
+#: Where updates of each walk stop.
+ROUNDS_OF: dict[str, tuple[int, ...]] = {
+    "elementwise": (),
+    "trust_ratio": (LENGTHS,),
+    "factored": (SUMS, MEANS, LENGTHS),
+    "orthogonal": (MATRICES,),
+}
 
 
 class Share(NamedTuple):
@@ -30,7 +41,8 @@ class Share(NamedTuple):
 
     Attributes:
         position: Of the parameter among all.
-        name: ``"rows"``, ``"columns"``, ``"means"``, ``"lengths"``. What no other rank has a part of stays as it is.
+        name: ``"rows"``, ``"columns"``, ``"means"``, ``"lengths"``, ``"matrix"``. What no other rank has a part of
+            stays as it is.
         numbers: Written.
     """
 
@@ -84,23 +96,33 @@ class Rounds:
     """The rounds of an optimizer's steps.
 
     Args:
-        walk: Of its rule.
-        params: All of its parameters.
+        rule: Its rule.
+        groups: Its parameter groups.
     """
 
-    def __init__(self, walk: str, params: Sequence[Tensor]) -> None:
+    def __init__(self, rule: UpdateRule, groups: Sequence[dict[str, Any]]) -> None:
+        self._rule = rule
+        self._group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
+        params = [param for group in groups for param in group["params"]]
         cut = []
-        if walk != "elementwise" and has_dtensors(params):
+        if ROUNDS_OF[rule.walk] and has_dtensors(params):
             cut = [(position, param) for position, param in enumerate(params) if is_here(param) and cutting(param)]
         wide = any(param.dtype is torch.float64 for _, param in cut)
         sums = torch.float64 if wide else torch.float32
         self._rounds = {number: _Round(torch.float64 if number in (PRESENT, LENGTHS) else sums) for number in range(4)}
         for position, param in cut:
             mesh = _compat.dtensor_spec(param).mesh
-            for number, name, numel, dims in _shares_of(walk, param):
+            for number, name, numel, dims in _shares_of(rule.walk, param):
                 if dims:
                     self._rounds[number].add(position, name, numel, mesh, dims)
         self._rounds = {number: each for number, each in self._rounds.items() if each.numels}
+        self._exchanges: list[Exchange] = []
+        if MATRICES in ROUNDS_OF[rule.walk]:
+            settings = [*map(rule.group_variant, groups)] if cut else []
+            self._exchanges = exchanges(
+                (position, param, rule.variant_of(settings[self._group_of[position]], param))
+                for position, param in cut if param.requires_grad
+            )  # fmt: skip
 
     def check(self, grads: Sequence[Any], groups: Sequence[dict[str, Any]]) -> None:
         """Raise RuntimeError, on all ranks, where some of them have no gradient of a tensor that has to be whole.
@@ -126,19 +148,28 @@ class Rounds:
                     f"{i} of group {g} has one on {count:.0f} of {n:.0f}"
                 )
 
-    def run(self, updates: Iterable[Update], device: torch.device) -> None:
+    def run(self, updates: Iterable[Update], values: Sequence[tuple[Any, ...]], device: torch.device) -> None:
         """Let the updates of a step come to their ends.
 
         Args:
             updates: All of them, which are not begun.
+            values: The hyperparameters of each group.
             device: Where vectors are made.
         """
+
+        def treat_(wholes: Tensor, variant: Any, positions: Sequence[int]) -> None:
+            self._rule.treat_wholes_(wholes, variant, [values[self._group_of[position]] for position in positions])
+
         joined = together(updates)
         found = next(joined, None)
-        for number in (SUMS, MEANS, LENGTHS):
+        for number in (SUMS, MEANS, LENGTHS, MATRICES):
             shares = found[1] if found is not None and found[0] == number else None
             if number in self._rounds:
                 self._rounds[number].meet(shares or (), device)
+            if number == MATRICES:
+                parts = {share.position: share.numbers for share in shares or ()}
+                for exchange in self._exchanges:
+                    exchange.meet(parts, device, treat_)
             if shares is not None:
                 found = next(joined, None)
         if found is not None:
@@ -160,7 +191,7 @@ def _shares_of(walk: str, param: Tensor) -> list[tuple[int, str, int, list[int]]
     """Round, name and length of what may be found of a DTensor, and over which dimensions of its mesh that meets."""
     part = local(param)
     everywhere = cutting(param)
-    found = [(LENGTHS, "lengths", 2, everywhere)] if walk != "orthogonal" else []
+    found = [(LENGTHS, "lengths", 2, everywhere)] if LENGTHS in ROUNDS_OF[walk] else []
     if part.device.type == "cpu":
         found.append((PRESENT, "present", 2, everywhere))
     if walk == "factored" and param.dim() > 1:

@@ -45,8 +45,8 @@ class UpdateRule:
         scalars: Scalar states, the step count first; may be empty.
         scalars_on_device: They are where the parameter is, also without ``capturable``.
         walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"trust_ratio"``, a pass, a
-            reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns. Each
-            backend has a class of buckets for it.
+            reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns;
+            ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
         by_element: Which of the values may be vectors, with an entry an element: :meth:`prepare` then makes a row of
             them that :meth:`formula` takes, also where there is an operator. Empty where there is no such thing.
@@ -79,7 +79,7 @@ class UpdateRule:
         """Why the kernels cannot update a parameter that most could; None if they can."""
         return None
 
-    def variant_of(self, variant: Any, param: Tensor) -> tuple[Any, ...]:
+    def variant_of(self, variant: Any, param: Tensor) -> Any:
         """The kernel variant of one parameter of a group whose variant is ``variant``."""
         return variant
 
@@ -112,6 +112,16 @@ class UpdateRule:
         Returns:
             The row ``HYPER`` of the kernel's module, hyperparameters in the form that kernel and :meth:`formula` use;
             the first is the factor of the gradient, 1 or -1. And the scalars after the step.
+        """
+        raise NotImplementedError
+
+    def treat_wholes_(self, wholes: Tensor, variant: Any, values: Sequence[tuple[Any, ...]]) -> None:
+        """What happens to tensors in one piece, parts of which lie on several ranks, where the walk is "orthogonal".
+
+        Args:
+            wholes: ``[n, ...]``, tensors of a variant, which are overwritten.
+            variant: See :meth:`variant_of`.
+            values: The hyperparameters of each one's group.
         """
         raise NotImplementedError
 

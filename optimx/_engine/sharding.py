@@ -272,8 +272,13 @@ def _groups(mesh: Any) -> list[Any]:
 def all_reduced(numbers: Tensor, groups: Sequence[Any], op: Any) -> Tensor:
     """The sum or maximum over the ranks of all groups, on a device that they can communicate."""
     for group in groups:
-        if numbers.device.type == "cpu" and dist.get_backend(group) == "nccl":
-            # parameters were offloaded
-            numbers = numbers.to(torch.device("cuda", torch.cuda.current_device()), non_blocking=True)
+        numbers = numbers.to(reachable(numbers.device, group), non_blocking=True)
         dist.all_reduce(numbers, op, group)
     return numbers
+
+
+def reachable(device: torch.device, group: Any) -> torch.device:
+    """Where a group can communicate what lies on ``device``: parameters may have been offloaded."""
+    if device.type == "cpu" and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return device

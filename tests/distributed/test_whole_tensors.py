@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import optimx
 from tests.conftest import INTERPRETED
@@ -34,12 +35,19 @@ STRIDED = {"muon": partial(MUON, ns_dtype=torch.float32), **{name: OPTIMIZERS[na
 #: Shards are even, uneven and empty; of matrices, kernels of convolutions, vectors.
 SHAPES = [(8, 6), (5, 7), (1, 4), (3, 1), (6, 2, 3, 3), (5,), (1,)]
 R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
+#: Of Muon: those of the last line gather what others exchange.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "clipped": {"max_grad_norm": 1.0}, "plain": {}, "float16": {"ns_dtype": torch.float16}, "split": {"split": 2},
+    "cautious": {"cautious_weight_decay": True, "weight_decay": 0.5},
+    "unequal": {"split": (2, 4), "adjust_lr_fn": "match_rms_adamw"}, "neuron": {"normalize": "neuron"},
+}  # fmt: skip
 #: Over the two dimensions of a mesh.
 LAYOUTS = [(ROWS, R), (R, COLUMNS), (ROWS, COLUMNS), (ROWS, ROWS)]
 TRIED: list[tuple[str, float | None]]
 if INTERPRETED:
     # a millisecond a program
     SHAPES, TRIED = [(5, 7), (1, 4), (3, 2, 3, 3), (5,)], [("lamb", None), ("adafactor-moment", 1.0)]
+    SETTINGS = {"clipped": SETTINGS["clipped"]}
 else:
     LAYOUTS += [(R, ROWS), (COLUMNS, ROWS), (COLUMNS, COLUMNS), (R, R)]
     TRIED = [*product(OPTIMIZERS, (None, 1.0))]
@@ -123,11 +131,12 @@ def replicas(rank: int, name: str) -> Tensor:
     return local(optimizer.state[param]["col_var"])
 
 
-def matrices(mesh: DeviceMesh | None, clip: float | None) -> tuple[list[Tensor], list[Tensor]]:
-    """Parameters and momentum after some steps of Muon, whose matrices are gathered."""
-    made = [case for case in cases() if case[0].dim() > 1]
+def matrices(mesh: DeviceMesh | None, name: str) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Parameters and states after some steps of Muon, whose matrices are put together."""
+    settings = SETTINGS[name]
+    made = [case for case in cases() if case[0].dim() > 1 and (len(case[0]) == 6 or "split" not in settings)]
     params = [nn.Parameter(t.clone() if mesh is None else distribute_tensor(t, mesh, layout)) for t, layout in made]
-    optimizer = optimx.Muon(params, lr=0.1, ns_dtype=torch.float32, max_grad_norm=clip)
+    optimizer = optimx.Muon(params, **{"lr": 0.1, "ns_dtype": torch.float32, **settings})
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
         for i, (param, (tensor, layout)) in enumerate(zip(params, made, strict=True)):
@@ -135,11 +144,30 @@ def matrices(mesh: DeviceMesh | None, clip: float | None) -> tuple[list[Tensor],
             grad = grad if mesh is None else distribute_tensor(grad, mesh, layout)
             param.grad = None if step == 1 and i % 5 == 0 else grad
         optimizer.step()
-    return [*map(full, params)], [full(optimizer.state[param]["momentum_buffer"]) for param in params]
+    states = [{name: full(value) for name, value in optimizer.state[param].items()} for param in params]
+    if mesh is not None:
+        reasons = [row.reason for row in optimx.explain(optimizer).rows]
+        gathers = {"several dimensions": True, "strided": False, "rows are normalized": name == "neuron"}
+        for text, is_there in gathers.items():
+            assert any(text in reason for reason in reasons) is is_there, reasons
+    return [*map(full, params)], states
 
 
-def gathered_matrices(rank: int, clip: float | None) -> Any:
-    return matrices(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), clip)
+def whole_matrices(rank: int, name: str) -> Any:
+    return matrices(init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b")), name)
+
+
+def collectives(rank: int, n_matrices: int) -> dict[str, int]:
+    """How often a step calls which collective, after the first."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    params = [nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [ROWS])) for _ in range(n_matrices)]
+    optimizer = optimx.Muon(params, max_grad_norm=1.0)
+    for param in params:
+        param.grad = distribute_tensor(torch.ones(8, 4), mesh, [ROWS])
+    optimizer.step()
+    with CommDebugMode() as counted:
+        optimizer.step()
+    return {str(name): n for name, n in counted.get_comm_counts().items()}
 
 
 def in_steps(model: nn.Module, optimizer: Any, loss: Any) -> list[Tensor]:
@@ -203,7 +231,8 @@ CHECKS: dict[str, ranks.Check] = {
     "replicas": partial(replicas, name="adafactor"),
     **{f"apart-{name}": partial(apart, name=name) for name in ("lamb", "adafactor", "muon")},
     **{f"strided-{name}": partial(strided, name=name) for name in STRIDED},
-    **{f"matrices-{clip}": partial(gathered_matrices, clip=clip) for clip in (None, 1.0)},
+    **{f"matrices-{name}": partial(whole_matrices, name=name) for name in SETTINGS},
+    **{f"collectives-{n}": partial(collectives, n_matrices=n) for n in (1, 20)},
 }  # fmt: skip
 
 
@@ -242,10 +271,17 @@ def test_ranks_without_elements_have_the_averages(results: ranks.Results) -> Non
         torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("clip", [None, 1.0])
-def test_matrices_that_are_gathered(clip: float | None, results: ranks.Results) -> None:
-    for found in results[f"matrices-{clip}"]:
-        torch.testing.assert_close(found, matrices(None, clip), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", SETTINGS)
+def test_matrices_that_are_put_together(name: str, results: ranks.Results) -> None:
+    close = {"rtol": 1e-2, "atol": 1e-3} if name == "float16" else {"rtol": 1e-4, "atol": 1e-5}
+    for found in results[f"matrices-{name}"]:
+        torch.testing.assert_close(found, matrices(None, name), **close)
+
+
+def test_collectives_do_not_depend_on_how_many_matrices_there_are(results: ranks.Results) -> None:
+    # who has a gradient, the norm; there, and back
+    assert results["collectives-1"] == results["collectives-20"]
+    assert [*results["collectives-20"][0].values()] == [2, 2]
 
 
 @pytest.mark.parametrize("name", STRIDED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +12,9 @@ from torch import Tensor
 from ... import _compat
 from ..bucket import picker
 from ..layout import flat
-from ..matrices import Block, equalized, row_squares
+from ..matrices import Block, Scratch, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
-from ..rounds import Update
+from ..rounds import MATRICES, Share, Update
 from ..rule import Row
 from .batch import in_order, runs
 from .elementwise import PIECE, NativeBucket
@@ -40,15 +41,15 @@ class Stack(NamedTuple):
 
 
 class OrthogonalBucket(NativeBucket):
-    """Members on a CPU, whose variant is a :class:`~..matrices.MatrixVariant`."""
+    """Members on a CPU, whose variant is a :class:`~..matrices.MatrixVariant`: whole ones, or parts of larger ones."""
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        self._memory: dict[str, Tensor] = {}
+        self.memory = Scratch(self.key.device)
         self._stacks: list[Stack] = []
         indices = range(len(self.positions))
         buffers = self.members.states[0]
-        for block, times in zip(self.key.variant.blocks, self.key.variant.times, strict=True):
+        for block, times in () if self.meets else zip(self.key.variant.blocks, self.key.variant.times, strict=True):
             count = max(1, TOGETHER // max(1, block.numel))
             for members in ([*indices[i : i + count]] for i in range(0, len(indices), count)):
                 tensors = self._parts([buffers[i] for i in members], block)
@@ -66,9 +67,23 @@ class OrthogonalBucket(NativeBucket):
         for call in self._calls:
             for i in range(len(rows)) if call.indices is None else call.indices:
                 rows[i] = call.row
+        if self.meets:
+            yield from self._step_of_parts(rows, scale)
         for stack in self._stacks:
             self._step(stack, [rows[i] for i in stack.members], scale)
-        yield from ()
+
+    def _step_of_parts(self, rows: Sequence[Row], scale: float) -> Update:
+        """One step of parts of matrices, which ranks put together and orthogonalize."""
+        params, grads, (buffers,), _ = self.members
+        numels = [param.numel() for param in params]
+        parts = self.memory("parts", (sum(numels),), first_dtype(self.key.variant.dtype)).split(numels)
+        for grad, buffer, (_, _, momentum_c, mix, *_), x in zip(grads, buffers, rows, parts, strict=True):
+            _advance(flat(buffer), flat(grad), scale, momentum_c, mix, x, self.memory)
+        yield MATRICES, [*map(Share, self.positions, repeat("matrix"), parts)]
+        for param, (*_, decay, lr, _), x in zip(params, rows, parts, strict=True):
+            p = flat(param)
+            self._decay_(p, x, decay)
+            p.add_(x, alpha=-lr * self.key.variant.times[0])
 
     def _step(self, stack: Stack, rows: list[Row], scale: float) -> None:
         """One step of some matrices, with gradients times ``scale``."""
@@ -154,14 +169,6 @@ class OrthogonalBucket(NativeBucket):
         memory = self.memory(name, shape, tensors[0].dtype)
         torch.stack([tensor.detach() for tensor in tensors], out=memory.view(len(tensors), *tensors[0].shape))
         return memory
-
-    def memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory that stays; what it held is of no use."""
-        numel = torch.Size(shape).numel()
-        kept = self._memory.get(name)
-        if kept is None or kept.numel() < numel or kept.dtype is not dtype:
-            kept = self._memory[name] = torch.empty(numel, dtype=dtype, device="cpu")
-        return kept[:numel].view(shape)
 
 
 def _of_stack(column: Sequence[float]) -> float | Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...triton_kernels import muon
 from ...triton_kernels.device import FACTOR, NORM, SKIP
-from ...triton_kernels.tensor_table import TensorTable
+from ...triton_kernels.tensor_table import TensorTable, upload
 from ...triton_kernels.update import update_
-from ..matrices import Block, equalized, row_squares
+from ..matrices import Block, Scratch, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
-from ..rounds import Update
+from ..rounds import MATRICES, Share, Update
 from . import elementwise
 from .elementwise import TritonBucket
 
@@ -54,22 +54,41 @@ class OrthogonalTritonBucket(TritonBucket):
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        self._memory: dict[str, Tensor] = {}
+        self.memory = Scratch(self.key.device)
         variant, device = self.key.variant, self.key.device
         #: Momentum is worked out in the parameters' precision.
         self._first_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else first_dtype(variant.dtype)
+        #: For a step there is neither a norm nor a loss scale, but the factor of its size; for averages of rows 1.
+        self._control_of = {
+            block: torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
+            for block, times in zip((*variant.blocks, None), (*variant.times, 1.0), strict=True)
+        }
+        self._stacks: list[Stack] = []
+        if self.meets:
+            self._plan_parts()
+            return
         for block in variant.blocks:
             # all that they need, because tables have its addresses
             n = min(self._most(block), len(self.positions))
             self._matrices(n, block)
             if variant.normalized:
                 self._row_averages(n, block)
-        self._stacks = [*chain.from_iterable(map(self._cut_into_stacks, variant.blocks))]
-        #: For a step there is neither a norm nor a loss scale, but the factor of its size; for averages of rows 1.
-        self._control_of = {
-            block: torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
-            for block, times in zip((*variant.blocks, None), (*variant.times, 1.0), strict=True)
-        }
+        self._stacks += chain.from_iterable(map(self._cut_into_stacks, variant.blocks))
+
+    def _plan_parts(self) -> None:
+        """Parts of matrices have tables for all members, and a place each for what goes to other ranks."""
+        params, _, (buffers,), _ = self.members
+        numels = [param.numel() for param in params]
+        # what begins at multiples of 16 bytes is read fastest
+        padded = [-(-numel // 8) * 8 for numel in numels]
+        memory = self.memory("parts", (sum(padded),), self._first_dtype)
+        self._parts_of_members = [part[:numel] for part, numel in zip(memory.split(padded), numels, strict=True)]
+        addresses = [*map(Tensor.data_ptr, self._parts_of_members)]
+        device, size = self.key.device, elementwise.launch_size
+        self._places = upload(torch.tensor(addresses, dtype=torch.int64, device="cpu"), device)
+        indices = range(len(params))
+        self._averages = TensorTable(numels, [self._parts_of_members, buffers], indices, device, size)
+        self._steps = TensorTable(numels, [params], indices, device, size)
 
     def _most(self, block: Block) -> int:
         """Members whose blocks are orthogonalized together: rows of tables begin at multiples of 16 bytes."""
@@ -115,10 +134,24 @@ class OrthogonalTritonBucket(TritonBucket):
         for stack in self._stacks:
             for table in stack.tables:
                 table.rows = self.table.rows[stack.members]
+        if self.meets:
+            self._averages.rows = self._steps.rows = self.table.rows
 
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         of_param, of_grad, of_buffer, *of_averages = self.key.dtypes
         variant, rows = self.key.variant, self._rows
+        if self.meets:
+            update_(
+                muon.AVERAGE, self._averages, self.grads, rows, control, variant=(),
+                dtypes=(self._first_dtype, of_grad, of_buffer), warmup=warmup,
+            )  # fmt: skip
+            parts = map(Share, self.positions, repeat("matrix"), self._parts_of_members)
+            yield MATRICES, self.updated([*parts])
+            update_(
+                muon.TAKE, self._steps, torch.where(self.grads != 0, self._places, 0), rows,
+                self._control_like(variant.blocks[0], control), variant=(variant.cautious,),
+                dtypes=(of_param, self._first_dtype), warmup=warmup,
+            )  # fmt: skip
         for stack in self._stacks:
             grads, block = self.grads[stack.members], stack.block
             first = block.first_row * block.columns * of_grad.itemsize
@@ -143,7 +176,6 @@ class OrthogonalTritonBucket(TritonBucket):
                 muon.TAKE, stack.steps, _places(x, grads), rows, self._control_like(block, control),
                 variant=(variant.cautious,), dtypes=(of_param, variant.dtype), warmup=warmup,
             )  # fmt: skip
-        yield from ()
 
     def _control_like(self, block: Block | None, control: Tensor | None) -> Tensor:
         """What skips a step where ``control`` does, with the factor of a block's step size."""
@@ -159,14 +191,6 @@ class OrthogonalTritonBucket(TritonBucket):
         eps = eps[rows.long()].to(x.dtype).repeat_interleave(stack.block.n_matrices).view(-1, 1, 1)
         result = orthogonalize_(x, iterations, dtype, eps, self.memory)
         return result if result.is_contiguous() else self.memory("step", tuple(x.shape), dtype).copy_(result)
-
-    def memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Memory that stays; what it held is of no use."""
-        numel = torch.Size(shape).numel()
-        kept = self._memory.get(name)
-        if kept is None or kept.numel() < numel:
-            kept = self._memory[name] = torch.empty(numel, dtype=dtype, device=self.key.device)
-        return kept[:numel].view(shape)
 
 
 def _places(tensor: Tensor, grads: Tensor) -> Tensor:
