@@ -30,7 +30,10 @@ FLOORS = [
     ["optimx._checks", "optimx._compat", "optimx._table", "optimx._torch_names", "optimx.swa_utils"],
     [
         f"optimx._engine.{name}"
-        for name in ("layout", "rule", "backends", "scalars", "newton_schulz", "sharding", "rounds", "optimizer")
+        for name in (
+            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "sharding", "exchange", "rounds",
+            "optimizer",
+        )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [f"optimx._engine.{name}" for name in ("placement", "states", "plan", "grad_norm", "fallback")],

@@ -276,10 +276,25 @@ def test_stacks_of_experts_are_no_kernels() -> None:
     assert stacked == {"experts.w1"}
     optimizer = optimx.Muon(by_optimizer(groups)["muon"])
     group = next(group for group in optimizer.param_groups if group.get("stacked"))
-    shape, *_ = optimizer.rule.variant_of(optimizer.rule.group_variant(group), group["params"][0])
-    assert shape == (3, 4, 4)
+    (block,) = optimizer.rule.variant_of(optimizer.rule.group_variant(group), group["params"][0]).blocks
+    assert block[1:] == (3, 4, 4)
     ruled = param_groups(model, muon="auto", lr=0.1, rules=[{"match": "experts.w1", "stacked": False}])
     assert not any(group.get("stacked") for group in ruled)
+
+
+def test_queries_keys_and_values_are_three_matrices() -> None:
+    """Where the module says that they are of one size; unless a rule says otherwise."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2)
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 8), "encoder": encoder, "head": nn.Linear(8, 5)})
+    groups = param_groups(model, muon="auto", lr=0.1)
+    split = {name for group in groups if "split" in group for name in group["param_names"]}
+    assert split == {f"encoder.layers.{i}.self_attn.in_proj_weight" for i in range(2)}
+    optimizer = optimx.Muon(by_optimizer(groups)["muon"])
+    group = next(group for group in optimizer.param_groups if "split" in group)
+    assert group["split"] == 3
+    rules = [{"match": "*.in_proj_weight", "split": None}]
+    ruled = param_groups(model, muon="auto", lr=0.1, rules=rules)
+    assert not any(group.get("split") for group in ruled)
 
 
 def test_stacks_of_single_layers() -> None:

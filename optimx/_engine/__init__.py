@@ -17,8 +17,8 @@ step), ``engine`` (a step), ``step`` (what users see).
 
 Words:
 
-- **walk**: how an update moves over its tensors: ``elementwise``, ``trust_ratio``, ``factored``. Each backend has a
-  class of buckets for it.
+- **walk**: how an update moves over its tensors: ``elementwise``, ``trust_ratio``, ``factored``, ``orthogonal``.
+  Each backend has a class of buckets for it.
 - **placement**: which bucket a parameter goes to, or why torch's own step updates it.
 - **bucket**: the tensors that one launch, or one round of calls, updates: of one device, dtypes and variant.
 - **variant**: the values of a group's settings that choose a kernel, such as AMSGrad.
@@ -31,6 +31,7 @@ Words:
 - **shard**: of a parameter, what lies in this process: the local tensor of a DTensor, else the parameter itself.
 - **cut**: over which ranks the shards of a DTensor are spread.
 - **round**: where all updates of a step wait for sums over the ranks that have shards of a tensor.
+- **exchange**: where they wait for matrices, each of which one rank has put together, orthogonalized and cut again.
 - **span**: scalars that are neighbours in memory, which are counted at once.
 - **backend**: ``triton``, ``native`` (a CPU), or ``torch``.
 """

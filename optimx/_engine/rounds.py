@@ -1,4 +1,4 @@
-"""Sums that an update needs of a whole tensor, parts of which lie on several ranks: lengths, sums of rows and columns.
+"""What an update needs of a whole tensor, parts of which lie on several ranks: lengths, sums of rows and columns.
 
 An update of such tensors stops where it needs them: ``Bucket.update`` is a generator, and yields what this process
 found. All updates of a step stop together; what they have found meets in one vector, of all ranks that have parts; and

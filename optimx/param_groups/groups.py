@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_number, one_of, within
 from .layers import PRESETS, Layers, number
-from .muon import ADAMW, MUON, STACK, Route, check_matrices, choose_muon, routes
+from .muon import ADAMW, MUON, Route, check_matrices, choose_muon, routes
 from .names import NamedParameter, PatternLike, module_tree, named_parameters
 from .no_decay import without_decay
 from .rules import Rule, as_rules, same, select_all
@@ -79,7 +79,8 @@ def param_groups(
     Returns:
         Groups with ``params``, ``param_names``, ``lr_scale`` (what layer decay and ``lr_mult`` made of ``lr``), ``lr``
         and ``weight_decay`` where they are known, ``optimizer`` (``"muon"`` or ``"adamw"``) where ``muon`` is given,
-        ``stacked=True`` for stacks of experts' matrices among Muon's, and the rules' other options. ``lr`` is scaled
+        among Muon's ``stacked=True`` for stacks of experts' matrices and ``split=3`` for queries, keys and values of
+        ``nn.MultiheadAttention``, and the rules' other options. ``lr`` is scaled
         already: take ``lr_scale`` out for timm's schedulers, which would scale once more. Optimizers of optimx take
         groups without names beside them; torch's own refuse to, so delete ``param_names`` there if some groups have
         none.
@@ -128,8 +129,8 @@ def param_groups(
             settings = _settings(its_rules, bases[owner], scales[param], param in undecayed)
             if owner is not None:
                 settings["optimizer"] = owner
-                if owner == MUON and found[param].reason == STACK:
-                    settings.setdefault("stacked", True)
+                if owner == MUON:
+                    settings = {**dict(found[param].settings), **settings}
             _add(groups, param, settings)
     if not groups:
         raise ValueError(f"the model should have parameters to train but has none: {len(params)} are frozen")

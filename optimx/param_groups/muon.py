@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -59,10 +60,12 @@ class Route:
     Attributes:
         optimizer: One of :data:`OPTIMIZERS`.
         reason: What it is, in words.
+        settings: Of Muon: how it is several matrices.
     """
 
     optimizer: str
     reason: str
+    settings: tuple[tuple[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def routes(root: Node, params: Sequence[NamedParameter]) -> dict[NamedParameter,
     ends |= dict.fromkeys(_first_layers(root, weights, places), "first layer")
     reasons |= {param: reason for param, reason in ends.items() if reasons[param] is None}
     return {
-        param: Route(MUON, _matrix(param, places[param])) if reason is None else Route(ADAMW, reason)
+        param: _of_muon(param, places[param]) if reason is None else Route(ADAMW, reason)
         for param, reason in reasons.items()
     }
 
@@ -183,6 +186,17 @@ def _matrix(param: NamedParameter, places: Sequence[_Place]) -> str:
         place.parts[-2] if place.attribute == "weight" and place.nodes[1:] else place.attribute for place in places
     }
     return PROJECTIONS if any(map(FUSED.fullmatch, called)) else HIDDEN
+
+
+def _of_muon(param: NamedParameter, places: Sequence[_Place]) -> Route:
+    kind = _matrix(param, places)
+    settings: dict[str, Any] = {}
+    if kind == STACK:
+        settings["stacked"] = True
+    if any(isinstance(p.module, nn.MultiheadAttention) and p.attribute == "in_proj_weight" for p in places):
+        # queries, keys and values; other modules' order and sizes of rows are their own
+        settings["split"] = 3
+    return Route(MUON, kind, (*settings.items(),))
 
 
 def _is_depthwise(module: nn.Module) -> bool:
