@@ -38,6 +38,10 @@ PAIRS: dict[str, dict[str, Factory]] = {
         "muon": lambda params: torch.optim.Muon(params, lr=0.02),
         "adamw": lambda params: optimx.AdamW(params, lr=0.01),
     },
+    "ours": {
+        "muon": lambda params: optimx.Muon(params, lr=0.02),
+        "adamw": lambda params: optimx.AdamW(params, lr=0.01),
+    },
     "lion-sgd": {
         "lion": lambda params: optimx.Lion(params, lr=0.003),
         "sgd": lambda params: optimx.SGD(params, lr=0.1, momentum=0.9),
@@ -802,7 +806,7 @@ def decaying(optimizer: torch.optim.Optimizer) -> Any:
 
 @pytest.fixture(scope="module")
 def by_hand() -> Net:
-    model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+    model, composite = composed("ours", max_grad_norm=CLIP)
     scheduler = decaying(composite)
     for step in range(STEPS):
         composite.zero_grad()
@@ -820,7 +824,7 @@ def test_lightning(by_hand: Net, tmp_path: Path) -> None:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.net, self.composite = composed("muon-adamw", max_grad_norm=CLIP)
+            self.net, self.composite = composed("ours", max_grad_norm=CLIP)
 
         def training_step(self, numbers: Tensor, index: int) -> Tensor:
             return self.net(*batch(self.trainer.current_epoch))["loss"]
@@ -847,7 +851,7 @@ def test_accelerate(by_hand: Net, tmp_path: Path) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
 
     def begin() -> tuple[Any, ...]:
-        model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+        model, composite = composed("ours", max_grad_norm=CLIP)
         return accelerator.prepare(model, composite, decaying(composite))
 
     model, optimizer, scheduler = begin()
@@ -871,7 +875,7 @@ def test_transformers(by_hand: Net, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     inputs = [{"x": x, "labels": y} for step in range(STEPS) for x, y in zip(*batch(step), strict=True)]
     for last in (3, STEPS):
-        model, composite = composed("muon-adamw", max_grad_norm=CLIP)
+        model, composite = composed("ours", max_grad_norm=CLIP)
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=last, use_cpu=True, report_to=[],
             save_strategy="steps", save_steps=3, max_grad_norm=0.0, disable_tqdm=True, remove_unused_columns=False,

@@ -27,13 +27,22 @@ ON_ENGINES = [
 
 
 def compose(params: Iterable[Tensor], norm_group: Any = None) -> optimx.Composite:
-    """A member of ours, and one of stock, whose gradients are rewritten."""
-    params = [*params]
-    members = {
-        "adamw": optimx.AdamW([p for p in params if len(p) == 8], lr=1e-2),
-        "sgd": torch.optim.SGD([p for p in params if len(p) != 8], lr=0.1, momentum=0.9),
+    """Members of ours, and one of stock, whose gradients are rewritten."""
+    return optimx.Composite(members(params, optimx.AdamW), max_grad_norm=CLIP, norm_group=norm_group)
+
+
+def members(params: Iterable[Tensor], adamw: Any) -> dict[str, torch.optim.Optimizer]:
+    """Those that have parameters: a stage of a pipeline has none for some."""
+    makes: dict[str, Any] = {
+        "muon": partial(optimx.Muon, lr=0.02, ns_dtype=torch.float32),
+        "adamw": partial(adamw, lr=1e-2),
+        "sgd": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
     }
-    return optimx.Composite(members, max_grad_norm=CLIP, norm_group=norm_group)
+    owned: dict[str, list[Tensor]] = {}
+    for param in params:
+        name = "adamw" if param.dim() != 2 else "muon" if len(param) == 8 else "sgd"
+        owned.setdefault(name, []).append(param)
+    return {name: makes[name](of_name) for name, of_name in owned.items()}
 
 
 def engine(rank: int, name: str, is_bad: bool) -> dict[str, Any]:
@@ -77,13 +86,10 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> ranks.Results:
 
 
 def in_one_process(steps: list[int]) -> tuple[list[Tensor], list[float]]:
-    """Stock's classes apart, clipped by torch's function: parameters and norms."""
+    """Members apart, AdamW stock's, clipped by torch's function: parameters and norms."""
     model = net()
     params = [*model.parameters()]
-    optimizers = [
-        torch.optim.AdamW([p for p in params if len(p) == 8], lr=1e-2),
-        torch.optim.SGD([p for p in params if len(p) != 8], lr=0.1, momentum=0.9),
-    ]
+    optimizers = [*members(params, torch.optim.AdamW).values()]
     norms = []
     for step in steps:
         model.zero_grad()
