@@ -126,10 +126,19 @@ class Scratch:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._entries: dict[tuple[str, torch.Size, torch.dtype], tuple[Tensor, ...]] = {}
 
     def __call__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         numel = prod(shape)
         kept = self._kept.get((name, dtype))
         if kept is None or kept.numel() < numel:
             kept = self._kept[name, dtype] = torch.empty(numel, dtype=dtype, device=self._device)
+            self._entries = {key: entries for key, entries in self._entries.items() if key[0] != name}
         return kept[:numel].view(shape)
+
+    def entries(self, name: str, shape: torch.Size, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The memory, entry by entry of the first dimension; made once, because thousands of views take long."""
+        key = name, shape, dtype
+        if key not in self._entries:
+            self._entries[key] = self(name, shape, dtype).unbind()
+        return self._entries[key]

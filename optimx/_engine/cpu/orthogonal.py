@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from itertools import repeat
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..matrices import Block, Scratch, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
 from ..rounds import MATRICES, Share, Update
 from ..rule import Row
-from .batch import in_order, runs
+from .batch import SMALL, in_order, runs
 from .elementwise import PIECE, NativeBucket
 
 #: Elements of matrices that are orthogonalized together: more products in a call take less time each (measured from
@@ -31,12 +31,14 @@ class Stack(NamedTuple):
         block: Which matrices of each.
         times: What the step size is multiplied by.
         members: Which of the bucket's.
+        copied: They are updated together, in copies.
         together: Their momentum buffers lie one after the other, in this order.
     """
 
     block: Block
     times: float
     members: list[int]
+    copied: bool
     together: bool
 
 
@@ -54,7 +56,8 @@ class OrthogonalBucket(NativeBucket):
             for members in ([*indices[i : i + count]] for i in range(0, len(indices), count)):
                 tensors = self._parts([buffers[i] for i in members], block)
                 lie_together = len(runs(range(len(members)), [tensors])) == 1 and in_order(tensors)
-                self._stacks.append(Stack(block, times, members, len(members) > 1 and lie_together))
+                copied = len(members) > 1 and block.numel <= SMALL
+                self._stacks.append(Stack(block, times, members, copied, copied and lie_together))
 
     def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
         """Of tensors with ``row_numel`` elements a row (None: as parameters have), what belongs to a block."""
@@ -77,54 +80,63 @@ class OrthogonalBucket(NativeBucket):
         params, grads, (buffers,), _ = self.members
         numels = [param.numel() for param in params]
         parts = self.memory("parts", (sum(numels),), first_dtype(self.key.variant.dtype)).split(numels)
-        for grad, buffer, (_, _, momentum_c, mix, *_), x in zip(grads, buffers, rows, parts, strict=True):
-            _advance(flat(buffer), flat(grad), scale, momentum_c, mix, x, self.memory)
+        self._advance_each(grads, buffers, rows, scale, parts)
         yield MATRICES, [*map(Share, self.positions, repeat("matrix"), parts)]
-        for param, (*_, decay, lr, _), x in zip(params, rows, parts, strict=True):
-            p = flat(param)
-            self._decay_(p, x, decay)
-            p.add_(x, alpha=-lr * self.key.variant.times[0])
+        self._take_each([*map(flat, params)], rows, parts, self.key.variant.times[0])
 
     def _step(self, stack: Stack, rows: list[Row], scale: float) -> None:
         """One step of some matrices, with gradients times ``scale``."""
-        block, n = stack.block, len(stack.members)
+        block, n, variant = stack.block, len(stack.members), self.key.variant
         of_members = self.members.pick(picker(stack.members))
         params, grads, buffers = (
             self._parts(role, block) for role in (of_members.params, of_members.grads, of_members.states[0])
         )
-        _, eps, momentum_c, mix, decay, lr, beta2_c = (_of_stack(column) for column in zip(*rows, strict=True))
-        variant = self.key.variant
+        _, eps, momentum_c, mix, decay, lr, beta2_c = map(_of_stack, zip(*rows, strict=True))
         # a member's matrices, if it has several, follow each other
-        x = self.memory("matrices", (n, block.n_matrices * block.rows, block.columns), first_dtype(variant.dtype))
-        if n == 1:
-            _advance(flat(buffers[0]), flat(grads[0]), scale, momentum_c, mix, x.view(-1), self.memory)
-        else:
+        shape = n, block.n_matrices, block.rows, block.columns
+        x = self.memory("matrices", shape, first_dtype(variant.dtype))
+        if stack.copied:
             self._advance_together(grads, buffers, scale, momentum_c, mix, x, together=stack.together)
+        else:
+            self._advance_each(grads, buffers, rows, scale, x.view(n, block.numel))
         matrices = x.view(n * block.n_matrices, block.rows, block.columns)
-        eps = _of_matrices(_like(eps, x), block)
+        if isinstance(eps, Tensor):
+            eps = eps.to(x.dtype).view(-1, 1, 1).repeat_interleave(block.n_matrices, 0)
         matrices = orthogonalize_(matrices, variant.iterations, variant.dtype, eps, self.memory)
         if variant.normalized and matrices.numel():
             averages = self._parts(of_members.states[1], block, 1)
-            self._normalize_(matrices, averages, block, _of_matrices(beta2_c, block))
-        x = matrices.reshape(x.shape)
-        # operators on lists take longer than both copies
-        p = params[0].view(x.shape) if n == 1 else self._stacked("params", params, x.shape)
-        self._decay_(p, x, decay)
-        if isinstance(lr, Tensor):
-            p.sub_(x * _like(lr * stack.times, p))
+            self._normalize_(matrices, averages, block, beta2_c)
+        steps = matrices.view(shape)
+        if stack.copied:
+            self._take_together(params, decay, lr, steps, stack.times)
         else:
-            p.add_(x, alpha=-lr * stack.times)
-        if n > 1:
-            _compat.foreach_copy_(params, p.view(n, *params[0].shape).unbind())
+            self._take_each([param.view(shape[1:]) for param in params], rows, steps, stack.times)
+
+    def _take_each(self, params: Sequence[Tensor], rows: Sequence[Row], steps: Iterable[Tensor], times: float) -> None:
+        """Take a step along each of ``-steps``."""
+        for p, (*_, decay, lr, _), x in zip(params, rows, steps, strict=True):
+            self._decay_(p, x, decay)
+            p.add_(x, alpha=-lr * times)
+
+    def _take_together(
+        self, params: Sequence[Tensor], decay: float | Tensor, lr: float | Tensor, steps: Tensor, times: float
+    ) -> None:
+        """The same for small tensors, in copies, because operators on lists take longer."""
+        p = self._stacked("params", params, steps.shape)
+        self._decay_(p, steps, decay)
+        if isinstance(lr, Tensor):
+            p.sub_(steps * _like(lr * times, p))
+        else:
+            p.add_(steps, alpha=-lr * times)
+        self._put_back("params", params)
 
     def _normalize_(self, x: Tensor, averages: Sequence[Tensor], block: Block, beta2_c: float | Tensor) -> None:
         """Bring the rows of matrices to alike sizes, by averages of their mean squares, which are moved."""
         squares = row_squares(x)
-        moved = self._stacked("averages", averages, (len(averages), block.n_matrices * block.rows))
-        average = moved.view(squares.shape)
-        average.copy_(average.double().lerp_(squares / block.columns, beta2_c))
-        _compat.foreach_copy_(averages, moved.view(len(averages), *averages[0].shape).unbind())
-        x.mul_(equalized(squares, average).float())
+        moved = self._stacked("averages", averages, (len(averages), block.n_matrices, block.rows, 1))
+        moved.copy_(moved.double().lerp_(squares.view(moved.shape) / block.columns, beta2_c))
+        self._put_back("averages", averages)
+        x.mul_(equalized(squares, moved.view(squares.shape)).float())
 
     def _decay_(self, p: Tensor, x: Tensor, decay: float | Tensor) -> None:
         """Let weights decay before a step along ``-x``."""
@@ -162,39 +174,46 @@ class OrthogonalBucket(NativeBucket):
         average.lerp_(g, _like(momentum_c, g))
         x.copy_(g.lerp_(average, _like(mix, g)))
         if not together:
-            _compat.foreach_copy_(buffers, average.view(len(buffers), *buffers[0].shape).unbind())
+            self._put_back("buffers", buffers)
+
+    def _advance_each(
+        self,
+        grads: Sequence[Tensor],
+        buffers: Sequence[Tensor],
+        rows: Sequence[Row],
+        scale: float,
+        out: Iterable[Tensor],
+    ) -> None:
+        """The same for large tensors, piece by piece."""
+        for grad, buffer, (_, _, momentum_c, mix, *_), of_member in zip(grads, buffers, rows, out, strict=True):
+            for average, g, x in _pieces(flat(buffer), flat(grad), of_member):
+                update = self.memory("piece", g.shape, average.dtype)
+                if scale != 1.0 or g.dtype is not average.dtype:
+                    g = self.memory("scaled piece", g.shape, average.dtype).copy_(g).mul_(scale)
+                average.lerp_(g, momentum_c)
+                x.copy_(torch.lerp(g, average, mix, out=update))
 
     def _stacked(self, name: str, tensors: Sequence[Tensor], shape: tuple[int, ...]) -> Tensor:
         """Copies of tensors, one after the other."""
         memory = self.memory(name, shape, tensors[0].dtype)
-        torch.stack([tensor.detach() for tensor in tensors], out=memory.view(len(tensors), *tensors[0].shape))
+        torch.stack([*tensors], out=memory.view(len(tensors), *tensors[0].shape))
         return memory
+
+    def _put_back(self, name: str, tensors: Sequence[Tensor]) -> None:
+        """Let tensors be what their copies have become."""
+        shape = torch.Size([len(tensors), *tensors[0].shape])
+        _compat.foreach_copy_(tensors, self.memory.entries(name, shape, tensors[0].dtype))
 
 
 def _of_stack(column: Sequence[float]) -> float | Tensor:
-    """A hyperparameter of all matrices of a stack: one number, or ``[n, 1, 1]``."""
+    """A hyperparameter of all members of a stack: one number, or ``[n, 1, 1, 1]``."""
     if len({*column}) == 1:
         return column[0]
-    return torch.tensor(column, dtype=torch.float64, device="cpu").view(-1, 1, 1)
-
-
-def _of_matrices(value: float | Tensor, block: Block) -> float | Tensor:
-    """What members have, for each of their matrices."""
-    return value.repeat_interleave(block.n_matrices, 0) if isinstance(value, Tensor) and block.n_matrices > 1 else value
+    return torch.tensor(column, dtype=torch.float64, device="cpu").view(-1, 1, 1, 1)
 
 
 def _like(weight: float | Tensor, tensor: Tensor) -> float | Tensor:
     return weight.to(tensor.dtype) if isinstance(weight, Tensor) else weight
-
-
-def _advance(buffer: Tensor, grad: Tensor, scale: float, momentum_c: Any, mix: Any, out: Tensor, memory: Any) -> None:
-    """The same for a large matrix, piece by piece."""
-    for average, g, x in _pieces(buffer, grad, out):
-        update = memory("piece", g.shape, average.dtype)
-        if scale != 1.0 or g.dtype is not average.dtype:
-            g = memory("scaled piece", g.shape, average.dtype).copy_(g).mul_(scale)
-        average.lerp_(g, momentum_c)
-        x.copy_(torch.lerp(g, average, mix, out=update))
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
