@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Muon as TorchMuon
 from torch.optim.optimizer import ParamsT
 
-from ._checks import one_of, within
-from ._engine.matrices import Block, MatrixVariant, blocks_of, equalized, row_squares
+from ._checks import check_number, one_of, within
+from ._engine.matrices import Block, MatrixVariant, as_split, blocks_of, equalized, row_squares
 from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_
 from ._engine.optimizer import evaluated
 from ._engine.rule import StateKind, UpdateRule
@@ -70,7 +70,7 @@ class MuonRule(UpdateRule):
     module = "muon"
     scalars = ()
     walk = "orthogonal"
-    optional_settings = tuple(name for name in EXTRAS if name != "beta2")
+    optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "weight_decay", "momentum", "nesterov", "eps")
     #: Where ``eps`` is among :meth:`values`.
     EPS = 4
@@ -84,10 +84,14 @@ class MuonRule(UpdateRule):
         dtype, stacked, split, cautious = (
             group.get(name, EXTRAS[name]) for name in ("ns_dtype", "stacked", "split", "cautious_weight_decay")
         )
-        # a checkpoint may have made a list of it
-        split = split if split is None or isinstance(split, int) else tuple(split)
         return MuonSettings(
-            iterations_of(group), dtype, stacked, split, adjust or ADJUSTMENTS[0], normalize is not None, cautious
+            iterations_of(group),
+            dtype,
+            stacked,
+            as_split(split),
+            adjust or ADJUSTMENTS[0],
+            normalize is not None,
+            cautious,
         )
 
     def variant_of(self, variant: Any, param: Tensor) -> MatrixVariant:
@@ -313,7 +317,7 @@ class Muon(MultiTensorStep, MuonLoop):
             iterations_of(defaults)
         if normalize is not None:
             one_of("normalize", normalize, NORMALIZATIONS)
-        within("[0, 1)").check("beta2", beta2)
+        check_number("beta2", beta2, within("[0, 1)"))
         super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -330,7 +334,7 @@ class Muon(MultiTensorStep, MuonLoop):
                     raise ValueError(
                         f"Muon only supports 2D parameters whereas we found a parameter with size: {param.size()}"
                     )
-                blocks_of(param.shape, stacked=bool(group.get("stacked")), split=group.get("split"))
-        except ValueError:
+                blocks_of(param.shape, stacked=bool(group.get("stacked")), split=as_split(group.get("split")))
+        except (ValueError, TypeError):
             self.param_groups.pop()
             raise

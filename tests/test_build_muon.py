@@ -323,3 +323,28 @@ def test_preset() -> None:
     assert type(build.optimizer) is optimx.AdamW
     build = optimx.build(vit(), {"preset": "gpt-muon", "optimizer": {"name": "lion", "adamw": {}}})
     assert build.config.optimizer.adamw.args["betas"] == (0.9, 0.999)
+
+
+def test_settings_of_muon_alone() -> None:
+    """A dtype by its name; by a rule, matrices that are split: both are settings that no group has by default."""
+    rules = [{"match": "blocks.0.mlp.weight", "split": [4, 4], "normalize": "neuron"}]
+    cfg = {"optimizer": {**BOTH, "ns_dtype": "float32"}, "groups": {"rules": rules}}
+    build = optimx.build(vit(), cfg)
+    splits = {name: split for name, (_, split) in of_each(build, "split").items() if split is not None}
+    assert splits == {"blocks.0.mlp.weight": (4, 4)}
+    assert build.optimizer["muon"].param_groups[0]["ns_dtype"] is torch.float32
+    train(build, range(2))
+    written = to_toml(build.config.to_dict())
+    assert 'ns_dtype = "float32"' in written
+    assert optimx.build(vit(), build.config.to_dict()).config == build.config
+
+
+@pytest.mark.parametrize(
+    ("of_muon", "told"),
+    [
+        ({"ns_dtype": "float12"}, "optimizer.ns_dtype should be a dtype ('bfloat16') but is: 'float12'"),
+        ({"split": 0}, "optimizer.split (value: 0) is refused: split should be >= 1 but is: 0"),
+    ],
+)
+def test_wrong_settings_of_muon(of_muon: dict[str, Any], told: str) -> None:
+    assert problems(vit(), {"optimizer": {**BOTH, **of_muon}}) == [told]

@@ -392,17 +392,19 @@ def test_split(
     ("kwargs", "told"),
     [
         ({"split": 5}, r"split should divide the rows but is 5 for 24 rows of shape \[24, 16\]"),
-        ({"split": 0}, "split should divide the rows but is 0"),
+        ({"split": 0}, "split should be >= 1 but is: 0"),
         ({"split": (8, 8)}, r"split should add up to the rows but is \[8, 8\] for 24 rows"),
-        ({"split": (32, -8)}, "split should add up to the rows"),
-        ({"split": ()}, "split should add up to the rows"),
+        ({"split": (32, -8)}, r"split\[1\] should be >= 1 but is: -8"),
+        ({"split": ()}, r"split should be a whole number or several but is: \(\)"),
+        ({"split": "3"}, "split should be a whole number or several but is: '3'"),
+        ({"split": 1.5}, "split should be a whole number but is: 1.5"),
         ({"normalize": "neurons"}, "normalize should be one of neuron but is: 'neurons'; did you mean 'neuron'"),
         ({"beta2": 1.0}, r"beta2 should be in \[0, 1\) but is: 1.0"),
     ],
 )
 def test_errors_of_extras(kwargs: dict[str, Any], told: str) -> None:
     params = make_params([(24, 16)])
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises((ValueError, TypeError), match=told):
         optimx.Muon(params, **kwargs)
 
 

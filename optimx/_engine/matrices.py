@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._checks import as_steps, told
 from .newton_schulz import Iterations
 
 
@@ -63,7 +64,23 @@ class MatrixVariant(NamedTuple):
         return sum(b.n_matrices * min(b.rows, b.columns) ** 2 * max(b.rows, b.columns) for b in self.blocks)
 
 
-def blocks_of(shape: torch.Size, *, stacked: bool, split: int | Sequence[int] | None) -> tuple[Block, ...]:
+def as_split(split: Any) -> int | tuple[int, ...] | None:
+    """Into how many matrices rows are split, or how many rows each has: whole numbers of 1 or more.
+
+    Raises:
+        ValueError: A number is less than 1, or there is none.
+        TypeError: It is something else.
+    """
+    if split is None:
+        return None
+    if not isinstance(split, Sequence):
+        return as_steps("split", split, 1)
+    if isinstance(split, str) or not split:
+        raise ValueError(told("split", "should be a whole number or several", split))
+    return tuple(as_steps(f"split[{i}]", height, 1) for i, height in enumerate(split))
+
+
+def blocks_of(shape: torch.Size, *, stacked: bool, split: int | tuple[int, ...] | None) -> tuple[Block, ...]:
     """The matrices of a tensor.
 
     Args:
@@ -79,12 +96,12 @@ def blocks_of(shape: torch.Size, *, stacked: bool, split: int | Sequence[int] | 
         n, (rows, columns) = prod(shape[:-2]), shape[-2:]
     heights = [rows]
     if isinstance(split, int):
-        if split < 1 or rows % split:
+        if rows % split:
             raise ValueError(f"split should divide the rows but is {split} for {rows} rows of shape {[*shape]}")
         heights = [rows // split] * split
-    elif split is not None:
+    elif split is not None and rows:
         heights = [*split]
-        if min(heights, default=0) < 1 or sum(heights) != rows:
+        if sum(heights) != rows:
             raise ValueError(f"split should add up to the rows but is {heights} for {rows} rows of shape {[*shape]}")
     blocks = []
     heights *= n

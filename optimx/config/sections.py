@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import torch
 from torch import Tensor
 
 from .._checks import FINITE, Condition, above, at_least, within
@@ -192,7 +193,8 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """As plain tables that a file can hold: without what is not given, ``args`` beside the other keys.
 
-        A class is written as ``"package.module:Class"``; a function that has no such name stays one.
+        A class is written as ``"package.module:Class"``, a dtype as ``"bfloat16"``; a function that has no such name
+        stays one.
         """
         return _to_dict(self)
 
@@ -210,6 +212,8 @@ def _to_dict(value: Any) -> Any:
         return [_to_dict(item) for item in value]
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.item()
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     if inspect.isclass(value) or (inspect.isfunction(value) and "<" not in value.__qualname__):
         return f"{value.__module__}:{value.__qualname__}"
     return value

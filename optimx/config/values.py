@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._checks import Condition, nearest
@@ -213,6 +214,9 @@ def _plain(value: Any, hint: Any) -> Any:
         except OverflowError:
             return _WRONG
         return _WRONG if math.isnan(converted) else converted
+    if hint is torch.dtype and isinstance(value, str):
+        found = getattr(torch, value.removeprefix("torch."), None)
+        return found if isinstance(found, torch.dtype) else _WRONG
     if hint is Callable:
         return value if callable(value) else _WRONG
     if isinstance(hint, type):
@@ -231,6 +235,8 @@ def describe_type(hint: Any) -> str:
         return f"one of {', '.join(map(repr, arguments))}"
     if hint in (tuple, list) or origin in (tuple, list, Sequence, Iterable):
         return "a list"
+    if hint is torch.dtype:
+        return "a dtype ('bfloat16')"
     named = {float: "a number", int: "a whole number", bool: "true or false", str: "a string", type(None): "none",
              Tensor: "a tensor", dict: "a table", Any: "anything"}  # fmt: skip
     if hint in named:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._engine.rule import UpdateRule
 from .._engine.step import MultiTensorStep
 from ..composite import Composite
 from ..config import AdamWConfig, OptimizerConfig
@@ -57,7 +58,10 @@ class OptimizerRecipe:
     def options(self) -> set[str]:
         """What a group can have of its own."""
         named, takes_any = parameters_of(self.factory)
-        return {key for key in self.defaults if takes_any or key in named}
+        rule = getattr(self.factory, "rule", None)
+        # some are in no group where nobody chooses them
+        more = rule.optional_settings if isinstance(rule, UpdateRule) else ()
+        return {key for key in (*self.defaults, *more) if takes_any or key in named}
 
     def check(self, options: dict[str, Any], path: str) -> None:
         """ConfigError if the optimizer refuses these as a group's.
@@ -193,6 +197,6 @@ def _resolve(section: OptimizerConfig, model: nn.Module, scale: float, path: str
 
 
 def small_like(like: Tensor) -> Tensor:
-    """A parameter of the same kind that costs nothing; a matrix, which Muon wants."""
+    """A parameter of the same kind that costs nothing: a matrix, which Muon wants, of no rows, which suit any split."""
     dtype = like.dtype if like.is_floating_point() or like.is_complex() else torch.float32
-    return torch.zeros(1, 1, dtype=dtype, device=like.device, requires_grad=True)
+    return torch.zeros(0, 1, dtype=dtype, device=like.device, requires_grad=True)
