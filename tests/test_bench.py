@@ -106,7 +106,7 @@ def test_groups_are_neighbours_and_have_their_own_lr():
 def test_the_driver_needs_torch_and_pytest_alone():
     allowed = sys.stdlib_module_names | {"torch", "pytest", "optimx", "bench"}
     # drawn and checked elsewhere
-    reports = {"charts", "chart_style", "plots", "demo", "convergence"}
+    reports = {"charts", "chart_style", "plots", "singular_values", "demo", "convergence"}
     # and for where there is no GPU
     reports |= {"convergence_chart", "convergence_muon", "convergence_tasks", "profile_host"}
     for path in Path(driver.__file__).parent.glob("*.py"):
