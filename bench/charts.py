@@ -13,11 +13,13 @@ from matplotlib.ticker import FuncFormatter
 from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
 from bench.convergence_chart import draw as draw_convergence
+from bench.convergence_chart import draw_muon
+from bench.muon_report import PICTURE
 from bench.packages import is_peer
-from bench.report import millions
 from bench.results import Row
 from bench.saved import Results
 from bench.scaling import fit
+from bench.tables import millions
 
 OTHERS = "fastest other package"
 COLORS = {
@@ -227,4 +229,7 @@ def draw(results: Results) -> list[str]:
     if results.convergence:
         draw_convergence(results.convergence, results.folder / "convergence.png")
         drawn.append("convergence.png")
+    if results.convergence_muon:
+        draw_muon(results.convergence_muon, results.folder / PICTURE)
+        drawn.append(PICTURE)
     return drawn

@@ -127,7 +127,8 @@ def package_step(case: "Case", *, peer: packages.Peer) -> Run:
     model = Model(case)
     # some have no default for the learning rate, or another one
     lr = inspect.signature(getattr(optimx, case.optimizer)).parameters["lr"].default
-    optimizer = peer.load()(model.params, **{"lr": lr, **case.kwargs, **peer.kwargs})
+    groups = [{"params": model.params, **peer.group}] if peer.group else model.params
+    optimizer = peer.load()(groups, **{"lr": lr, **case.kwargs, **peer.kwargs})
     return Run(model.backward, optimizer.step, optimizer)
 
 

@@ -100,7 +100,7 @@ class Text(Task):
     name = "text"
     title = "Python's source, GPT, clipped, warmup and cosine"
     recipe = Recipe(steps=160, max_grad_norm=1.0, warmup=16)
-    context = 32
+    context, batch = 32, 8
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -115,7 +115,7 @@ class Text(Task):
         return GPT(GPTConfig(context=self.context, layers=2, heads=2, width=32))
 
     def batches(self, steps: int, seed: int) -> Iterator[Batch]:
-        yield from map(self.pairs, self.corpus.batches(steps, 8, self.context + 1, seed))
+        yield from map(self.pairs, self.corpus.batches(steps, self.batch, self.context + 1, seed))
 
 
 TASKS = {task.name: task for task in (Digits, Text)}

@@ -23,11 +23,13 @@ class Peer:
         package: What pip installs.
         path: "module:Class".
         kwargs: Arguments without which it would do other work than the case asks for.
+        group: Keys of the parameter group without which it takes no parameters.
     """
 
     package: str
     path: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+    group: dict[str, Any] = field(default_factory=dict)
 
     def load(self) -> type[torch.optim.Optimizer]:
         """The class.
@@ -65,6 +67,9 @@ LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
 #: Else FlashOptim's quantise the state and correct 16-bit parameters, and optimi's add up 16-bit ones with Kahan's sum.
 FLASH: dict[str, Any] = {"quantize": False, "master_weight_bits": None}
 OPTIMI: dict[str, Any] = {"kahan_sum": False}
+
+#: What torch's Muon does by default.
+MUON: dict[str, Any] = {"weight_decay": 0.1, "nesterov": True}
 
 #: Optimizer -> contestant -> where it is. The arithmetic is that of the case, give or take where eps is added and how
 #: the first averages are corrected; the states of bitsandbytes are float32 with 16-bit parameters too.
@@ -112,6 +117,10 @@ BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
         Peer("timm", "timm.optim:Lamb", {"max_grad_norm": None}),
         Peer("pytorch_optimizer", "pytorch_optimizer:Lamb"),
         Peer("apex", "apex.optimizers:FusedLAMB"),
+    ),
+    "Muon": (
+        Peer("timm", "timm.optim:Muon", {**MUON, "ns_coefficients": "original", "adjust_lr_fn": "original"}),
+        Peer("pytorch_optimizer", "pytorch_optimizer:Muon", MUON, {"use_muon": True}),
     ),
     "Adafactor": (
         Peer("transformers", "transformers.optimization:Adafactor", {"relative_step": False}),

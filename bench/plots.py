@@ -1,10 +1,15 @@
-"""A picture of every schedule as a small multiple: `make plots`, or `python -m bench.plots [FILE]`."""
+"""The documentation's pictures: `make plots`, or `python -m bench.plots [FILE ...]`.
+
+Here is that of every schedule as a small multiple.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from bench import singular_values
 from bench.chart_style import OURS, figure, save
 from optimx.lr_scheduler import (
     REX,
@@ -113,7 +118,13 @@ def draw(path: Path) -> None:
         save(chart, path)
 
 
+#: Where the documentation has its pictures, and who draws them.
+PICTURES: dict[str, Callable[[Path], None]] = {
+    "docs/schedules.png": draw,
+    "docs/optimizers/singular_values.png": singular_values.draw,
+}
+
 if __name__ == "__main__":
-    target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/schedules.png")
-    draw(target)
-    print(target)
+    for name in sys.argv[1:] or PICTURES:
+        PICTURES[name](Path(name))
+        print(name)

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import ranks
+from bench import muon_report, ranks
 from bench.case import COPY, FUSED, OURS, STOCK
-from bench.results import Row, Verdict
+from bench.results import Verdict
 from bench.saved import Question, Results, load
 from bench.scaling import fit
-from bench.tables import markdown_table, number, results_table
+from bench.tables import contest_table, markdown_table, number, results_table
 
 #: Charts of a page, in order, and what they show.
 TITLES = {
@@ -75,6 +75,10 @@ def report(results: Results, charts: Sequence[str]) -> str:
     if results.convergence:
         lines += ["## Convergence", "", *convergence_lines(results.convergence), ""]
         lines += ["![Loss curves, stock and optimx](convergence.png)", ""] if "convergence.png" in charts else []
+    if results.convergence_muon:
+        muon = muon_report.convergence_lines(results.convergence_muon)
+        lines += ["## Muon and AdamW beside AdamW alone", "", *muon, ""]
+        lines += [muon_report.picture(), ""] if muon_report.PICTURE in charts else []
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -94,31 +98,9 @@ def models_lines(results: Results) -> list[str]:
 
 def models_table(results: Results) -> list[list[str]]:
     """AdamW's cases in a line each: milliseconds of torch's implementations and of ours. It fits into 80 columns."""
-    cases = [
-        (case, rows) for case, rows in results.cases("step", "step-") if any(row.contestant == OURS for row in rows)
-    ]
+    cases = results.cases("step", "step-")
     stock = [name for name in STOCK if any(row.contestant == name for _, rows in cases for row in rows)]
-    heads = [name.removeprefix("torch ") for name in stock]
-    table = [["AdamW, ms", "tensors", "params", *heads, OURS, "ratio"]]
-    for case, rows in cases:
-        by_name = {row.contestant: row for row in rows}
-        ours = by_name[OURS]
-        cells = [ms(by_name.get(name)) for name in [*stock, OURS]]
-        shapes = ours.model or case.removeprefix("step-").replace("-", ", ")
-        table.append([shapes, str(ours.tensors), millions(ours.params), *cells, times(ours.ratio)])
-    return table
-
-
-def millions(params: int) -> str:
-    return f"{params / 1e6:.3g}M"
-
-
-def ms(row: Row | None) -> str:
-    return "-" if row is None or row.median_ms is None else number(row.median_ms)
-
-
-def times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
+    return contest_table("AdamW, ms", cases, {name: name.removeprefix("torch ") for name in stock})
 
 
 def host_table(results: Results) -> list[list[str]]:
@@ -259,6 +241,16 @@ def ranks_part(results: Results, folder: str) -> list[str]:
     return markdown_table(ranks.table(ranks.step_of(results)))
 
 
+def muon_part(results: Results, folder: str) -> list[str]:
+    return [*muon_report.cost_lines(results), "", f"All rows are in the [report]({folder}/report.md)."]
+
+
+def muon_steps_part(results: Results, folder: str) -> list[str]:
+    lines = muon_report.convergence_lines(results.convergence_muon) if results.convergence_muon else []
+    drawn = (results.folder / muon_report.PICTURE).exists()
+    return [*lines, "", muon_report.picture(f"{folder}/")] if drawn else lines
+
+
 #: What a block of a page can show of a folder. Each gets the results and the folder's path relative to the page.
 PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "models": models_part,
@@ -268,6 +260,8 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "host-summary": host_summary_part,
     "sharded": sharded_part,
     "ranks": ranks_part,
+    "muon": muon_part,
+    "muon-steps": muon_steps_part,
 }
 
 

@@ -29,11 +29,12 @@ class Question:
 
 @dataclass
 class Results:
-    """All questions that a machine has answered, and the convergence check where it was run."""
+    """All questions that a machine has answered, and the convergence checks where they were run."""
 
     folder: Path
     questions: dict[str, Question] = field(default_factory=dict)
     convergence: dict[str, Any] | None = None
+    convergence_muon: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -63,8 +64,8 @@ def load(folder: Path) -> Results:
     results = Results(folder)
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        if path.stem == "convergence":
-            results.convergence = report
+        if path.stem in ("convergence", "convergence_muon"):
+            setattr(results, path.stem, report)
         else:
             results.questions[path.stem] = question(path.stem, report)
     if not results.questions:

@@ -77,6 +77,16 @@ def vit(
     return [*tokens, *patches, *(norm + attention + norm + mlp) * layers, *norm, *head]
 
 
+def vit_matrices(width: int = 192, layers: int = 21) -> list[Shape]:
+    """The matrices of a ViT's blocks that has query, key and value apart; by default 126, as wide as ViT-Ti's."""
+    return [*[(width, width)] * 4, (4 * width, width), (width, 4 * width)] * layers
+
+
+def repeated_matrices(shapes: list[Shape]) -> list[Shape]:
+    """The matrices of a model's blocks: embeddings and heads have a shape of their own."""
+    return [shape for shape in shapes if len(shape) == 2 and shapes.count(shape) > 1]
+
+
 def resnet(blocks: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> list[Shape]:
     """A ResNet of bottleneck blocks with batch norm; the defaults are ResNet-50 (25,557,032)."""
 

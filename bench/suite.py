@@ -30,9 +30,11 @@ def steps(optimizer: str, peers: bool = True) -> dict[str, Callable[[Case], Run]
     """
     contestants: dict[str, Callable[[Case], Run]] = {}
     if hasattr(torch.optim, optimizer):
-        contestants = {DEFAULT: torch_step, FOREACH: partial(torch_step, foreach=True)}
-        if "fused" in inspect.signature(getattr(torch.optim, optimizer)).parameters:
-            contestants[FUSED] = partial(torch_step, fused=True)
+        flags = inspect.signature(getattr(torch.optim, optimizer)).parameters
+        contestants[DEFAULT] = torch_step
+        for name, flag in ((FOREACH, "foreach"), (FUSED, "fused")):
+            if flag in flags:
+                contestants[name] = partial(torch_step, **{flag: True})
     elif hasattr(our_peers, optimizer):
         contestants[FOREACH] = peer_step
     else:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from bench.case import OURS
 from bench.results import Row, Verdict
 
 WIDTH, NAME_WIDTH = 80, 23
@@ -27,12 +28,24 @@ def percent(fraction: float) -> str:
     return f"{fraction:.1%}"
 
 
+def millions(params: int) -> str:
+    return f"{params / 1e6:.3g}M"
+
+
+def ms(row: Row | None) -> str:
+    return "-" if row is None or row.median_ms is None else number(row.median_ms)
+
+
+def times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
 # column of Row -> header and format
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "median_ms": ("median", number),
     "p20_ms": ("p20", number),
     "p80_ms": ("p80", number),
-    "ratio": ("ratio", lambda ratio: f"{ratio:.2f}x"),
+    "ratio": ("ratio", times),
     "bytes_per_param": ("B/param", number),
     "gb_per_s": ("GB/s", lambda speed: f"{speed:.0f}"),
     "copy_fraction": ("of copy", percent),
@@ -91,6 +104,24 @@ def results_table(rows: Sequence[Row]) -> list[list[str]]:
         elif row.missing is not None:
             cells = ["-"] * len(cells)
         table.append([row.case, row.contestant, *cells])
+    return table
+
+
+def contest_table(
+    title: str, cases: Iterable[tuple[str, Sequence[Row]]], others: dict[str, str], prefix: str = "step-"
+) -> list[list[str]]:
+    """Cases in a line each: milliseconds of the others, by the names of their columns, and of ours, and our ratio.
+
+    Cases without ours are left out. ``prefix``: of the names of cases.
+    """
+    table = [[title, "tensors", "params", *others.values(), OURS, "ratio"]]
+    for case, rows in cases:
+        by_name = {row.contestant: row for row in rows}
+        if OURS in by_name:
+            ours = by_name[OURS]
+            cells = [ms(by_name.get(name)) for name in [*others, OURS]]
+            shapes = ours.model or case.removeprefix(prefix).replace("-", ", ")
+            table.append([shapes, str(ours.tensors), millions(ours.params), *cells, times(ours.ratio)])
     return table
 
 

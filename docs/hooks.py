@@ -22,6 +22,7 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 import optimx
+from bench import muon_cost, shapes
 from bench.catalogue import cost_of, optimizers
 from docs.docstrings import as_markdown
 from optimx import lr_scheduler
@@ -35,8 +36,8 @@ RESULTS = ROOT / "bench" / "results"
 SUFFIXES = (".md", ".png", ".svg", ".json")
 #: A directive; the marks of ``bench.report``, which writes what is between them, are none.
 DIRECTIVE = re.compile(r"^<!-- (?!bench )(.+) -->$", re.MULTILINE)
-#: A link to a result, as it is on the disk, from a page in ``docs``.
-RESULT_LINK = re.compile(r"(?<=\]\()\.\./bench/results/")
+#: A link to a result, as it is on the disk, from a page in ``docs`` or in a folder there.
+RESULT_LINK = re.compile(r"(?<=\]\()((?:\.\./)*)\.\./bench/results/")
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
@@ -73,7 +74,7 @@ def expand(markdown: str) -> str:
         name, *arguments = shlex.split(match[1])
         return GENERATORS[name](*arguments)
 
-    return RESULT_LINK.sub("benchmarks/", DIRECTIVE.sub(replace, markdown))
+    return RESULT_LINK.sub(r"\1benchmarks/", DIRECTIVE.sub(replace, markdown))
 
 
 def results() -> list[Path]:
@@ -151,6 +152,23 @@ def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:
     return table(("bytes a float32 parameter", "state", "moved by a step", "with `max_grad_norm`"), cells)
 
 
+def muon_costs() -> str:
+    """What a step of Muon computes and moves in models, by formula: a row for each form of the iterations."""
+    rows = []
+    for model, matrices in MUON_MODELS.items():
+        for form in muon_cost.FORMS:
+            cost = muon_cost.step_cost(matrices, form)
+            numbers = (cost.flops / 1e12, cost.product_bytes / 1e9, cost.elementwise_bytes / 1e9)
+            rows.append((model, f"{cost.params / 1e6:.1f}M", form, *(f"{number:.3g}" for number in numbers)))
+    return table(("computed", "parameters", "form", "TFLOPs", "GB of the products", "GB beside them"), rows)
+
+
+#: The matrices that Muon has in these models.
+MUON_MODELS: dict[str, list[shapes.Shape]] = {
+    "GPT-2 124M": shapes.repeated_matrices(shapes.gpt2()),
+    "Llama 3 8B": shapes.llama_matrices(4096, 14_336, 1024) * 32,
+}
+
 #: Arguments that change the memory.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "Adafactor": {"a matrix of 1024 x 1024": {}, "with `beta1=0.9`": {"beta1": 0.9}},
@@ -208,6 +226,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
     "fields": fields,
     "cost": cost,
     "costs": costs,
+    "muon_costs": muon_costs,
     "names": names,
     "paper": paper,
     "reports": reports,

@@ -112,6 +112,20 @@ def test_cost(name: str, expected: tuple[float, float, float]) -> None:
     assert hooks.cost_of(name, {}) == expected
 
 
+def test_muons_costs_are_those_of_the_models() -> None:
+    rows = [re.split(r" \| ", line.strip("| ")) for line in hooks.muon_costs().splitlines()[2:]]
+    models = {"GPT-2 124M": ("84.9M", "2.38"), "Llama 3 8B": ("6979.3M", "195")}
+    assert [row[:3] for row in rows] == [
+        [model, params, form] for model, (params, _) in models.items() for form in ("standard", "symmetric", "gram")
+    ]
+    # 20 m^2 n + 10 m^3 of a matrix: 12 blocks of 768 x (768, 2304, 3072, 3072)
+    flops = 12 * 768**3 * (20 * (1 + 3 + 4 + 4) + 10 * 4)
+    assert float(rows[0][3]) == pytest.approx(flops / 1e12, rel=5e-3)
+    for row in rows:
+        assert row[-1] == models[row[0]][1]
+    assert float(rows[0][3]) > float(rows[1][3]) > float(rows[2][3])
+
+
 def test_adafactor_keeps_a_row_and_a_column() -> None:
     state, moved, clipped = hooks.cost_of("Adafactor", {})
     assert state == 2 * 4 / 1024
@@ -151,6 +165,7 @@ def test_links_to_results_are_those_of_the_site() -> None:
 <!-- bench end -->
 """
     assert hooks.expand(page) == page.replace("../bench/results/", "benchmarks/")
+    assert hooks.expand("[r](../../bench/results/m/r.md)") == "[r](../benchmarks/m/r.md)"
 
 
 def test_contributing_has_no_links_that_the_site_lacks() -> None:

@@ -33,6 +33,22 @@ def rows_of(case: str, scale: float = 1.0, **changes) -> list[Row]:
     ]
 
 
+def muon_check() -> dict:
+    """What ``python -m bench.convergence_muon`` leaves behind: of three seeds, one that did not get there."""
+    optimizers = [
+        {"optimizer": "AdamW", "arguments": {"lr": 0.002}, "losses": [[5.0, 3.0, 2.0]] * 3, "ms": [10.0, 11.0, 12.0]},
+        {
+            "optimizer": "Muon + AdamW", "arguments": {"lr": 0.016}, "ms": [15.0, 14.0, 16.0],
+            "losses": [[5.0, 2.0, 1.5], [5.0, 1.9, 1.25], [5.0, 2.5, 2.25]],
+        },
+    ]  # fmt: skip
+    return {
+        "run": {"command": "python -m bench.convergence_muon"}, "params": 12345, "recipe": {"steps": 20, "warmup": 5},
+        "steps": [0, 10, 20], "searched": {"AdamW": {"0.001": 2.5, "0.002": 2.0}}, "optimizers": optimizers,
+        "reached": [10, 10, None],
+    }  # fmt: skip
+
+
 def save(folder: Path, question: str, rows: list[Row], verdicts: list[Verdict] = ()) -> None:
     """What ``python -m bench`` leaves behind."""
     measured = [asdict(row) for row in rows if row.median_ms is not None]
@@ -147,6 +163,20 @@ BLOCKS = {
         '"torch fused" / with optimx: 20 / 30 µs for 1 tensor, 40 / 50 µs for 8 tensors.\n',
     ],
     "sharded": ["| 723 clip 4096 ranks | 20 | 4 |\n"],
+    "muon": [
+        "| Muon, ms | tensors | params | torch | timm | optimx | ratio |\n",
+        "| 256x16x16 | 256 | 0.001M | 34 | 36 | 2 | 17.00x |\n\nMilliseconds of a step",
+        "| without products, ms | tensors | params | optimx AdamW | optimx | ratio |\n",
+        "| gpt2 / 4 | 48 | 0.001M | 3 | 4 | 0.75x |\n",
+        "[report](results/some-machine/report.md).\n",
+    ],
+    "muon-steps": [
+        "A GPT of 12,345 parameters reads Python's source for 20 steps, from 3 seeds.",
+        "loss after 10 (10 to inf) steps.",
+        "of 0.001, 0.002 it is",
+        "| AdamW | 0.002 | 2 (2 to 2) | 11 |\n| Muon + AdamW | 0.016 | 1.5 (1.25 to 2.25) | 15 |\n",
+        "](results/some-machine/convergence_muon.png)\n",
+    ],
     # 2 log2(8) hops of 5 µs and 20 µs; 70e9 / 64 parameters of 32 bytes at 3e12 bytes a second
     "ranks": ["| 64 | 4.0 | 0.05 | 11.67 |\n"],
 }
@@ -159,6 +189,13 @@ def test_blocks_have_the_numbers_of_the_folder_they_name(folder, tmp_path, monke
     host = [row("host-stub-1", name, first, tensors=1) for name, first, _ in medians]
     save(folder, "host", [*host, *(row("host-stub-8", name, second, tensors=8) for name, _, second in medians)])
     save(folder, "dtensor", [row(ranks.CASE, name, ms) for name, ms in ((FUSED, 20.0), (OURS, 4.0))])
+    whole = [(DEFAULT, 34.0, 1.0), ("timm", 36.0, 34 / 36), (OURS, 2.0, 17.0)]
+    parts = [("optimx AdamW", 3.0, 1.0), (OURS, 4.0, 0.75), (COPY, 2.0, None)]
+    muon = [row("muon-256x16x16", name, ms, "Muon", tensors=256, ratio=ratio) for name, ms, ratio in whole]
+    settings = {"optimizer": "Muon", "tensors": 48, "model": "gpt2 / 4"}
+    muon += [row("muon-elementwise-gpt2", name, ms, ratio=ratio, **settings) for name, ms, ratio in parts]
+    save(folder, "muon", muon)
+    (folder / "convergence_muon.json").write_text(json.dumps(muon_check()))
     readmes = {part: tmp_path / f"{part}.md" for part in BLOCKS}
     for part, readme in readmes.items():
         readme.write_text(block(part))
@@ -186,6 +223,17 @@ def test_blocks_of_several_pages_are_written(folder, tmp_path, monkeypatch):
     assert "](../results/some-machine/report.md)" in pages[1].read_text()
 
 
+def test_the_page_has_muons_curves_where_they_were_measured(folder):
+    assert report.main([str(folder)]) == 0
+    assert "convergence_muon" not in (folder / "report.md").read_text()
+    (folder / "convergence_muon.json").write_text(json.dumps(muon_check()))
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "## Muon and AdamW beside AdamW alone\n" in page
+    assert "](convergence_muon.png)" in page
+    assert (folder / "convergence_muon.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("part", ["modles", ""])
 def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
@@ -196,7 +244,7 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
     assert page.read_text() == block(part)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/sharding.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/sharding.md", "docs/optimizers/muon.md"])
 def test_the_projects_pages_are_up_to_date(page):
     path = report.HERE.parent / page
     assert report.BLOCK.search(path.read_text())
