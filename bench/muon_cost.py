@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from optimx._engine.newton_schulz import parts_on_gram
+
 #: How iterations may be carried out.
 FORMS = ("standard", "symmetric", "gram")
 #: Of elementwise work, a float32 parameter and iterations in 16 bits: grad 4, momentum_buffer 4+4, matrix 2; the
 #: division by its norm 2+2; matrix 2, param 4+4.
 ELEMENTWISE_BYTES = 28
-#: In the Gram form, iterations before the Gram matrix is computed anew.
-RESTART = 2
 
 
 class Cost(NamedTuple):
@@ -78,14 +78,11 @@ def _plain(m: int, n: int, iterations: int, symmetric: bool) -> Iterator[Product
 def _gram(m: int, n: int, iterations: int) -> Iterator[Product]:
     """Products of polynomials of one Gram matrix are symmetric: half of each."""
     polynomial, product = Product(m**3, 2 * m * m), Product(m**3, 3 * m * m)
-    for length in filter(None, (min(RESTART, iterations), max(0, iterations - RESTART))):
+    for part in parts_on_gram(iterations):
         yield Product(m * m * n, m * n + m * m)  # XX'
-        for i in range(length):
+        for i in range(part.stop - part.start):
             yield polynomial  # bR + cRR
             if i > 0:
-                yield product  # Q, which X is to be multiplied by
-            if i + 1 < length:
-                # R of the next iteration
-                yield product
-                yield product
+                # R, twice, and Q, which X is to be multiplied by
+                yield from (product,) * 3
         yield Product(2 * m * m * n, m * m + 2 * m * n)  # QX

@@ -34,6 +34,7 @@ EXTRAS: dict[str, Any] = {
     "normalize": None,
     "beta2": 0.95,
     "cautious_weight_decay": False,
+    "gram": False,
 }
 #: What may happen to a matrix after the iterations.
 NORMALIZATIONS = ("neuron",)
@@ -147,18 +148,30 @@ def iterations_of(group: dict[str, Any]) -> Iterations:
     """What the settings of a group say of the iterations.
 
     Raises:
-        ValueError: There are 100 of them or more, or not three coefficients.
+        ValueError: There are 100 of them or more, not three coefficients, or the Gram form in bfloat16.
     """
-    coefficients = group.get("coefficients")
+    coefficients, gram = group.get("coefficients"), gram_of(group)
     if isinstance(coefficients, str):
-        return NAMED[one_of("coefficients", coefficients, NAMED)]
+        return NAMED[one_of("coefficients", coefficients, NAMED)]._replace(gram=gram)
     if coefficients is None:
         if group["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         coefficients = (group["ns_coefficients"],) * group["ns_steps"]
     if any(len(each) != 3 for each in coefficients):
         raise ValueError("Coefficients must be a tuple of exactly 3 values")
-    return Iterations(tuple((float(a), float(b), float(c)) for a, b, c in coefficients))
+    return Iterations(tuple((float(a), float(b), float(c)) for a, b, c in coefficients), gram=gram)
+
+
+def gram_of(group: dict[str, Any]) -> bool:
+    """Whether a group wants the Gram form.
+
+    Raises:
+        ValueError: It does in bfloat16, of which too little is left.
+    """
+    gram, dtype = (group.get(name, EXTRAS[name]) for name in ("gram", "ns_dtype"))
+    if gram and dtype is torch.bfloat16:
+        raise ValueError(f"ns_dtype should be torch.float16 or torch.float32 with gram=True but is: {dtype}")
+    return bool(gram)
 
 
 def _fresh(device: torch.device, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -255,6 +268,9 @@ class Muon(MultiTensorStep, MuonLoop):
             orthogonalized by itself (default: False: they are kernels, each a matrix of output channels and all else).
         ns_dtype: The dtype that iterations compute in: torch.bfloat16, torch.float16 or torch.float32
             (default: torch.bfloat16, as torch).
+        gram: Iterations compute with Gram matrices, ``XX'``, where the shorter side is at most half of the longer
+            (default: False). Less work and a little less exact; ``ns_dtype`` must be torch.float16 or torch.float32
+            (https://github.com/Dao-AILab/gram-newton-schulz).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
@@ -265,7 +281,8 @@ class Muon(MultiTensorStep, MuonLoop):
     one entry a row.
 
     Raises:
-        ValueError: A hyperparameter is out of range, or a parameter has fewer than two dimensions.
+        ValueError: A hyperparameter is out of range, a parameter has fewer than two dimensions, or the Gram form is
+            asked for in bfloat16.
         RuntimeError: A gradient is sparse or a parameter complex, as in torch.
     """
 
@@ -290,6 +307,7 @@ class Muon(MultiTensorStep, MuonLoop):
         normalize: str | None = None,
         beta2: float = 0.95,
         cautious_weight_decay: bool = False,
+        gram: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
@@ -310,7 +328,7 @@ class Muon(MultiTensorStep, MuonLoop):
         # groups have torch's keys alone where nothing else is chosen: checkpoints go both ways
         extras = {
             "coefficients": coefficients, "ns_dtype": ns_dtype, "stacked": stacked, "split": split,
-            "normalize": normalize, "beta2": beta2, "cautious_weight_decay": cautious_weight_decay,
+            "normalize": normalize, "beta2": beta2, "cautious_weight_decay": cautious_weight_decay, "gram": gram,
         }  # fmt: skip
         defaults |= {name: value for name, value in extras.items() if value != EXTRAS[name]}
         if coefficients is not None:
@@ -324,11 +342,13 @@ class Muon(MultiTensorStep, MuonLoop):
         """As in torch.
 
         Raises:
-            ValueError: A parameter has fewer than two dimensions, or the group's ``split`` does not suit its rows.
+            ValueError: A parameter has fewer than two dimensions, the group's ``split`` does not suit its rows, or
+                the Gram form is asked for in bfloat16.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            gram_of(group)
             for param in group["params"]:
                 if param.dim() < 2:
                     raise ValueError(

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.testing._internal.common_optimizers import optim_db
 
 import optimx
-from optimx._engine.newton_schulz import NAMED, first_dtype, orthogonalize_
+from optimx._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_
 from tests.cases import make_params, set_grads
 from tests.conftest import INTERPRETED
 from tests.reference.muon import muon, polynomial
@@ -270,6 +270,89 @@ def test_errors_of_dtypes() -> None:
         x = matrices(4, 256, 1024).to(first_dtype(dtype))
         found = orthogonalize_(x, NAMED["standard"], dtype, 1e-7, fresh).double()
         assert 0.5 * error < float((found - exact).norm() / exact.norm()) < 1.5 * error, dtype
+
+
+#: Dtypes of the Gram form, and its error on Gaussian matrices of 256 x 1024, and on those of singular values from 1 to
+#: 0.001: what the page of Muon says of them, within a half.
+GRAM_ERRORS = {torch.float16: (1.7e-3, 1.8e-2), torch.float32: (2.1e-6, 1.4e-5)}
+
+
+@pytest.mark.parametrize("dtype", GRAM_ERRORS)
+def test_errors_of_the_gram_form(dtype: torch.dtype) -> None:
+    gaussian = matrices(1, 256, 1024).double()
+    u, _, vh = torch.linalg.svd(gaussian, full_matrices=False)
+    graded = u * torch.logspace(0, -3, 256, dtype=torch.float64) @ vh
+    for x, error in zip((gaussian, graded), GRAM_ERRORS[dtype], strict=True):
+        exact = orthogonalize_(x.clone(), NAMED["standard"], torch.float64, 1e-7, fresh)
+        gram = NAMED["standard"]._replace(gram=True)
+        found = orthogonalize_(x.to(first_dtype(dtype)), gram, dtype, 1e-7, fresh).double()
+        assert 0.5 * error < float((found - exact).norm() / exact.norm()) < 1.5 * error
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gram_form(name: str) -> None:
+    """The same polynomials, exact in float64, in the same bands; on matrices near to squares the usual form."""
+    low, high = BANDS[name]
+    iterations = NAMED[name]
+    for rows, columns in ((32, 96), (96, 32), (32, 64), (32, 63)):
+        x = matrices(2, rows, columns)
+        exact, found = (
+            orthogonalize_(x.double(), iterations._replace(gram=gram), torch.float64, 1e-7, fresh)
+            for gram in (False, True)
+        )
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+        assert torch.equal(found, exact) is (columns == 63)
+        for dtype, slack in ((torch.float32, 2e-3), (torch.float16, 1e-2)):
+            found = orthogonalize_(x.to(first_dtype(dtype)), iterations._replace(gram=True), dtype, 1e-7, fresh)
+            singular = torch.linalg.svdvals(found.double())
+            # of a square, some are below 0.01
+            assert columns == 63 or float(singular.min()) >= low - slack
+            assert float(singular.max()) <= high + slack
+
+
+@pytest.mark.parametrize("n_iterations", range(9))
+def test_gram_form_of_any_number_of_iterations(n_iterations: int) -> None:
+    x, coefficients = matrices(2, 8, 20).double(), NAMED["quintic5"].coefficients * 2
+    exact, found = (
+        orthogonalize_(x.clone(), Iterations(coefficients[:n_iterations], gram=gram), torch.float64, 1e-7, fresh)
+        for gram in (False, True)
+    )
+    torch.testing.assert_close(found, exact, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["buckets", "loop"])
+@pytest.mark.parametrize("dtype", GRAM_ERRORS)
+def test_gram_form_of_a_group(device: torch.device, dtype: torch.dtype, foreign: bool) -> None:
+    shapes = [(8, 24)] * 2 + [(24, 8), (8, 10)]
+    params = [make_params(shapes, device) for _ in range(2)]
+    for each in params if foreign else ():
+        # rows that do not follow each other are the loop's
+        each[:] = [Parameter(p.detach().t().contiguous().t()) for p in each]
+    plain = optimx.Muon([{"params": params[0]}], lr=0.1, ns_dtype=dtype)
+    gram = optimx.Muon([{"params": params[1], "gram": True}], lr=0.1, ns_dtype=dtype)
+    train(plain, 3)
+    train(gram, 3)
+    for param, other, shape in zip(*params, shapes, strict=True):
+        torch.testing.assert_close(param, other, rtol=0, atol=3e-3 if dtype is torch.float16 else 1e-5)
+        assert torch.equal(param, other) is (shape == (8, 10))
+
+
+def test_gram_form_in_bfloat16() -> None:
+    params, told = make_params([(2, 4)]), "ns_dtype should be torch.float16 or torch.float32 with gram=True but is"
+    with pytest.raises(ValueError, match=told):
+        optimx.Muon(params, gram=True)
+    optimizer = optimx.Muon(params)
+    assert "gram" not in optimizer.param_groups[0]
+    with pytest.raises(ValueError, match=told):
+        optimizer.add_param_group({"params": make_params([(2, 4)]), "gram": True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": make_params([(2, 4)]), "gram": True, "ns_dtype": torch.float16})
+    optimizer.param_groups[0]["gram"] = True
+    set_grads(params, 0)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match=told):
+        optimizer.step()
+    assert torch.equal(params[0], before)
 
 
 @pytest.mark.parametrize("name", NAMED)

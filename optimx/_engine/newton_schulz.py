@@ -4,6 +4,10 @@ An iteration is an odd polynomial of the matrix, ``aX + (bR + cRR)X`` with ``R =
 values approach 1. Results are rounded where torch's Muon rounds: the matrix once to ``dtype``, its norm, and each of
 the three products of an iteration.
 
+In the Gram form (https://github.com/Dao-AILab/gram-newton-schulz), iterations are on ``R`` alone, which is smaller:
+what ``X`` is to be multiplied by is gathered in ``Q``. Rounding makes eigenvalues of ``R`` negative, and more so with
+every iteration, so after a few of them ``X`` is multiplied and ``R`` computed anew: see :func:`parts_on_gram`.
+
 Sources of the coefficients: torch's Muon and https://kellerjordan.github.io/posts/muon (``"standard"``), Polar Express
 (https://arxiv.org/abs/2505.16932) as modded-nanogpt and dion use it, and those of Megatron's Emerging-Optimizers and of
 DeepSeek-V4.
@@ -11,8 +15,9 @@ DeepSeek-V4.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +30,12 @@ class Iterations(NamedTuple):
         coefficients: ``(a, b, c)`` of each iteration.
         safety: The matrix is divided by its Frobenius norm times this first: some polynomials must not see values
             that rounding brings above 1.
+        gram: Iterations take the Gram form where the shorter side is at most half of the longer.
     """
 
     coefficients: tuple[tuple[float, float, float], ...]
     safety: float = 1.0
+    gram: bool = False
 
 
 STANDARD = (3.4445, -4.7750, 2.0315)
@@ -66,17 +73,79 @@ NAMED = {
 Memory = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
 
 
+class Multiply(Protocol):
+    """A batched product, rounded once.
+
+    ``out = beta * addend + alpha * left @ right``, without an addend ``left @ right``. ``out`` is none of the others.
+    ``symmetric`` says that the result is, but for rounding, so that a half of it may do.
+    """
+
+    def __call__(
+        self,
+        left: Tensor,
+        right: Tensor,
+        out: Tensor,
+        addend: Tensor | None = None,
+        beta: float = 1.0,
+        alpha: float = 1.0,
+        *,
+        symmetric: bool = False,
+    ) -> Tensor: ...
+
+
+class Products(NamedTuple):
+    """Where products come from.
+
+    Attributes:
+        multiply: The products.
+        multiple: Rows and columns are filled up with zeros to multiples of it.
+        takes_transposes: Results may be transposes of contiguous matrices.
+    """
+
+    multiply: Multiply
+    multiple: int = 1
+    takes_transposes: bool = False
+
+    def padded(self, size: int) -> int:
+        """Rows or columns with those that fill up."""
+        return -(-size // self.multiple) * self.multiple
+
+
+def _multiply(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    addend: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    *,
+    symmetric: bool = False,
+) -> Tensor:
+    if addend is None:
+        return torch.bmm(left, right, out=out)
+    return torch.baddbmm(addend, left, right, beta=beta, alpha=alpha, out=out)
+
+
+#: Torch's, which compute symmetric results as all others.
+TORCH = Products(_multiply)
+
+
 def first_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of a matrix before its norm is 1: float16 would lose what is small, and overflow."""
     return torch.float32 if dtype is torch.float16 else dtype
 
 
 def orthogonalize_(
-    x: Tensor, iterations: Iterations, dtype: torch.dtype, eps: float | Tensor, memory: Memory
+    x: Tensor,
+    iterations: Iterations,
+    dtype: torch.dtype,
+    eps: float | Tensor,
+    memory: Memory,
+    products: Products = TORCH,
 ) -> Tensor:
     """Orthogonalize the matrices of a batch; ``x`` is overwritten.
 
-    Each matrix becomes, bit by bit, what it would become alone.
+    Each matrix becomes what it would become alone, bit by bit where products round alike in any batch.
 
     Args:
         x: ``[n, rows, columns]``, of :func:`first_dtype`.
@@ -84,26 +153,101 @@ def orthogonalize_(
         dtype: To compute in.
         eps: Norms are not taken to be smaller; a number, or one a matrix, ``[n, 1, 1]``.
         memory: For results and products.
+        products: Where products come from.
 
     Returns:
         ``[n, rows, columns]``; it may be ``x``.
     """
     if x.numel() == 0:
         return x
-    # neither is the sum of squares to overflow, nor does its order show, when it is rounded
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64).to(x.dtype)
-    norm = norm.clamp_(min=eps)
-    x.div_(norm if iterations.safety == 1.0 else norm * iterations.safety)
-    if x.dtype is not dtype:
-        x = memory("rounded", tuple(x.shape), dtype).copy_(x)
-    is_tall = x.shape[1] > x.shape[2]
-    wide = x.mT if is_tall else x
-    n, rows, columns = wide.shape
-    gram, products = (memory(name, (n, rows, rows), x.dtype) for name in ("gram", "products"))
-    results = [memory("result", (n, rows, columns), x.dtype)]
-    results.append(memory("other result", (n, rows, columns), x.dtype) if is_tall else x)
-    for i, (a, b, c) in enumerate(iterations.coefficients):
-        torch.bmm(wide, wide.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=products)
-        wide = torch.baddbmm(wide, products, wide, beta=a, out=results[i % 2])
-    return wide.mT if is_tall else wide
+    n, rows, columns = x.shape
+    norm = _norms(x).to(x.dtype).clamp_(min=eps)
+    shape = n, products.padded(rows), products.padded(columns)
+    scaled = x if x.dtype is dtype and x.shape == shape else memory("scaled", shape, dtype)
+    if scaled.shape != x.shape:
+        # a matrix with NaN has left it there
+        scaled[:, rows:].zero_()
+        scaled[:, :, columns:].zero_()
+    torch.div(x, norm if iterations.safety == 1.0 else norm * iterations.safety, out=scaled[:, :rows, :columns])
+    is_tall = rows > columns
+    wide = scaled.mT if is_tall else scaled
+    of_result = shape if products.takes_transposes else tuple(wide.shape)
+    result = memory("result", of_result, dtype)
+    if of_result == shape:
+        results = [result.mT, wide] if is_tall else [result, wide]
+    else:
+        results = [result, memory("other result", of_result, dtype)]
+
+    def square(name: str) -> Tensor:
+        return memory(name, (n, wide.shape[1], wide.shape[1]), dtype)
+
+    on_gram = iterations.gram and 2 * min(rows, columns) <= max(rows, columns)
+    iterate = _iterate_on_gram if on_gram else _iterate
+    wide = iterate(wide, results, iterations.coefficients, products.multiply, square)
+    return (wide.mT if is_tall else wide)[:, :rows, :columns]
+
+
+def _norms(x: Tensor) -> Tensor:
+    """Frobenius norms of matrices ``[n, rows, columns]``, float64 ``[n, 1, 1]``; the same in any batch.
+
+    Neither do sums of squares overflow, nor does their order show when they are rounded to 16 bits.
+    """
+    if x.device.type == "cpu" and x.dtype is not torch.float64 and x.shape[1] > 1:
+        # with another dtype the operator copies all of its argument first; float32 has most rows
+        rows = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=torch.float32)
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+        if _FLOAT32_HAS[0] < float(norms.min()) and float(norms.max()) < _FLOAT32_HAS[1]:
+            return norms
+    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64)
+
+
+#: Norms between these have squares of float32.
+_FLOAT32_HAS = 1e-15, 1e18
+
+
+def _iterate(
+    x: Tensor,
+    results: Sequence[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+    multiply: Multiply,
+    square: Callable[[str], Tensor],
+) -> Tensor:
+    """What iterations make of wide matrices of norm 1. Results alternate; ``square`` gives memory of R's shape."""
+    gram, polynomial = square("gram"), square("polynomial")
+    for i, (a, b, c) in enumerate(coefficients):
+        multiply(x, x.mT, gram, symmetric=True)
+        multiply(gram, gram, polynomial, gram, b, c, symmetric=True)
+        x = multiply(polynomial, x, results[i % 2], x, a)
+    return x
+
+
+def parts_on_gram(n_iterations: int) -> list[slice]:
+    """Which iterations share a Gram matrix: the first two, then three at a time, as their factors grow less."""
+    bounds = [0, *range(2, n_iterations, 3), n_iterations]
+    return [slice(*pair) for pair in pairwise(bounds)] if n_iterations else []
+
+
+def _iterate_on_gram(
+    x: Tensor,
+    results: Sequence[Tensor],
+    coefficients: Sequence[tuple[float, float, float]],
+    multiply: Multiply,
+    square: Callable[[str], Tensor],
+) -> Tensor:
+    """The same in the Gram form. Polynomials of one matrix commute, so all products but those with x are symmetric."""
+    gram, polynomial, factor, spare = (square(name) for name in ("gram", "polynomial", "factor", "spare"))
+    for n, part in enumerate(parts_on_gram(len(coefficients))):
+        multiply(x, x.mT, gram, symmetric=True)
+        for i, (a, b, c) in enumerate(coefficients[part]):
+            multiply(gram, gram, polynomial, gram, b, c, symmetric=True)
+            if i == 0:
+                factor.copy_(polynomial).diagonal(dim1=1, dim2=2).add_(a)
+            else:
+                multiply(polynomial, factor, spare, factor, a, symmetric=True)
+                factor, spare = spare, factor
+            if part.start + i + 1 < part.stop:
+                # R of the x that is not computed
+                multiply(polynomial, gram, spare, gram, a, symmetric=True)
+                multiply(polynomial, spare, gram, spare, a, symmetric=True)
+        x = multiply(factor, x, results[n % 2])
+    return x

@@ -20,8 +20,8 @@ from .batch import SMALL, in_order, runs
 from .elementwise import PIECE, NativeBucket
 
 #: Elements of matrices that are orthogonalized together: more products in a call take less time each (measured from
-#: 2**18 to 2**21).
-TOGETHER = 1 << 20
+#: 2**18 to 2**22).
+TOGETHER = 1 << 21
 
 
 class Stack(NamedTuple):
