@@ -3,22 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...triton_kernels import muon
+from ...triton_kernels import muon, newton_schulz
 from ...triton_kernels.device import FACTOR
 from ...triton_kernels.tensor_table import TensorTable
 from ...triton_kernels.update import update_
-from ..newton_schulz import first_dtype, orthogonalize_
+from .. import backends
+from ..newton_schulz import TORCH, Products, first_dtype, orthogonalize_
 from ..rounds import Update
 from . import elementwise
 from .elementwise import TritonBucket
 
 #: Elements of matrices that are orthogonalized together: what memory beside the states may have.
 TOGETHER = 1 << 27
+
+#: Products of Triton kernels, and those that only compile these.
+KERNELS = Products(newton_schulz.multiply_, newton_schulz.MULTIPLE, takes_transposes=True)
+COMPILING = KERNELS._replace(multiply=partial(newton_schulz.multiply_, warmup=True))
+#: Whether products are those of kernels; None: where :func:`fills_device` says so.
+use_kernels: bool | None = None
+
+
+def fills_device(device: torch.device, n: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the lower tiles of ``n`` Gram matrices are enough for all multiprocessors of a device.
+
+    Computed, not measured: with fewer tiles, or sides below 512, where what is not a product takes most of the time, a
+    half of the work gains less than torch's products do by being cut otherwise.
+    """
+    side = min(rows, columns)
+    if side < 512 or rows * columns >= newton_schulz.MOST_ELEMENTS // 2:
+        return False
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # kernels compute in float32 itself
+        return False
+    n_tiles = -(-side // newton_schulz.blocks_for(side, dtype).size)
+    return 0 < backends.multiprocessors(device) <= n * n_tiles * (n_tiles + 1) // 2
 
 
 class Stack(NamedTuple):
@@ -36,7 +60,7 @@ class Stack(NamedTuple):
 
 
 class OrthogonalTritonBucket(TritonBucket):
-    """Members that a launch for the momentum, batched products, and a launch for the step update.
+    """Members that a launch for the momentum, batched products, Triton's or torch's, and a launch for the step update.
 
     Their variant says shape, iterations, dtype of these, and the factor of the step size that follows from the shape.
     """
@@ -61,6 +85,8 @@ class OrthogonalTritonBucket(TritonBucket):
                 for roles in ([matrices, buffers[members]], [params[members]])
             )
             self._stacks.append(Stack(members, *tables))
+        fills = fills_device(device, min(n, most) * count, rows, columns, dtype)
+        self._products = KERNELS if (fills if use_kernels is None else use_kernels) else TORCH
         #: For the step there is neither a norm nor a loss scale, but the factor of its size.
         self._control = torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
 
@@ -88,7 +114,10 @@ class OrthogonalTritonBucket(TritonBucket):
             )  # fmt: skip
             x = self._matrices(len(grads))
             if not warmup:
-                x = self._orthogonal(x, stack.averages.rows)
+                x = self._orthogonal(x, stack.averages.rows, self._products)
+            elif self._products is KERNELS:
+                # of whatever is in memory: nobody reads the result
+                self._orthogonal(x, stack.averages.rows, COMPILING)
             bytes_of_each = x.numel() // len(grads) * dtype.itemsize
             places = x.data_ptr() + torch.arange(len(grads), device=grads.device) * bytes_of_each
             # what has no gradient stays as it is
@@ -98,14 +127,14 @@ class OrthogonalTritonBucket(TritonBucket):
             )  # fmt: skip
         yield from ()
 
-    def _orthogonal(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _orthogonal(self, x: Tensor, rows: Tensor, products: Products) -> Tensor:
         """Matrices, contiguous, orthogonalized."""
         _, iterations, dtype, _ = self.key.variant
         if x.dtype is torch.float64:
             x = self.memory("matrices in few bits", tuple(x.shape), first_dtype(dtype)).copy_(x)
         eps = self._rows.view(-1, len(muon.HYPER))[:, muon.HYPER.index("eps")]
         eps = eps[rows.long()].to(x.dtype).repeat_interleave(len(x) // len(rows)).view(-1, 1, 1)
-        result = orthogonalize_(x, iterations, dtype, eps, self.memory)
+        result = orthogonalize_(x, iterations, dtype, eps, self.memory, products)
         return result if result.is_contiguous() else self.memory("step", tuple(x.shape), dtype).copy_(result)
 
     def memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
