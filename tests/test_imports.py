@@ -31,7 +31,7 @@ FLOORS = [
     [
         f"optimx._engine.{name}"
         for name in (
-            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "sharding", "exchange", "rounds",
+            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "storage", "sharding", "exchange", "rounds",
             "optimizer",
         )
     ],

@@ -1,4 +1,5 @@
-"""Muon: momentum before the iterations that orthogonalize it, and the step after them. Products are torch's.
+"""Muon: momentum before the iterations that orthogonalize it, and the step after them. Products are
+:mod:`.newton_schulz`'s or torch's.
 
 Both are updates of :mod:`.update`, and each byte is moved once: in float32 with iterations in bfloat16, grad 4,
 momentum_buffer 4+4, matrix 2; then matrix 2, param 4+4: 24 a parameter, and 6 for the norm and the division by it.

@@ -63,6 +63,17 @@ def choose(device: torch.device) -> tuple[str, str]:
     return (TORCH, reason) if reason else (TRITON, "")
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many there are that products of matrices by Triton run on; 0 without a GPU, or on one before Ampere.
+
+    Those have less shared memory than tiles of matrices take.
+    """
+    if device.type != "cuda":
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return 0 if torch.version.hip is None and properties.major < 8 else properties.multi_processor_count
+
+
 class CompileError(Exception):
     """A kernel that does not compile, before anything was changed; ``variants`` are those that need it."""
 

@@ -9,12 +9,9 @@ Formats follow from a parameter's *global* shape and its group, never from a sha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 #: Settings, which are in no group where they are these.
 SETTINGS: dict[str, Any] = {"param_rounding": "nearest", "state_dtype": None, "rounding_seed": 0}
@@ -70,7 +67,7 @@ _COMPANIONS = {
 
 
 def names(role: str, kind: int) -> tuple[str, ...]:
-    """Names in ``optimizer.state`` of a role's tensors: the state's, of the parameter (``""``) none; its companion's."""
+    """Names in ``optimizer.state`` of a role's tensors, of which the parameter (``""``) has but its companion."""
     if kind in (SIGNED8, UNSIGNED8):
         return f"{role}_codes", f"{role}_scales"
     own = (role,) if role else ()

@@ -15,8 +15,11 @@ import triton
 from .walk import AMDGCN, SASS, WIDE, Walk, instructions_per_element
 
 _PTX_ACCESS = re.compile(r"\b(ld|st)\.(?:[\w:]+\.)*?global\.(?:[\w:]+\.)*?v(\d)\.[bfus](\d+)\b")
+#: From global to shared memory, of so many bytes.
+_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S* \[[^]]*\], \[[^]]*\], (\w+)")
+_MATRIX = re.compile(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_f32)")
 _PTX_ATOMIC = re.compile(r"\b(?:atom|red)\.\S+")
-_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)_dwordx(\d)\b")
+_AMD_ACCESS = re.compile(r"\b(?:global|buffer|flat)_(load|store)(?:_lds)?_dwordx(\d)\b")
 # what the local data share does but read, write and permute is atomic
 _AMD_ATOMIC = re.compile(r"\b\w+_atomic_\w+|\bds_(?:add|sub|rsub|inc|dec|min|max|and|or|xor|cmpst|wrxchg|pk_add)\w*")
 
@@ -27,12 +30,13 @@ class Assembly:
 
     Attributes:
         loads, stores: Vector accesses to global memory: how many of each width in bits, wherever they stand. An
-            unrolled loop has several times those of one block.
+            unrolled loop has several times those of one block. Copies to shared memory are loads.
         registers: Of a thread (AMD: vector registers).
         spills: Bytes of stack (AMD: and the number of spilled registers).
         shared: Bytes of shared memory.
         atomics: Atomic instructions.
         instructions: For an element of a full chunk; None where nobody asked, or no walk through one was found.
+        matrix: Kinds of instructions that multiply matrices.
     """
 
     loads: Counter[int]
@@ -42,6 +46,7 @@ class Assembly:
     shared: int
     atomics: tuple[str, ...]
     instructions: float | None = None
+    matrix: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Limits:
         registers, shared: As in :class:`Assembly`, at most.
         instructions: As in :class:`Assembly`, at most; None: any number will do.
         walk: Where instructions are limited, how a full chunk is walked through.
+        matrix: As in :class:`Assembly`, exactly.
     """
 
     reads: Sequence[int] = ()
@@ -62,6 +68,7 @@ class Limits:
     shared: int = 0
     instructions: float | None = None
     walk: Walk | None = None
+    matrix: frozenset[str] = frozenset()
 
 
 def examine(kernel: Any, walk: Walk | None = None) -> Assembly:
@@ -78,6 +85,7 @@ def _examine_cuda(kernel: Any, walk: Walk | None) -> Assembly:
     accesses = {"ld": Counter(), "st": Counter()}
     for direction, lanes, bits in _PTX_ACCESS.findall(ptx):
         accesses[direction][int(lanes) * int(bits)] += 1
+    accesses["ld"].update(8 * int(size, 0) for size in _PTX_COPY.findall(ptx))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
@@ -93,6 +101,7 @@ def _examine_cuda(kernel: Any, walk: Walk | None) -> Assembly:
         shared=kernel.metadata.shared,
         atomics=tuple(_PTX_ATOMIC.findall(ptx)),
         instructions=instructions_per_element(sass, SASS, walk) if walk else None,
+        matrix=frozenset(_MATRIX.findall(ptx)),
     )
 
 
@@ -110,6 +119,7 @@ def _examine_hip(kernel: Any, walk: Walk | None) -> Assembly:
         shared=kernel.metadata.shared,
         atomics=tuple(_AMD_ATOMIC.findall(text)),
         instructions=instructions_per_element(text, AMDGCN, walk) if walk else None,
+        matrix=frozenset(_MATRIX.findall(text)),
     )
 
 
@@ -124,6 +134,9 @@ def problems(assembly: Assembly, limits: Limits) -> list[str]:
         found.append(f"shared memory should be <= {limits.shared} bytes but is: {assembly.shared}")
     if assembly.atomics:
         found.append(f"atomics make results depend on timing, but there are: {', '.join(assembly.atomics)}")
+    if assembly.matrix != limits.matrix:
+        named = (", ".join(sorted(each)) or "none" for each in (limits.matrix, assembly.matrix))
+        found.append("matrices should be multiplied by {} but are by: {}".format(*named))
     if limits.instructions is not None:
         if assembly.instructions is None:
             found.append("no walk through a full chunk was found")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 
 from .assembly import Assembly, Limits, examine, problems
 from .compiler import TARGETS, Launch, compile_for, why_not
+from .variants import cases
 from .walk import AMDGCN, SASS, Walk, instructions_per_element
 
 BLOCK = 1024
@@ -132,6 +134,21 @@ def test_no_walk(architecture: str) -> None:
     limits = Limits(instructions=6.0, walk=WALK)
     narrow = _examine(architecture, _walk_kernel, walk=WALK, DIVIDE=False, MASKED=True)
     assert problems(narrow, limits) == ["no walk through a full chunk was found"]
+
+
+def test_matrix_instructions(architecture: str) -> None:
+    assembly = _examine(architecture, _copy_kernel)
+    (matrix,) = problems(assembly, replace(COPY, matrix=frozenset({"mma.sync"})))
+    assert matrix == "matrices should be multiplied by mma.sync but are by: none"
+
+
+def test_rows_off_16_bytes(architecture: str) -> None:
+    """Why matrices that are multiplied are filled up with zeros."""
+    variant, _ = cases()[f"newton_schulz-{architecture}-bfloat16-gram-512"]
+    launch, limits = variant.on(TARGETS[architecture])
+    sizes = [arg + 1 if isinstance(arg, int) else arg for arg in launch.args]
+    found = problems(examine(compile_for(TARGETS[architecture], replace(launch, args=(*sizes,)))), limits)
+    assert "loads of 128 bits or more should move 1024 bits a block but move: 0" in found
 
 
 LOOP = """\

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, muon, update
+from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, muon, newton_schulz, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
@@ -231,6 +231,74 @@ def _muon_variants() -> Iterator[Variant]:
             )  # fmt: skip
 
 
+#: What multiplies matrices of 16 bits. Those of float32 have it on AMD's alone, where it rounds as float32 does.
+MATRIX_INSTRUCTIONS = {
+    80: "mma.sync",
+    90: "wgmma.mma_async",
+    100: "tcgen05.mma",
+    "gfx942": "v_mfma_f32",
+    "gfx950": "v_mfma_f32",
+}
+#: Bytes of shared memory: of a GeForce, which has the least, and of AMD's.
+SHARED_PRODUCTS = {"cuda": 99 * 1024, "gfx942": 64 * 1024, "gfx950": 160 * 1024}
+
+
+@dataclass(frozen=True)
+class ProductVariant(Variant):
+    """A product of matrices, whose program has a tile of them instead of a chunk.
+
+    Attributes:
+        symmetric: Tiles are stored twice.
+    """
+
+    symmetric: bool = False
+
+    def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
+        (launch,) = record(lambda: self.call(Sizes(LaunchSize(num_warps=NUM_THREADS // target.warp_size))))
+        size, inner = launch.options["SIZE"], launch.options["INNER"]
+        (dtype,) = self.reads
+        n_bytes = dtype.itemsize / (launch.options["num_warps"] * target.warp_size)
+        on_cuda = target.backend == "cuda"
+        has_units = dtype is not torch.float32 or not on_cuda
+        # tiles of both operands; that of an addend is as large as several. Words go straight to gfx950's shared memory
+        reads = [] if target.arch == "gfx950" and dtype is torch.float32 else [int(size * inner * n_bytes)] * 2
+        return launch, Limits(
+            reads=reads,
+            # gfx942 stores what its matrix instructions leave in a thread, which is less than 16 bytes
+            writes=[int(size * size * n_bytes)] * (1 + self.symmetric) if on_cuda else [],
+            registers=REGISTER_FILE[target.backend] // self.threads,
+            shared=SHARED_PRODUCTS["cuda" if on_cuda else target.arch],
+            matrix=frozenset({MATRIX_INSTRUCTIONS[target.arch]} if has_units else ()),
+        )
+
+
+def _product_variants() -> Iterator[Variant]:
+    """Those of iterations on wide and tall matrices, and without an addend, as the Gram form ends."""
+    kinds = ("gram", "gram-tall", "polynomial", "apply", "apply-tall", "factor")
+    choices = [*product((torch.bfloat16, torch.float32), kinds, (1024,))]
+    choices += [(torch.float16, "apply", 1024), (torch.bfloat16, "gram", 512), (torch.bfloat16, "factor", 512)]
+    for dtype, kind, side in choices:
+        symmetric = kind.startswith(("gram", "polynomial"))
+
+        def call(size: Sizes, dtype=dtype, kind=kind, side=side, symmetric=symmetric) -> None:
+            # of any size: tiles are those of matrices whose shorter side is ``side``
+            m, n = 16 * (1 + size.n_tensors % 4), 16 * (2 + size.n_tensors % 3)
+            wide, square = (torch.empty(size.n_tensors, m, columns, dtype=dtype) for columns in (n, m))
+            tall = torch.empty(size.n_tensors, n, m, dtype=dtype).mT
+            x, out = (tall, torch.empty_like(tall)) if kind.endswith("tall") else (wide, torch.empty_like(wide))
+            arguments = {
+                "gram": (x, x.mT, square), "polynomial": (square, square, torch.empty_like(square), square),
+                "apply": (square, x, out, x), "factor": (square, x, out),
+            }[kind.removesuffix("-tall")]  # fmt: skip
+            blocks = newton_schulz.blocks_for(side, dtype, on_amd=size.tiles.num_warps < NUM_THREADS // 32)
+            newton_schulz.multiply_(*arguments, symmetric=symmetric, blocks=blocks)
+
+        yield ProductVariant(
+            "newton_schulz", _name(str(dtype)[6:], kind, str(side)), call, reads=(dtype,), threads=256,
+            symmetric=symmetric,
+        )  # fmt: skip
+
+
 def _lamb_variants() -> Iterator[Variant]:
     """The launches before the update."""
     for name, control in REDUCED:
@@ -443,6 +511,7 @@ def variants() -> tuple[Variant, ...]:
     families = (
         _update_variants,
         _muon_variants,
+        _product_variants,
         _lamb_variants,
         _adafactor_variants,
         _prepare_variants,

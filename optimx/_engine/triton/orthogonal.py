@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
+from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...triton_kernels import muon
+from ...triton_kernels import muon, newton_schulz
 from ...triton_kernels.device import FACTOR, NORM, SKIP
 from ...triton_kernels.tensor_table import TensorTable, upload
 from ...triton_kernels.update import update_
+from .. import backends
 from ..matrices import Block, Scratch, equalized, row_squares
-from ..newton_schulz import first_dtype, orthogonalize_
+from ..newton_schulz import TORCH, Products, first_dtype, orthogonalize_
 from ..rounds import MATRICES, Share, Update
 from . import elementwise
 from .elementwise import TritonBucket
 
 #: Elements of matrices that are orthogonalized together: what memory beside the states may have.
 TOGETHER = 1 << 27
+
+#: Products of Triton kernels, and those that only compile these.
+KERNELS = Products(newton_schulz.multiply_, newton_schulz.MULTIPLE, takes_transposes=True)
+COMPILING = KERNELS._replace(multiply=partial(newton_schulz.multiply_, warmup=True))
+#: Whether products are those of kernels; None: where :func:`fills_device` says so.
+use_kernels: bool | None = None
+
+
+def fills_device(device: torch.device, n: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether the lower tiles of ``n`` Gram matrices are enough for all multiprocessors of a device.
+
+    Computed, not measured: with fewer tiles, or sides below 512, where what is not a product takes most of the time, a
+    half of the work gains less than torch's products do by being cut otherwise.
+    """
+    side = min(rows, columns)
+    if side < 512 or rows * columns >= newton_schulz.MOST_ELEMENTS // 2:
+        return False
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        # kernels compute in float32 itself
+        return False
+    n_tiles = -(-side // newton_schulz.blocks_for(side, dtype).size)
+    return 0 < backends.multiprocessors(device) <= n * n_tiles * (n_tiles + 1) // 2
 
 
 class Stack(NamedTuple):
@@ -32,6 +56,7 @@ class Stack(NamedTuple):
         averages: Roles: what is to be orthogonalized, momentum buffers.
         steps: Role: params.
         row_averages: Roles: averages of rows, and the states that they are copies of; None: rows stay as they are.
+        products: Where products come from.
     """
 
     block: Block
@@ -39,6 +64,7 @@ class Stack(NamedTuple):
     averages: TensorTable
     steps: TensorTable
     row_averages: TensorTable | None
+    products: Products
 
     @property
     def tables(self) -> list[TensorTable]:
@@ -47,7 +73,7 @@ class Stack(NamedTuple):
 
 
 class OrthogonalTritonBucket(TritonBucket):
-    """Members that a launch for the momentum, batched products, and a launch for the step update.
+    """Members that a launch for the momentum, batched products, Triton's or torch's, and a launch for the step update.
 
     Their variant is a :class:`~..matrices.MatrixVariant`.
     """
@@ -97,6 +123,8 @@ class OrthogonalTritonBucket(TritonBucket):
     def _cut_into_stacks(self, block: Block) -> Iterator[Stack]:
         params, _, (buffers, *averages), _ = self.members
         most = self._most(block)
+        n_matrices = min(most, len(params)) * block.n_matrices
+        fills = fills_device(self.key.device, n_matrices, block.rows, block.columns, self.key.variant.dtype)
 
         def table(numel: int, *roles: Sequence[Tensor]) -> TensorTable:
             n = len(roles[0])
@@ -117,6 +145,7 @@ class OrthogonalTritonBucket(TritonBucket):
                 table(block.numel, matrices, self._parts(buffers[members], block)),
                 table(block.numel, of_members),
                 row_averages,
+                KERNELS if (fills if use_kernels is None else use_kernels) else TORCH,
             )
 
     def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
@@ -161,7 +190,10 @@ class OrthogonalTritonBucket(TritonBucket):
             )  # fmt: skip
             x = self._matrices(len(grads), block)
             if not warmup:
-                x = self._orthogonal(x, stack)
+                x = self._orthogonal(x, stack, stack.products)
+            elif stack.products is KERNELS:
+                # of whatever is in memory: nobody reads the result
+                self._orthogonal(x, stack, COMPILING)
             if stack.row_averages is not None:
                 squares = x.new_zeros(()) if warmup else row_squares(x)
                 means = (squares / max(1, block.columns)).float()
@@ -182,14 +214,14 @@ class OrthogonalTritonBucket(TritonBucket):
         mine = self._control_of[block]
         return mine if control is None else torch.stack([mine[NORM.value], mine[FACTOR.value], control[SKIP.value]])
 
-    def _orthogonal(self, x: Tensor, stack: Stack) -> Tensor:
+    def _orthogonal(self, x: Tensor, stack: Stack, products: Products) -> Tensor:
         """Matrices, contiguous, orthogonalized."""
         iterations, dtype, rows = self.key.variant.iterations, self.key.variant.dtype, stack.averages.rows
         if x.dtype is torch.float64:
             x = self.memory("matrices in few bits", tuple(x.shape), first_dtype(dtype)).copy_(x)
         eps = self._rows.view(-1, len(muon.HYPER))[:, muon.HYPER.index("eps")]
         eps = eps[rows.long()].to(x.dtype).repeat_interleave(stack.block.n_matrices).view(-1, 1, 1)
-        result = orthogonalize_(x, iterations, dtype, eps, self.memory)
+        result = orthogonalize_(x, iterations, dtype, eps, self.memory, products)
         return result if result.is_contiguous() else self.memory("step", tuple(x.shape), dtype).copy_(result)
 
 
