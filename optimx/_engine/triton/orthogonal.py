@@ -3,46 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...triton_kernels import muon, newton_schulz
+from ...triton_kernels import muon
 from ...triton_kernels.device import FACTOR
-from ...triton_kernels.tensor_table import TensorTable
+from ...triton_kernels.tensor_table import TensorTable, upload
 from ...triton_kernels.update import update_
-from .. import backends
-from ..newton_schulz import TORCH, Products, first_dtype, orthogonalize_
+from ..newton_schulz import Products, first_dtype, orthogonalize_
 from ..rounds import Update
 from . import elementwise
 from .elementwise import TritonBucket
+from .products import COMPILING, KERNELS, products_for
 
 #: Elements of matrices that are orthogonalized together: what memory beside the states may have.
 TOGETHER = 1 << 27
-
-#: Products of Triton kernels, and those that only compile these.
-KERNELS = Products(newton_schulz.multiply_, newton_schulz.MULTIPLE, takes_transposes=True)
-COMPILING = KERNELS._replace(multiply=partial(newton_schulz.multiply_, warmup=True))
-#: Whether products are those of kernels; None: where :func:`fills_device` says so.
-use_kernels: bool | None = None
-
-
-def fills_device(device: torch.device, n: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether the lower tiles of ``n`` Gram matrices are enough for all multiprocessors of a device.
-
-    Computed, not measured: with fewer tiles, or sides below 512, where what is not a product takes most of the time, a
-    half of the work gains less than torch's products do by being cut otherwise.
-    """
-    side = min(rows, columns)
-    if side < 512 or rows * columns >= newton_schulz.MOST_ELEMENTS // 2:
-        return False
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        # kernels compute in float32 itself
-        return False
-    n_tiles = -(-side // newton_schulz.blocks_for(side, dtype).size)
-    return 0 < backends.multiprocessors(device) <= n * n_tiles * (n_tiles + 1) // 2
 
 
 class Stack(NamedTuple):
@@ -85,10 +62,9 @@ class OrthogonalTritonBucket(TritonBucket):
                 for roles in ([matrices, buffers[members]], [params[members]])
             )
             self._stacks.append(Stack(members, *tables))
-        fills = fills_device(device, min(n, most) * count, rows, columns, dtype)
-        self._products = KERNELS if (fills if use_kernels is None else use_kernels) else TORCH
+        self._products = products_for(device, min(n, most) * count, rows, columns, dtype)
         #: For the step there is neither a norm nor a loss scale, but the factor of its size.
-        self._control = torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
+        self._control = upload(torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu"), device)
 
     def _matrices(self, n_members: int) -> Tensor:
         (count, rows, columns), *_ = self.key.variant
