@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 from optimx.triton_kernels import newton_schulz  # noqa: E402
 from optimx.triton_kernels.newton_schulz import Blocks, blocks_for, multiply_  # noqa: E402
 
-from optimx._engine.triton import orthogonal  # noqa: E402
+from optimx._engine.triton import products as triton_products  # noqa: E402
 
 #: A program takes the interpreter milliseconds: small tiles, of which no side is that of another's.
 SMALL = Blocks(size=32, inner=16, num_warps=4, num_stages=2)
@@ -38,8 +38,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, triton_backend: torch.device) 
 @pytest.fixture(params=[True, False], ids=["kernels", "torch"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Products:
     """Products of the Triton backend are these, whatever the shape."""
-    monkeypatch.setattr(orthogonal, "use_kernels", request.param)
-    return orthogonal.KERNELS if request.param else TORCH
+    monkeypatch.setattr(triton_products, "use_kernels", request.param)
+    return triton_products.KERNELS if request.param else TORCH
 
 
 def random(device: torch.device, dtype: torch.dtype, *shape: int, seed: int = 0, tall: bool = False) -> Tensor:
@@ -186,7 +186,7 @@ def test_iterations(device: torch.device, rows: int, columns: int, gram: bool) -
             given = x.to(first_dtype(dtype), copy=True)
             if poison:
                 given[:1] = torch.nan
-            found = orthogonalize_(given, iterations, dtype, 1e-7, scratch, orthogonal.KERNELS)
+            found = orthogonalize_(given, iterations, dtype, 1e-7, scratch, triton_products.KERNELS)
         assert found.shape == x.shape
         assert found.dtype is dtype
         assert float((found.double().cpu() - exact).norm() / exact.norm()) <= error, dtype
@@ -196,7 +196,7 @@ def test_iterations(device: torch.device, rows: int, columns: int, gram: bool) -
 def test_whole_matrices_are_not_copied(device: torch.device, rows: int, columns: int) -> None:
     found = orthogonalize_(
         random(device, torch.bfloat16, 2, rows, columns), NAMED["standard"], torch.bfloat16, 1e-7, Scratch(device),
-        orthogonal.KERNELS,
+        triton_products.KERNELS,
     )  # fmt: skip
     assert found.is_contiguous()
 
@@ -256,8 +256,8 @@ def test_which_matrices_fill_a_device(
     monkeypatch.setattr(newton_schulz, "blocks_for", blocks_for)
     monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda")
-    assert orthogonal.fills_device(device, n, *shape, dtype) is fills
-    assert not orthogonal.fills_device(torch.device("cpu"), n, *shape, dtype)
+    assert triton_products.fills_device(device, n, *shape, dtype) is fills
+    assert not triton_products.fills_device(torch.device("cpu"), n, *shape, dtype)
     # kernels have no TF32
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision="tf32"))
-    assert orthogonal.fills_device(device, n, *shape, dtype) is (fills and dtype is not torch.float32)
+    assert triton_products.fills_device(device, n, *shape, dtype) is (fills and dtype is not torch.float32)

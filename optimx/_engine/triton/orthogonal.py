@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from functools import partial
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...triton_kernels import muon, newton_schulz
+from ...triton_kernels import muon
 from ...triton_kernels.device import FACTOR, NORM, SKIP
 from ...triton_kernels.tensor_table import TensorTable, upload
 from ...triton_kernels.update import update_
-from .. import backends
 from ..matrices import Block, Scratch, equalized, row_squares
-from ..newton_schulz import TORCH, Products, first_dtype, orthogonalize_
+from ..newton_schulz import Products, first_dtype, orthogonalize_
 from ..rounds import MATRICES, Share, Update
 from . import elementwise
 from .elementwise import TritonBucket
+from .products import COMPILING, KERNELS, products_for
 
 #: Elements of matrices that are orthogonalized together: what memory beside the states may have.
 TOGETHER = 1 << 27
-
-#: Products of Triton kernels, and those that only compile these.
-KERNELS = Products(newton_schulz.multiply_, newton_schulz.MULTIPLE, takes_transposes=True)
-COMPILING = KERNELS._replace(multiply=partial(newton_schulz.multiply_, warmup=True))
-#: Whether products are those of kernels; None: where :func:`fills_device` says so.
-use_kernels: bool | None = None
-
-
-def fills_device(device: torch.device, n: int, rows: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether the lower tiles of ``n`` Gram matrices are enough for all multiprocessors of a device.
-
-    Computed, not measured: with fewer tiles, or sides below 512, where what is not a product takes most of the time, a
-    half of the work gains less than torch's products do by being cut otherwise.
-    """
-    side = min(rows, columns)
-    if side < 512 or rows * columns >= newton_schulz.MOST_ELEMENTS // 2:
-        return False
-    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        # kernels compute in float32 itself
-        return False
-    n_tiles = -(-side // newton_schulz.blocks_for(side, dtype).size)
-    return 0 < backends.multiprocessors(device) <= n * n_tiles * (n_tiles + 1) // 2
 
 
 class Stack(NamedTuple):
@@ -56,7 +33,7 @@ class Stack(NamedTuple):
         averages: Roles: what is to be orthogonalized, momentum buffers.
         steps: Role: params.
         row_averages: Roles: averages of rows, and the states that they are copies of; None: rows stay as they are.
-        products: Where products come from.
+        products: Where products of iterations come from.
     """
 
     block: Block
@@ -86,7 +63,7 @@ class OrthogonalTritonBucket(TritonBucket):
         self._first_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else first_dtype(variant.dtype)
         #: For a step there is neither a norm nor a loss scale, but the factor of its size; for averages of rows 1.
         self._control_of = {
-            block: torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu").to(device)
+            block: upload(torch.tensor([0.0, times, 0.0], dtype=torch.float64, device="cpu"), device)
             for block, times in zip((*variant.blocks, None), (*variant.times, 1.0), strict=True)
         }
         self._stacks: list[Stack] = []
@@ -124,7 +101,7 @@ class OrthogonalTritonBucket(TritonBucket):
         params, _, (buffers, *averages), _ = self.members
         most = self._most(block)
         n_matrices = min(most, len(params)) * block.n_matrices
-        fills = fills_device(self.key.device, n_matrices, block.rows, block.columns, self.key.variant.dtype)
+        products = products_for(self.key.device, n_matrices, block.rows, block.columns, self.key.variant.dtype)
 
         def table(numel: int, *roles: Sequence[Tensor]) -> TensorTable:
             n = len(roles[0])
@@ -145,7 +122,7 @@ class OrthogonalTritonBucket(TritonBucket):
                 table(block.numel, matrices, self._parts(buffers[members], block)),
                 table(block.numel, of_members),
                 row_averages,
-                KERNELS if (fills if use_kernels is None else use_kernels) else TORCH,
+                products,
             )
 
     def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
