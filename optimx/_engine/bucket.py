@@ -20,6 +20,7 @@ from .rounds import ROUNDS_OF, Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
 from .sharding import Cut
+from .storage import Format, tensor_names
 
 #: Members up to which also the dtypes of scalars are compared.
 FEW = 8
@@ -37,6 +38,7 @@ class BucketKey:
         scalar_dtype: Of the scalar states.
         first: Members take their first step, where the rule has it differ from the others.
         cut: How members are spread over ranks; None where they are no DTensors.
+        formats: How the parameter and each state are kept; empty: all are plain tensors.
     """
 
     backend: str
@@ -47,6 +49,7 @@ class BucketKey:
     scalar_dtype: torch.dtype
     first: bool
     cut: Cut | None = None
+    formats: tuple[Format, ...] = ()
 
     def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
         """What tells the kernels that a rule's bucket launches from those of others."""
@@ -117,6 +120,8 @@ class Bucket:
         #: None where the host does not count.
         self.scalars: Scalars | None = None
         self.state_names = rule.state_names(key.variant)
+        if key.formats:
+            self.state_names = tensor_names(self.state_names, key.formats)
 
     def add(self, position: int, group: int, shape: torch.Size) -> None:
         """Make a parameter, of which ``shape`` is all, a member."""

@@ -23,6 +23,7 @@ from .grad_norm import Amp, Found, measure
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
 from .sharding import gathered
+from .storage import SETTINGS
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
@@ -130,8 +131,8 @@ class Engine:
             del settings[len(names) :: len(names) + 1]
         except KeyError:  # a subclass's default that groups lack
             settings = [group.get(name) for group in groups for name in names]
-        if rule.optional_settings:
-            settings += [group.get(name) for group in groups for name in rule.optional_settings]
+        optional = (*SETTINGS, *rule.optional_settings)
+        settings += [group.get(name) for group in groups for name in optional]
         if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
             return
         values = [*map(rule.values, groups)]

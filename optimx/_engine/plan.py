@@ -27,6 +27,7 @@ from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
 from .placement import Placement, has_device_values, place_all, placement_flags
+from .recode import bring_to_formats
 from .rounds import Rounds
 from .states import create_states
 
@@ -118,6 +119,7 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
+        bring_to_formats(optimizer, inputs.shards)
         self.buckets = self._sort(optimizer, inputs)
         self.cuts_of_leftovers = [sharding.cut_of(params[position]) for position, _ in self.leftovers]
         self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)

@@ -170,7 +170,7 @@ def like(param: Tensor, shard: Tensor, kind: StateKind = PLAIN) -> Tensor:
     if not _compat.is_dtensor(param):
         return shard
     spec = _compat.dtensor_spec(param)
-    if kind.reduced:
+    if not kind.is_like_param:
         spec = _compat.new_dtensor_spec(spec.mesh, _placements_of(param, kind), kind.shape(param), shard.dtype)
     return _compat.dtensor_of(shard, spec)
 
