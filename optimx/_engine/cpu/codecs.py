@@ -21,6 +21,11 @@ _HALF = 1 << 15
 _SMALLEST_NORMAL, _GRID = 2.0**-14, 2.0**-24
 
 
+def elements_each(kept: Format) -> int:
+    """Elements that an entry of a format's companion is for."""
+    return GROUP if kept.kind in (SIGNED8, UNSIGNED8) else 1
+
+
 def decode(kept: Format, own: Tensor, companion: Tensor | None, out: Tensor, memory: Memory) -> Tensor:
     """The values of elements, which may be written.
 
@@ -31,7 +36,7 @@ def decode(kept: Format, own: Tensor, companion: Tensor | None, out: Tensor, mem
         memory: See :data:`~.noise.Memory`.
 
     Returns:
-        ``out``; or the companion itself, where this has the values.
+        ``out``; or one of the tensors, where this has the values.
     """
     return _DECODE[kept.kind](own, companion, out, memory)
 
@@ -69,12 +74,18 @@ def _floats(name: str, like: Tensor, memory: Memory) -> Tensor:
     return memory(name, (len(like),), torch.float32)
 
 
+def _copy(values: Tensor, to: Tensor) -> None:
+    """Copy values, unless they lie there."""
+    if values.data_ptr() != to.data_ptr():
+        to.copy_(values)
+
+
 def _decode_plain(own, companion, out, memory):
-    return out.copy_(own)
+    return own if own.dtype is out.dtype else out.copy_(own)
 
 
 def _encode_nearest(values, own, companion, noise, memory):
-    own.copy_(values)
+    _copy(values, own)
 
 
 def _encode_stochastic(values, own, companion, noise, memory):
@@ -142,8 +153,7 @@ def _decode_master(own, companion, out, memory):
 
 def _encode_master(values, own, companion, noise, memory):
     own.copy_(values)
-    if values is not companion:
-        companion.copy_(values)
+    _copy(values, companion)
 
 
 def _grouped(values: Tensor) -> Tensor:

@@ -55,14 +55,14 @@ class Places(NamedTuple):
     elements: slice | Tensor
 
 
-def places(parts: Sequence[Part], memory: Memory) -> Places:
+def places(parts: Sequence[Part], memory: Memory | None = None) -> Places:
     """Where the bits of the elements of parts, one part after the other, come from.
 
     Args:
         parts: One or more, none of which is empty.
-        memory: The counters of one part in one piece are left there.
+        memory: May hold what is returned, until the next call.
     """
-    if len(parts) == 1 and not parts[0].geometry.gap:
+    if memory is not None and len(parts) == 1 and not parts[0].geometry.gap:
         start = parts[0].geometry.first + parts[0].first
         first, last = start // PER_COUNTER, (start + parts[0].numel - 1) // PER_COUNTER
         counters = memory("counters", (last - first + 1,), torch.int64)
