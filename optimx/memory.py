@@ -70,9 +70,10 @@ class Memory:
         return sum(row.traffic for row in self.rows)
 
     def __str__(self) -> str:
-        table = [("optimizer", "elements", "param", "grad", "state", "step moves", "kept")]
+        table: list[tuple[str, ...]] = [("optimizer", "elements", "param", "grad", "state", "step moves", "kept")]
         for row in self.rows:
-            each = (f"{number / max(1, row.elements):.4g}" for number in (row.params, row.grads, row.states, row.traffic))
+            sums = row.params, row.grads, row.states, row.traffic
+            each = (f"{n_bytes / max(1, row.elements):.4g}" for n_bytes in sums)
             table.append((row.optimizer, f"{row.elements:,}", *each, row.kept))
         lines = ["bytes a parameter", *aligned(table, numbers=range(1, 6))]
         return "\n".join([*lines, f"together {_size(self.total)}; a step moves {_size(self.traffic)}"])

@@ -14,13 +14,15 @@ from torch.nn import Parameter
 import optimx
 from optimx._engine.recode import bring_to_formats, master_weights, set_master_weights
 from tests.cases import CASES, make_params, set_grads
+from tests.conftest import INTERPRETED
 
-pytestmark = pytest.mark.interpreted
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore:.*stands still")]
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     **{case.name: (case.cls, {}) for case in CASES},
     "sgd": (optimx.SGD, {"momentum": 0.9}),
-    "adafactor": (optimx.Adafactor, {"beta1": 0.9}),
+    # its own default of eps depends on the parameter's dtype
+    "adafactor": (optimx.Adafactor, {"beta1": 0.9, "eps": (1e-10, 1e-3)}),
     "muon": (optimx.Muon, {"ns_dtype": torch.float32}),
 }
 SHAPES = [(3, 5), (40, 8), (3, 5)]
@@ -36,7 +38,6 @@ def states(optimizer: torch.optim.Optimizer, param: Parameter) -> dict[str, Tens
     return {name: value for name, value in optimizer.state[param].items() if value.dim()}
 
 
-@pytest.mark.filterwarnings("ignore:.*stands still")
 @pytest.mark.parametrize("of_params", [F32, BF16], ids=["params32", "params16"])
 @pytest.mark.parametrize("of_states", [F32, BF16], ids=["states32", "states16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -65,7 +66,6 @@ def test_dtypes_of_states(device: torch.device, name: str, of_params: Any, of_st
     assert not any(row.reason for row in optimx.explain(optimizer).rows)
 
 
-@pytest.mark.filterwarnings("ignore:.*stands still")
 @pytest.mark.parametrize("of_params", [F32, BF16], ids=["params32", "params16"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_checkpoints_round_nothing(device: torch.device, name: str, of_params: Any) -> None:
@@ -159,6 +159,14 @@ def test_a_changed_setting_converts(device: torch.device) -> None:
     torch.testing.assert_close(after["exp_avg"].float(), expected, rtol=2**-8, atol=0)
 
 
+FORMATS = {
+    "stochastic": {"param_rounding": "stochastic", "state_dtype": "stochastic"},
+    "remainder8": {"param_rounding": "remainder8", "state_dtype": F32},
+    "remainder16": {"param_rounding": "remainder16", "state_dtype": F32},
+    "master": {"param_rounding": "master", "state_dtype": F32},
+    "8bit": {"param_rounding": "stochastic", "state_dtype": "8bit"},
+}
+on_a_cpu = pytest.mark.skipif(INTERPRETED, reason="kernels keep plain tensors alone")
 LARGE = [(40, 128), (64, 2, 64), (3, 5), (5000,)]
 
 
@@ -227,3 +235,109 @@ def test_master_weights(device: torch.device, rounding: str) -> None:
         set_master_weights(optimizer, exact[:1])
     with pytest.raises(ValueError, match=r"tensors\[0\] should have shape \[40, 128\] but has: \[3, 2\]"):
         set_master_weights(optimizer, exact[::-1])
+
+
+#: Muon keeps plain tensors.
+KEEPING = [name for name in OPTIMIZERS if name != "muon"]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("rounding", ["remainder16", "master"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_training_is_that_of_float32(name: str, rounding: str) -> None:
+    """Bit by bit, with gradients of 16 bits."""
+    make, kwargs = OPTIMIZERS[name]
+    params = make_params(LARGE, dtype=BF16)
+    twins = [Parameter(param.detach().float()) for param in params]
+    optimizer, twin = make(params, **FORMATS[rounding], **kwargs), make(twins, **kwargs)
+    for number in range(20):
+        set_grads(params, number)
+        for param, other in zip(params, twins, strict=True):
+            other.grad = param.grad.float()
+        optimizer.step()
+        twin.step()
+    for weight, other in zip(master_weights(optimizer), twins, strict=True):
+        torch.testing.assert_close(weight, other.detach(), rtol=1e-6 if name in ("adafactor", "lamb") else 0, atol=0)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("kept", FORMATS)
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_loaded_goes_on(name: str, kept: str) -> None:
+    """Bit by bit, also the random ones; in another order of parameters with other random bits for nobody."""
+    make, kwargs = OPTIMIZERS[name]
+    kwargs = {**kwargs, **FORMATS[kept], "rounding_seed": 7}
+    params, again = make_params(LARGE, dtype=BF16), make_params(LARGE, dtype=BF16)
+    optimizer, other = make(params, **kwargs), make(again, **kwargs)
+    for number in range(4):
+        if number == 2:
+            saved = deepcopy(other.state_dict(compressed=True))
+            other = make(again, **kwargs)
+            other.load_state_dict(saved)
+        step(optimizer, number)
+        step(other, number)
+    for param, loaded in zip(params, again, strict=True):
+        assert torch.equal(param, loaded)
+        for key, value in states(optimizer, param).items():
+            assert torch.equal(value, other.state[loaded][key]), key
+
+
+@on_a_cpu
+def test_seeds_and_copies() -> None:
+    def trained(**kwargs: Any) -> Tensor:
+        params = make_params(LARGE, dtype=BF16)
+        optimizer = optimx.SGD(params, lr=1e-3, param_rounding="stochastic", **kwargs)
+        for number in range(3):
+            step(optimizer, number)
+            optimizer = deepcopy(optimizer) if number == 1 else optimizer
+            params = optimizer.param_groups[0]["params"]
+        assert optimizer.param_groups[0]["rounding_step"] == 3
+        return params[0].detach()
+
+    assert torch.equal(trained(), trained())
+    assert not torch.equal(trained(), trained(rounding_seed=1))
+
+
+def test_what_cannot_be_kept_is_refused(device: torch.device) -> None:
+    params = make_params(LARGE, device, BF16)
+    made = [(optimx.Muon, params[:1], {}), (optimx.AdamW, params, {"foreach": True})]
+    if INTERPRETED:
+        made.append((optimx.AdamW, params, {}))
+    for make, of_it, kwargs in made:
+        optimizer = make(of_it, param_rounding="remainder16", **kwargs)
+        set_grads(params, 0)
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(RuntimeError, match="parameter 0 of all, in group 0, should be kept as param_rounding and"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+
+
+@on_a_cpu
+def test_clipping_and_amp() -> None:
+    """A skipped step changes no byte; a clipped one is that of scaled gradients."""
+    params = make_params(LARGE, dtype=BF16)
+    optimizer = optimx.AdamW(params, **FORMATS["8bit"], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(3):
+        set_grads(params, number, 4.0)
+        if number == 1:
+            params[1].grad[0, 0] = torch.inf
+        before = [param.detach().clone() for param in params], deepcopy(optimizer.state_dict(compressed=True))
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(map(torch.equal, params, before[0]))
+        assert same is (number == 1)
+        if same:
+            after = optimizer.state_dict(compressed=True)
+            torch.testing.assert_close(after["state"], before[1]["state"], rtol=0, atol=0)
+    twins = [Parameter(param.detach().clone()) for param in params]
+    clipped = optimx.SGD(params, lr=0.1, param_rounding="remainder16", max_grad_norm=1.0)
+    scaled = optimx.SGD(twins, lr=0.1, param_rounding="remainder16")
+    set_grads(params, 5)
+    clipped.step()
+    for param, twin in zip(params, twins, strict=True):
+        twin.grad = param.grad / clipped.grad_norm.to(BF16)
+    scaled.step()
+    for mine, theirs in zip(master_weights(clipped), master_weights(scaled), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)

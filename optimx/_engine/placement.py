@@ -111,7 +111,7 @@ def place(
     on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
     scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
     reason = (
-        _formats_problem(rule, formats, cut, whole)
+        _formats_problem(rule, formats, cut, whole, param, on_triton=on_triton)
         or _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
         or (on_triton and _capture_problem(capturable))
@@ -207,11 +207,17 @@ def _states_problem(kinds: dict[str, StateKind], states: dict[str, Any], param: 
     return ""
 
 
-def _formats_problem(rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor) -> str:
+def _formats_problem(
+    rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor, part: Tensor, *, on_triton: bool
+) -> str:
     """Why numbers cannot be kept as they should be."""
-    coded = any(kept.kind in storage.CODED for kept in formats)
-    if coded and cut is not None and any(dim != -param.dim() for dim in cut.dims):
-        return "8-bit states of a parameter whose rows are cut"
+    if formats and (on_triton or rule.walk == "orthogonal"):
+        return "only plain tensors are kept " + ("on a GPU so far" if on_triton else "of matrices so far")
+    if any(kept.kind in storage.CODED for kept in formats) and cut is not None:
+        if any(dim != -param.dim() for dim in cut.dims):
+            return "its rows, which 8-bit states have scales for, are cut"
+    if any(kept.kind == storage.STOCHASTIC for kept in formats) and sharding.geometry_of(param, part) is None:
+        return "its shards are not where random bits can be told from the whole"
     return ""
 
 

@@ -167,8 +167,8 @@ class MultiTensorStep(EngineOptimizer):
         """As in torch, but groups with ``param_names`` and groups without may be mixed.
 
         Raises:
-            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``, or says that something
-                be kept as it cannot be.
+            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``, or something cannot be
+                kept as it says.
         """
         if self._is_set_up:
             check_group(param_group, self)
@@ -230,8 +230,8 @@ class MultiTensorStep(EngineOptimizer):
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler.
 
         Args:
-            compressed: States of 8 bits stay codes and scales: smaller, and bit by bit what goes on when they are loaded
-                (default: False: they are float32, which every class of the name takes).
+            compressed: States of 8 bits stay codes and scales: smaller, and bit by bit what goes on when they are
+                loaded (default: False: they are float32, which every class of the name takes).
         """
         names = self.rule.scalars
         if names and not self.rule.scalars_on_device:
