@@ -16,12 +16,14 @@ from ..matrices import Block, Scratch, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
 from ..rounds import MATRICES, Share, Update
 from ..rule import Row
-from .batch import SMALL, in_order, runs
+from .batch import in_order, runs
 from .elementwise import PIECE, NativeBucket
 
 #: Elements of matrices that are orthogonalized together: more products in a call take less time each (measured from
 #: 2**18 to 2**22).
 TOGETHER = 1 << 21
+#: Elements of matrices up to which these are updated in copies: more calls take longer (measured from 2**12 to 2**16).
+COPIED = 1 << 16
 
 
 class Stack(NamedTuple):
@@ -56,7 +58,7 @@ class OrthogonalBucket(NativeBucket):
             for members in ([*indices[i : i + count]] for i in range(0, len(indices), count)):
                 tensors = self._parts([buffers[i] for i in members], block)
                 lie_together = len(runs(range(len(members)), [tensors])) == 1 and in_order(tensors)
-                copied = len(members) > 1 and block.numel <= SMALL
+                copied = len(members) > 1 and block.numel <= COPIED
                 self._stacks.append(Stack(block, times, members, copied, copied and lie_together))
 
     def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
