@@ -138,7 +138,7 @@ def check(group: Mapping[str, Any]) -> None:
     for name, kept in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
         what = f"state_dtype[{name!r}]" if name else "state_dtype"
         if isinstance(kept, str):
-            one_of(what, kept, STATES)
+            one_of(what, kept, (*STATES, *_NAMES))
         elif kept is not None and kept not in DTYPES:
             choices = ", ".join([*map(str, DTYPES), *map(repr, STATES)])
             raise ValueError(told(what, f"should be one of {choices}", kept))
@@ -162,6 +162,8 @@ def warn_of_freezing(rule: UpdateRule, group: Mapping[str, Any], kept: Kept) -> 
 
 #: Dtypes of states.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: As configs name them.
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def _formats(
@@ -183,6 +185,7 @@ def _formats(
     formats = [Format(kind, whole.dtype)]
     for name, default in kinds.items():
         kept = asked.get(name) if isinstance(asked, Mapping) else asked
+        kept = _NAMES.get(kept, kept) if isinstance(kept, str) else kept
         if kept is None:
             formats.append(Format(NEAREST, default.dtype or whole.dtype))
         elif isinstance(kept, torch.dtype):
