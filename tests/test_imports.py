@@ -31,8 +31,8 @@ FLOORS = [
     [
         f"optimx._engine.{name}"
         for name in (
-            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "sharding", "exchange", "rounds",
-            "optimizer",
+            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "storage", "sharding", "exchange",
+            "rounds", "optimizer",
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
