@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from ... import _compat
-from ..bucket import Members
+from ..bucket import BucketKey, Members
 from ..layout import flat
 from ..matrices import Scratch
-from ..storage import STOCHASTIC, Format, companions
+from ..storage import STOCHASTIC, Format, Geometry, companions
 from . import noise
 from .batch import BATCH, Batch
 from .call import Call
@@ -27,11 +27,33 @@ from .codecs import decode, elements_each, encode
 from .noise import Part, Places
 from .piece import Piece, Walk
 
-if TYPE_CHECKING:
-    from .elementwise import NativeBucket
-
 #: Roles of a parameter that have random bits of their own.
 MOST_ROLES = 16
+
+
+class CodedBucket(Protocol):
+    """What a :class:`Coder` has to know of :class:`~.elementwise.NativeBucket`."""
+
+    key: BucketKey
+    members: Members
+    positions: list[int]
+    geometries: list[Geometry]
+    seeds: list[int]
+    noise_step: int
+    compute_dtype: torch.dtype
+
+    @property
+    def has_formula(self) -> bool: ...
+
+    def scratch(self, i: int, numel: int) -> Tensor: ...
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]: ...
+
+    def piece_grad(self, g: Tensor, factor: float) -> Tensor: ...
+
+    def batch_grads(
+        self, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool
+    ) -> Sequence[Tensor]: ...
 
 
 class Role(NamedTuple):
@@ -89,7 +111,7 @@ class Elements(NamedTuple):
 class Coder:
     """Walks over the members of a bucket."""
 
-    def __init__(self, bucket: NativeBucket) -> None:
+    def __init__(self, bucket: CodedBucket) -> None:
         self.bucket = bucket
         formats = bucket.key.formats
         where = {role: len(formats) + i for i, role in enumerate(companions(formats))}
@@ -98,7 +120,7 @@ class Coder:
         self._places: WeakKeyDictionary[Batch, Places] = WeakKeyDictionary()
 
     def walks(self, call: Call, members: Members, factor: float) -> Iterator[tuple[Sequence[int], Walk]]:
-        """See :meth:`NativeBucket.walks`."""
+        """See :meth:`~.elementwise.NativeBucket.walks`."""
         for batch in call.batches:
             yield batch.indices, partial(self._batch, call, batch, members, factor)
         for i in call.large:
