@@ -23,6 +23,7 @@ from optimx._engine.storage import (
     Format,
     Geometry,
 )
+from tests.reference import codecs as reference
 from tests.storing import Stored, format_of
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -169,6 +170,30 @@ def test_bits_of_shards(dim: int, shape: tuple[int, int], monkeypatch: pytest.Mo
             assert torch.equal(stored.states[0][name], whole.states[0][name].split(size, dim)[rank])
 
 
+@pytest.mark.parametrize("piece", [1 << 19, 1 << 10])
+def test_bits_are_those_of_the_reference(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a parameter and its state, by seed, step, index, role and element: what a GPU has, too."""
+    monkeypatch.setattr(_native, "PIECE", piece)
+    shapes, positions, seeds = [(5, 7), (12,), (4100,)], [4, 1, 7], [9, 9, 3]
+    params = [param.bfloat16().float() for param in values_of(shapes, 0)]
+    ours = Stored("sgd", [Format(STOCHASTIC, BF16)] * 2, params, positions=positions, seeds=seeds, lr=0.1, momentum=0.9)
+    for step in (1, 2):
+        grads = values_of(shapes, step)
+        plain = Stored(
+            "sgd", [PLAIN] * 2, [ours.role(i, 0).view(shape) for i, shape in enumerate(shapes)], lr=0.1, momentum=0.9
+        )
+        for i, shape in enumerate(shapes):
+            plain.states[i]["momentum_buffer"].copy_(ours.role(i, 1).view(shape))
+        plain.step(grads)
+        ours.step(grads)
+        for i, (position, seed) in enumerate(zip(positions, seeds, strict=True)):
+            for role, tensor in enumerate((ours.params[i], ours.states[i]["momentum_buffer"])):
+                exact = plain.role(i, role).view(torch.int32).long() & 0xFFFFFFFF
+                noise = [reference.noise(seed, step, position, role, element) for element in range(len(exact))]
+                expected = [*map(reference.stochastic_bfloat16, exact.tolist(), noise)]
+                assert (tensor.view(torch.int16).flatten().long() & 0xFFFF).tolist() == expected
+
+
 def test_steps_of_members() -> None:
     """Members of one batch may have taken different numbers of steps."""
     params = values_of([(10,), (12,)], 0)
@@ -197,8 +222,9 @@ def test_groups_of_pieces_and_batches(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("states", ["float32", "bfloat16", "8bit"])
 @each_optimizer
-def test_first_step_is_exact(name: str, states: str) -> None:
-    """The update takes what has just been computed, not what is kept of it."""
+def test_first_step_is_exact(name: str, states: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The update takes what has just been computed, not what is kept of it; also where it walks twice."""
+    monkeypatch.setattr(_native, "PIECE", 8192)
     params = values_of(GROUPED, 0)
     ours = trained(name, formats_of(name, PLAIN, states), params, 1)
     plain = trained(name, formats_of(name, PLAIN), params, 1)
@@ -282,7 +308,7 @@ def test_adafactor_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     together = Stored("adafactor", formats, alike(shape, False), **kwargs)
     alone = []
     for i, param in enumerate(alike(shape, False)):
-        monkeypatch.setattr(_factored, "PIECE", (1 << 19, 6000, 1200)[i])
+        monkeypatch.setattr(_factored, "PIECE", (1 << 19, 6000, 1100)[i])
         alone.append(Stored("adafactor", formats, [param], positions=[i], **kwargs))
         for step in range(3):
             alone[i].step([alike(shape, False)[i] + step])
