@@ -36,7 +36,7 @@ FLOORS = [
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
-    [f"optimx._engine.{name}" for name in ("placement", "states", "plan", "grad_norm", "fallback")],
+    [f"optimx._engine.{name}" for name in ("placement", "recode", "states", "plan", "grad_norm", "fallback")],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._transformers_checkpoint",

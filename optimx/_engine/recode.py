@@ -1,4 +1,4 @@
-"""What is kept in one format, in another: for checkpoints, for settings that change, and as float32 for everybody else."""
+"""What is kept in one format, in another: for checkpoints, for settings that change, and as float32 for others."""
 
 from __future__ import annotations
 

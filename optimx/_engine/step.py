@@ -167,8 +167,8 @@ class MultiTensorStep(EngineOptimizer):
         """As in torch, but groups with ``param_names`` and groups without may be mixed.
 
         Raises:
-            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``, or something cannot be
-                kept as it says.
+            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``, or something cannot
+                be kept as it says.
         """
         if self._is_set_up:
             check_group(param_group, self)
