@@ -12,11 +12,14 @@ import inspect
 import re
 import shlex
 import typing
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import griffe
+import torch
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
@@ -163,6 +166,34 @@ def muon_costs() -> str:
     return table(("computed", "parameters", "form", "TFLOPs", "GB of the products", "GB beside them"), rows)
 
 
+def memory_table() -> str:
+    """Bytes that a bfloat16 matrix takes beside its gradient, and a step moves, by how it and its states are kept."""
+    param = torch.nn.Parameter(torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta"))
+    rows = []
+    for label, settings in KEPT.items():
+        cells = []
+        for make in (optimx.AdamW, partial(optimx.SGD, momentum=0.9), partial(optimx.Adafactor, beta1=0.9)):
+            with warnings.catch_warnings():
+                # of a second moment that stands still
+                warnings.simplefilter("ignore")
+                (row,) = optimx.memory(make([param], **settings)).rows
+            cells.append(f"{(row.params + row.states) / row.elements:.3g}, {row.traffic / row.elements:.3g}")
+        rows.append((label, *cells))
+    return table(("kept, moved", "AdamW", "SGD with momentum, Lion", "Adafactor with `beta1`"), rows)
+
+
+#: How parameters and states may be kept.
+KEPT: dict[str, dict[str, Any]] = {
+    "all as torch keeps it": {},
+    '`"master"`, float32 states': {"param_rounding": "master", "state_dtype": torch.float32},
+    '`"remainder16"`, float32 states': {"param_rounding": "remainder16", "state_dtype": torch.float32},
+    '`"stochastic"`, float32 states': {"param_rounding": "stochastic", "state_dtype": torch.float32},
+    '`"remainder16"`, `"stochastic"` states': {"param_rounding": "remainder16", "state_dtype": "stochastic"},
+    '`"remainder8"`, `"8bit"` states': {"param_rounding": "remainder8", "state_dtype": "8bit"},
+    'all `"stochastic"`': {"param_rounding": "stochastic", "state_dtype": "stochastic"},
+    '`"stochastic"`, `"8bit"` states': {"param_rounding": "stochastic", "state_dtype": "8bit"},
+}
+
 #: The matrices that Muon has in these models.
 MUON_MODELS: dict[str, list[shapes.Shape]] = {
     "GPT-2 124M": shapes.repeated_matrices(shapes.gpt2()),
@@ -224,6 +255,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "section": section,
     "fields": fields,
+    "memory_table": memory_table,
     "cost": cost,
     "costs": costs,
     "muon_costs": muon_costs,

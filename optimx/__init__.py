@@ -11,6 +11,7 @@ from torch.optim import *  # noqa: F403
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
 from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
@@ -29,6 +30,7 @@ from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
+from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
 from .radam import RAdam
@@ -64,9 +66,12 @@ __all__ = sorted(
         "list_optimizers",
         "list_schedulers",
         "lr_scheduler",
+        "master_weights",
+        "memory",
         "register_optimizer",
         "register_scheduler",
         "param_groups",
+        "set_master_weights",
         "swa_utils",
     }
 )

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 
 __all__ = ["Adadelta"]
 
@@ -31,6 +32,7 @@ class AdadeltaRule(UpdateRule):
     """One step of Adadelta."""
 
     module = "adadelta"
+    codes = {"square_avg": True, "acc_delta": True}
     _read = itemgetter("lr", "rho", "eps", "weight_decay", "maximize")
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -64,6 +66,13 @@ class Adadelta(MultiTensorStep, TorchAdadelta):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
 
     ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
 
@@ -88,9 +97,15 @@ class Adadelta(MultiTensorStep, TorchAdadelta):
         differentiable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         TorchAdadelta.__init__(
             self, params, lr, rho, eps, weight_decay, foreach, capturable=capturable, maximize=maximize,
             differentiable=differentiable,
         )  # fmt: skip
-        self._init_step(max_grad_norm, norm_group=norm_group)
+        self._init_step(
+            max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
+        )  # fmt: skip

@@ -18,6 +18,7 @@ from ._engine.layout import memory_order
 from ._engine.optimizer import evaluated
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 from ._loop import each_parameter
 from ._transformers_checkpoint import RELATIVE_LR, from_transformers, is_of_transformers
 
@@ -32,7 +33,6 @@ EXTRAS: dict[str, Any] = {
     "scale_parameter": True,
     "relative_step": True,
     "warmup_init": False,
-    "state_dtype": None,
 }
 
 
@@ -60,6 +60,7 @@ class AdafactorRule(UpdateRule):
     """
 
     module = "adafactor"
+    codes = {"exp_avg": False}
     walk = "factored"
     optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "beta2_decay", "eps", "d", "weight_decay", "maximize")
@@ -96,11 +97,8 @@ class AdafactorRule(UpdateRule):
         return (*second, "exp_avg") if moment else second
 
     def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
-        dtype = group.get("state_dtype")
-        if dtype is None and group.get("variant") == "hf":
-            dtype = torch.float32
         return StateKind(
-            dtype=None if dtype is None else torch.promote_types(dtype, param.dtype),
+            dtype=torch.promote_types(torch.float32, param.dtype) if group.get("variant") == "hf" else None,
             reduced={"row_var": (-1,), "col_var": (-2,)}.get(name, ()),
         )
 
@@ -143,7 +141,8 @@ class AdafactorLoop(TorchAdafactor):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = evaluated(closure)
-        if all(group.get(name, default) == default for group in self.param_groups for name, default in EXTRAS.items()):
+        theirs = {**EXTRAS, "state_dtype": None}
+        if all(group.get(name, default) == default for group in self.param_groups for name, default in theirs.items()):
             _compat.without_hooks(TorchAdafactor.step)(self)
             return loss
         for group, param, grad, state in each_parameter(self):
@@ -212,13 +211,20 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         warmup_init: ``1e-6 * step`` bounds it, too (default: False).
         clip_threshold: Another name of ``d``.
         decay_rate: Another name of ``beta2_decay``.
-        state_dtype: Of row and column averages and first moment (default: None, the parameter's; float32 is better
-            for 16-bit parameters).
+        state_dtype: How row and column averages and the first moment are kept: a dtype; for the first moment also
+            ``"stochastic"`` (bfloat16, rounded stochastically) or ``"8bit"`` (codes, and a scale for 128 of them); or a
+            dict of these by the names of states (default: None, the parameter's dtype; float32 is better for 16-bit
+            parameters).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting or even
             reading them once more (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        rounding_seed: Of the random bits (default: 0).
 
     What transformers' arguments are here:
 
@@ -268,10 +274,12 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         warmup_init: bool = False,
         clip_threshold: float | None = None,
         decay_rate: float | None = None,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: StateDtype = None,
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        rounding_seed: int = 0,
     ) -> None:
         one_of("variant", variant, VARIANTS)
         d = _one_name("clip_threshold", clip_threshold, "d", d, 1.0)
@@ -288,15 +296,16 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
             raise ValueError("warmup_init should be False with relative_step=False but is: True")
         if beta1 is not None:
             within("[0, 1)").check("beta1", beta1)
-        if state_dtype is not None and not (isinstance(state_dtype, torch.dtype) and state_dtype.is_floating_point):
-            raise ValueError(f"state_dtype should be a floating-point torch.dtype but is: {state_dtype}")
         TorchAdafactor.__init__(self, params, lr, beta2_decay, eps, d, weight_decay, foreach=foreach, maximize=maximize)
-        chosen = (variant, beta1, scale_parameter, relative_step, warmup_init, state_dtype)
+        chosen = (variant, beta1, scale_parameter, relative_step, warmup_init)
         # groups have torch's keys alone as long as the definition is torch's: checkpoints go both ways
         extras = {name: value for name, value in zip(EXTRAS, chosen, strict=True) if value != EXTRAS[name]}
         self.defaults.update(extras)
         self._fill_groups()
-        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)
+        self._init_step(
+            max_grad_norm, capturable=capturable, norm_group=norm_group, param_rounding=param_rounding,
+            state_dtype=state_dtype, rounding_seed=rounding_seed,
+        )  # fmt: skip
 
     def _fill_groups(self) -> None:
         for group in self.param_groups:

@@ -17,6 +17,7 @@ from ._checks import above
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 
 __all__ = ["LAMB"]
@@ -41,6 +42,7 @@ class LAMBRule(UpdateRule):
     """One step of LAMB. Both norms of a tensor come from all of it, so it walks twice."""
 
     module = "lamb"
+    codes = {"exp_avg": False, "exp_avg_sq": True}
     walk = "trust_ratio"
     # the kernels need a row for each tensor, and rows are that where they are made on the device
     scalars_on_device = True
@@ -129,6 +131,13 @@ class LAMB(MultiTensorStep, LAMBLoop):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
 
     State: ``step``, and ``exp_avg`` and ``exp_avg_sq`` of the parameter's shape.
 
@@ -155,6 +164,9 @@ class LAMB(MultiTensorStep, LAMBLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         check_at_least_zero(lr=lr, eps=eps, weight_decay=weight_decay)
         check_betas(betas)
@@ -166,5 +178,9 @@ class LAMB(MultiTensorStep, LAMBLoop):
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
             "max_trust_ratio": max_trust_ratio, "always_adapt": always_adapt, "maximize": maximize,
         }  # fmt: skip
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
+        )  # fmt: skip
         self.normalize_grads = normalize_grads

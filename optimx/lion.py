@@ -15,6 +15,7 @@ from . import _compat
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
 
 __all__ = ["Lion"]
@@ -34,6 +35,7 @@ class LionRule(UpdateRule):
     """One step of Lion."""
 
     module = "lion"
+    codes = {"exp_avg": False}
     scalars = ()
     _read = itemgetter("lr", "betas", "weight_decay", "maximize")
 
@@ -94,6 +96,13 @@ class Lion(MultiTensorStep, LionLoop):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
 
     State: ``exp_avg``, of the parameter's shape.
 
@@ -115,8 +124,15 @@ class Lion(MultiTensorStep, LionLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         check_at_least_zero(lr=lr, weight_decay=weight_decay)
         check_betas(betas)
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
+        )  # fmt: skip

@@ -20,6 +20,7 @@ from ._engine.optimizer import evaluated
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.sharding import gathered, like, local, scattered
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 
 __all__ = ["Muon"]
 
@@ -69,6 +70,7 @@ class MuonRule(UpdateRule):
     """One step of Muon. Torch keeps no step count."""
 
     module = "muon"
+    codes = {"momentum_buffer": False}
     scalars = ()
     walk = "orthogonal"
     optional_settings = tuple(EXTRAS)
@@ -276,6 +278,13 @@ class Muon(MultiTensorStep, MuonLoop):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
 
     State: ``momentum_buffer`` of the parameter's shape; with ``normalize`` also ``second_momentum_buffer``, which has
     one entry a row.
@@ -311,6 +320,9 @@ class Muon(MultiTensorStep, MuonLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         if isinstance(lr, Tensor) and lr.numel() != 1:
             raise ValueError("Tensor lr must be 1-element")
@@ -336,7 +348,11 @@ class Muon(MultiTensorStep, MuonLoop):
         if normalize is not None:
             one_of("normalize", normalize, NORMALIZATIONS)
         check_number("beta2", beta2, within("[0, 1)"))
-        super().__init__(params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group)
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
+        )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch.

@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from . import _compat
 from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 
 __all__ = ["RMSprop"]
 
@@ -36,6 +37,7 @@ class RMSpropRule(UpdateRule):
     """One step of RMSprop."""
 
     module = "rmsprop"
+    codes = {"square_avg": True, "momentum_buffer": False, "grad_avg": False}
     _read = itemgetter("lr", "alpha", "eps", "weight_decay", "momentum", "maximize")
 
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
@@ -88,6 +90,13 @@ class RMSprop(MultiTensorStep, TorchRMSprop):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
 
     ``foreach=True`` and ``foreach=False`` ask for torch's implementation and get it.
 
@@ -114,9 +123,15 @@ class RMSprop(MultiTensorStep, TorchRMSprop):
         *,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         TorchRMSprop.__init__(
             self, params, lr, alpha, eps, weight_decay, momentum, centered, capturable, foreach, maximize,
             differentiable,
         )  # fmt: skip
-        self._init_step(max_grad_norm, norm_group=norm_group)
+        self._init_step(
+            max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
+        )  # fmt: skip

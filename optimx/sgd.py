@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 from . import _compat
 from ._engine.rule import Operator, UpdateRule
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 
 __all__ = ["SGD"]
 
@@ -33,6 +34,7 @@ class SGDRule(UpdateRule):
     """One step of SGD. Torch keeps no step count; that a step is a parameter's first shows in the missing buffer."""
 
     module = "sgd"
+    codes = {"momentum_buffer": False}
     scalars = ()
     _read = itemgetter("lr", "momentum", "dampening", "weight_decay", "maximize")
 
@@ -89,6 +91,13 @@ class SGD(MultiTensorStep, TorchSGD):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
+            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
+            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
+            (default: "nearest"). Other parameters are kept as they are.
+        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
+            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        rounding_seed: Of the random bits (default: 0).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
 
     ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.
@@ -116,9 +125,15 @@ class SGD(MultiTensorStep, TorchSGD):
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         capturable: bool = False,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         TorchSGD.__init__(
             self, params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach,
             differentiable=differentiable, fused=fused,
         )  # fmt: skip
-        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)
+        self._init_step(
+            max_grad_norm, capturable=capturable, norm_group=norm_group, param_rounding=param_rounding,
+            state_dtype=state_dtype, rounding_seed=rounding_seed,
+        )  # fmt: skip

@@ -464,7 +464,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "relative": ({"variant": "hf", "lr": 0.1, "relative_step": True}, "lr should be None with variant='hf'"),
     "no_lr": ({"lr": None, "relative_step": False}, "lr should be a number with relative_step=False but is: None"),
     "warmup": ({"relative_step": False, "warmup_init": True}, "warmup_init should be False"),
-    "state_dtype": ({"state_dtype": torch.int32}, "state_dtype should be a floating-point torch.dtype"),
+    "state_dtype": ({"state_dtype": torch.int32}, "state_dtype should be one of torch.float32"),
     "clip": ({"clip_threshold": 0.5}, "Clipping threshold d should be >= 1 but is: 0.5"),
 }  # fmt: skip
 

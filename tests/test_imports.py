@@ -36,7 +36,7 @@ FLOORS = [
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
-    [f"optimx._engine.{name}" for name in ("placement", "states", "plan", "grad_norm", "fallback")],
+    [f"optimx._engine.{name}" for name in ("placement", "recode", "states", "plan", "grad_norm", "fallback")],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._transformers_checkpoint",
@@ -45,7 +45,7 @@ FLOORS = [
         "optimx.composite",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
-    ["optimx.build", "optimx", "optimx.cli", "optimx.__main__"],
+    ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import optimx
+from optimx._engine.storage import SETTINGS
 from tests.cases import CASES, Case
 
 ROOT = Path(__file__).parent.parent
@@ -162,10 +163,8 @@ def test_signature(case: Case) -> None:
     assert [(p.name, p.kind, p.default) for p in ours[: len(torchs)]] == [(p.name, p.kind, p.default) for p in torchs]
     extra = ours[len(torchs) :]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
-    assert {p.name: p.default for p in extra} == {
-        name: {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}.get(name)
-        for name in EXTRA[case.name]
-    }
+    values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
+    assert {p.name: p.default for p in extra} == {**{name: values.get(name) for name in EXTRA[case.name]}, **SETTINGS}
 
 
 @each_of_our_own
@@ -176,7 +175,7 @@ def test_signature_of_our_own(case: Case) -> None:
     torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
     assert positional == torchs
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
-    assert list(parameters)[-3:] == ["capturable", "max_grad_norm", "norm_group"]
+    assert list(parameters)[-6:] == ["capturable", "max_grad_norm", "norm_group", *SETTINGS]
     assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
 
 
@@ -195,7 +194,8 @@ def test_methods_have_torchs_signatures(case: Case) -> None:
     for name, method in inspect.getmembers(stock, inspect.isfunction):
         if not name.startswith("_") and name != "step":
             ours = inspect.signature(getattr(case.cls, name)).parameters
-            assert [*ours] == [*inspect.signature(method).parameters], name
+            added = [p.name for p in ours.values() if p.kind is p.KEYWORD_ONLY]
+            assert [*ours] == [*inspect.signature(method).parameters, *added], name
     assert [*inspect.signature(case.cls.step).parameters] == ["self", "closure"]
 
 
@@ -212,7 +212,7 @@ def test_defaults_and_repr(case: Case) -> None:
 def test_defaults_and_repr_of_our_own(case: Case) -> None:
     """Settings of the whole optimizer are on the optimizer, all others in its groups."""
     ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
-    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads"}
+    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads", *SETTINGS}
     parameters = inspect.signature(case.cls).parameters
     assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]

@@ -35,6 +35,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
+from ._engine.storage import StateDtype
 from ._loop import FormulaLoop, check_at_least_zero
 
 __all__ = ["Signum"]
@@ -89,6 +90,9 @@ class Signum(MultiTensorStep, SignumLoop):
         capturable: The step may be recorded in a CUDA graph (default: False).
         max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None, no clipping).
         norm_group: A process group with other parts of the parameters (default: None).
+        param_rounding: How a 16-bit parameter is kept (default: "nearest").
+        state_dtype: How states are kept (default: None: as the parameter).
+        rounding_seed: Of random bits (default: 0).
 
     Raises:
         ValueError: A hyperparameter is out of range.
@@ -106,12 +110,16 @@ class Signum(MultiTensorStep, SignumLoop):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
     ) -> None:
         check_at_least_zero(lr=lr, momentum=momentum, weight_decay=weight_decay)
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
-            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group
-        )
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
+        )  # fmt: skip
 ''',
     "triton_kernels/signum.py": '''\
 """Signum.

@@ -20,7 +20,10 @@ from .rounds import ROUNDS_OF, Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
 from .sharding import Cut
+from .storage import Format, Geometry, tensor_names
 
+#: Where a parameter is that is in one piece.
+WHOLE = Geometry()
 #: Members up to which also the dtypes of scalars are compared.
 FEW = 8
 
@@ -30,13 +33,14 @@ class BucketKey:
     """What the members of a bucket have in common.
 
     Attributes:
-        dtypes: Of parameter, gradient and states.
+        dtypes: Of parameter, gradient, states and companions.
         variant: What the settings that choose other arithmetic are, see :meth:`UpdateRule.variant_of`.
         on_device: Counts live on the device, and hyperparameter rows are made there, because the host cannot know them
             (``capturable``, AMP skips, a tensor lr).
         scalar_dtype: Of the scalar states.
         first: Members take their first step, where the rule has it differ from the others.
         cut: How members are spread over ranks; None where they are no DTensors.
+        formats: Of parameter and states; empty where all are plain.
     """
 
     backend: str
@@ -47,6 +51,7 @@ class BucketKey:
     scalar_dtype: torch.dtype
     first: bool
     cut: Cut | None = None
+    formats: tuple[Format, ...] = ()
 
     def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
         """What tells the kernels that a rule's bucket launches from those of others."""
@@ -71,7 +76,7 @@ class Members(NamedTuple):
 
     Attributes:
         params, grads: One entry a member.
-        states: For each state name of the rule the members' tensors.
+        states: For each state name of the rule the members' tensors; then for each companion.
         scalars: For each scalar state of the rule the members' tensors, step counts first.
     """
 
@@ -95,9 +100,14 @@ class Bucket:
         positions: Index in the step's list of all parameters.
         groups: Index of the parameter's group.
         shapes: Of the whole parameters, parts of which are members.
+        geometries: Where members are in these.
+        seeds: Of each member's stochastic rounding.
+        noise_step: The step that is taken, 1 for the first; of rules that count none.
         members: The tensors, between :meth:`bind` and :meth:`release`.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
         absent: Members that have none.
+        n_roles: The parameter and the states.
+        state_names: Of the states' tensors and companions.
         takes_missing: A member may lack its gradient: then it is left as it is, whatever stands in ``members.grads``.
         kernel_key: What tells its kernels from those of others; None where nothing is compiled.
     """
@@ -111,18 +121,25 @@ class Bucket:
         self.positions: list[int] = []
         self.groups: list[int] = []
         self.shapes: list[torch.Size] = []
+        self.geometries: list[Geometry] = []
+        self.seeds: list[int] = []
+        self.noise_step = 1
         self.members = NOBODY
         self.present: Tensor | None = None
         self.absent: list[int] = []
         #: None where the host does not count.
         self.scalars: Scalars | None = None
-        self.state_names = rule.state_names(key.variant)
+        names = rule.state_names(key.variant)
+        self.n_roles = 1 + len(names)
+        self.state_names = tensor_names(names, key.formats) if key.formats else names
 
-    def add(self, position: int, group: int, shape: torch.Size) -> None:
+    def add(self, position: int, group: int, shape: torch.Size, geometry: Geometry = WHOLE, seed: int = 0) -> None:
         """Make a parameter, of which ``shape`` is all, a member."""
         self.positions.append(position)
         self.groups.append(group)
         self.shapes.append(shape)
+        self.geometries.append(geometry)
+        self.seeds.append(seed)
 
     @property
     def meets(self) -> bool:

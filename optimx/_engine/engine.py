@@ -23,6 +23,7 @@ from .grad_norm import Amp, Found, measure
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
 from .sharding import gathered
+from .storage import SETTINGS, STOCHASTIC
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
@@ -130,8 +131,8 @@ class Engine:
             del settings[len(names) :: len(names) + 1]
         except KeyError:  # a subclass's default that groups lack
             settings = [group.get(name) for group in groups for name in names]
-        if rule.optional_settings:
-            settings += [group.get(name) for group in groups for name in rule.optional_settings]
+        optional = (*SETTINGS, *rule.optional_settings)
+        settings += [group.get(name) for group in groups for name in optional]
         if len(settings) == len(self._settings) and all(map(is_, settings, self._settings)):
             return
         values = [*map(rule.values, groups)]
@@ -229,6 +230,7 @@ class Engine:
         if plan.leftovers:
             whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
             run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
+        _count_noise(optimizer, buckets)
         updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
         device = inputs.shards[0].device if inputs.shards else torch.device("cpu")
         plan.rounds.run(updates, self.values, device)
@@ -239,6 +241,19 @@ class Engine:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
         if plan.is_first and control is not None and amp.found_inf is not None:
             plan.take_back_first(inputs.params, optimizer.state, control)
+
+
+def _count_noise(optimizer: EngineOptimizer, buckets: Sequence[Bucket]) -> None:
+    """Count the steps that random bits depend on, where the algorithm itself counts none: in the groups."""
+    if optimizer.rule.scalars:
+        return
+    rounded = [bucket for bucket in buckets if any(kept.kind == STOCHASTIC for kept in bucket.key.formats)]
+    if rounded:
+        step = 1 + max(group.get("rounding_step", 0) for group in optimizer.param_groups)
+        for group in optimizer.param_groups:
+            group["rounding_step"] = step
+        for bucket in rounded:
+            bucket.noise_step = step
 
 
 def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
-from . import backends, exchange, sharding
+from . import backends, exchange, sharding, storage
 from .bucket import BucketKey
 from .layout import extent, is_dense, same_layout
 from .optimizer import EngineOptimizer
 from .rounds import MATRICES, ROUNDS_OF
 from .rule import StateKind, UpdateRule
+from .sharding import Cut
+from .storage import Format
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NUMBERS = {bool, int, float, type(None)}
@@ -87,7 +89,7 @@ def place(
     if reason := rule.unsuitable(param):
         return Placement(None, reason)
     cut = sharding.cut_of(whole) if whole is not param else None
-    if cut is not None and not ROUNDS_OF[rule.walk]:
+    if cut is not None and not ROUNDS_OF[rule.walk] and not storage.is_set(group):
         # along which dimension makes no difference
         cut = cut._replace(dims=())
     in_one_piece = MATRICES in ROUNDS_OF[rule.walk]
@@ -97,9 +99,8 @@ def place(
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
         return Placement(None, f"its state is a {type(state).__name__}")
-    names = rule.state_names(variant)
-    states = {name: state[name] for name in names if state.get(name) is not None}
-    kinds = {name: rule.kind_of(name, param, group, optimizer.defaults) for name in names}
+    formats, kinds = storage.kept(rule, whole, param, group, optimizer.defaults)
+    states = {name: state[name] for name in kinds if state.get(name) is not None}
     if whole is not param:
         states = {name: sharding.part_of(whole, value, kinds[name]) for name, value in states.items()}
     of_states = (getattr(states.get(name), "dtype", kind.dtype or param.dtype) for name, kind in kinds.items())
@@ -110,7 +111,8 @@ def place(
     on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
     scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
     reason = (
-        _states_problem(kinds, states, param)
+        _formats_problem(rule, formats, cut, whole, param, on_triton=on_triton)
+        or _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
         or (on_triton and _capture_problem(capturable))
         or reason
@@ -119,7 +121,7 @@ def place(
     if reason:
         return Placement(None, reason)
     first = rule.is_first(state, values)
-    key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, first, cut)
+    key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, first, cut, formats)
     if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
         return Placement(None, reason)
     return Placement(key)
@@ -127,7 +129,8 @@ def place(
 
 def placement_flags(rule: UpdateRule, group: dict[str, Any]) -> tuple[Any, ...]:
     """What a group says, beside its variant, about who updates it, where scalars live, and what states are."""
-    return tuple(map(group.get, ("foreach", "fused", "capturable", "differentiable", *rule.optional_settings)))
+    names = ("foreach", "fused", "capturable", "differentiable", *storage.SETTINGS, *rule.optional_settings)
+    return tuple(map(group.get, names))
 
 
 def asks_for_torch(group: dict[str, Any]) -> bool:
@@ -192,14 +195,29 @@ def _scalar_dtype(
 
 def _states_problem(kinds: dict[str, StateKind], states: dict[str, Any], param: Tensor) -> str:
     for name, tensor in states.items():
-        if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in FLOATS:
-            return "a state is not a plain floating-point tensor"
         kind = kinds[name]
+        dtypes = FLOATS if kind.dtype is None or kind.dtype in FLOATS else (kind.dtype,)
+        if not isinstance(tensor, Tensor) or not _compat.is_plain(tensor) or tensor.dtype not in dtypes:
+            return "a state is not a plain floating-point tensor"
         suits = same_layout(tensor, param)
-        if kind.reduced:
+        if not kind.is_like_param:
             suits = tensor.shape == kind.shape(param) and tensor.is_contiguous()
         if tensor.device != param.device or not suits:
             return "a state differs from the parameter in device, shape or layout"
+    return ""
+
+
+def _formats_problem(
+    rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor, part: Tensor, *, on_triton: bool
+) -> str:
+    """Why numbers cannot be kept as they should be."""
+    if formats and (on_triton or rule.walk == "orthogonal"):
+        return "only plain tensors are kept " + ("on a GPU so far" if on_triton else "of matrices so far")
+    if any(kept.kind in storage.CODED for kept in formats) and cut is not None:
+        if any(dim != -param.dim() for dim in cut.dims):
+            return "its rows, which 8-bit states have scales for, are cut"
+    if any(kept.kind == storage.STOCHASTIC for kept in formats) and sharding.geometry_of(param, part) is None:
+        return "its shards are not where random bits can be told from the whole"
     return ""
 
 

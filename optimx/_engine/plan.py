@@ -21,14 +21,16 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends, sharding
-from .bucket import Bucket, BucketKey
+from .bucket import WHOLE, Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
 from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
 from .placement import Placement, has_device_values, place_all, placement_flags
+from .recode import bring_to_formats
 from .rounds import Rounds
 from .states import create_states
+from .storage import is_set
 
 
 class StepInputs:
@@ -118,6 +120,7 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
+        bring_to_formats(optimizer, inputs.shards)
         self.buckets = self._sort(optimizer, inputs)
         self.cuts_of_leftovers = [sharding.cut_of(params[position]) for position, _ in self.leftovers]
         self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)
@@ -164,13 +167,20 @@ class StepPlan:
                     # torch makes what is missing of them when the parameter takes a step
                     continue
             if key is None:
+                if is_set(groups[g]):
+                    raise RuntimeError(
+                        f"parameter {position} of all, in group {g}, should be kept as param_rounding and state_dtype "
+                        f"say but is left to torch's own step: {placement.reason}"
+                    )
                 self.leftovers.append((position, placement))
             else:
                 if not same_layout(like_grads[position], shards[position]):
                     self.relayout.append(position)
                 if key not in by_key:
                     by_key[key] = _new_bucket(key, optimizer)
-                by_key[key].add(position, g, param.shape)
+                seed = groups[g].get("rounding_seed", 0)
+                geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
+                by_key[key].add(position, g, param.shape, geometry, seed)
         return [*by_key.values()]
 
     def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

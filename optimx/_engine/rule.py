@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -22,16 +23,32 @@ class StateKind(NamedTuple):
         dtype: None: the parameter's. Loading a checkpoint does not round a state of another one.
         reduced: Dimensions, counted from the parameter's end, of which it has one entry; it is contiguous then.
             Empty: it has the parameter's shape, and is laid out in memory as the parameter is.
+        each: It is a matrix with an entry for so many elements of a row of the parameter; 1: it is not.
     """
 
     value: float = 0.0
     dtype: torch.dtype | None = None
     reduced: tuple[int, ...] = ()
+    each: int = 1
+
+    @property
+    def is_like_param(self) -> bool:
+        """Whether it has the parameter's shape."""
+        return not self.reduced and self.each == 1
 
     def shape(self, param: Tensor) -> torch.Size:
         """Of the state of a parameter, or of a part of it."""
+        if self.each > 1:
+            return torch.Size([len(param), prod(param.shape[1:]) // self.each])
         reduced = {param.dim() + dim for dim in self.reduced}
         return torch.Size([1 if i in reduced else n for i, n in enumerate(param.shape)])
+
+
+def new_state(kind: StateKind, param: Tensor) -> Tensor:
+    """A state tensor before the first step of a parameter, or of a part of it."""
+    if kind.is_like_param:
+        return torch.full_like(param, kind.value, dtype=kind.dtype, memory_format=torch.preserve_format)
+    return param.new_full(kind.shape(param), kind.value, dtype=kind.dtype)
 
 
 class UpdateRule:
@@ -48,6 +65,8 @@ class UpdateRule:
             reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns;
             ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
+        codes: States that 8-bit codes may keep, and whether these are never negative. Not what is added up for ever or
+            must never become less.
         by_element: Which of the values may be vectors, with an entry an element: :meth:`prepare` then makes a row of
             them that :meth:`formula` takes, also where there is an operator. Empty where there is no such thing.
     """
@@ -57,6 +76,7 @@ class UpdateRule:
     scalars_on_device: ClassVar[bool] = False
     walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
+    codes: ClassVar[dict[str, bool]] = {}
     by_element: ClassVar[tuple[int, ...]] = ()
 
     def group_variant(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -93,10 +113,7 @@ class UpdateRule:
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""
-        kind = self.kind_of(name, param, group, defaults)
-        if not kind.reduced:
-            return torch.full_like(param, kind.value, dtype=kind.dtype, memory_format=torch.preserve_format)
-        return param.new_full(kind.shape(param), kind.value, dtype=kind.dtype)
+        return new_state(self.kind_of(name, param, group, defaults), param)
 
     def new_scalar(self, name: str, group: dict[str, Any]) -> float:
         """A scalar state before the first step."""

@@ -21,6 +21,7 @@ from torch import distributed as dist
 
 from .. import _compat
 from .rule import StateKind
+from .storage import Geometry
 
 #: A state of the parameter's shape.
 PLAIN = StateKind()
@@ -64,6 +65,25 @@ def cut_of(param: Tensor) -> Cut | None:
     over = cutting(param)
     dims = sorted({spec.placements[i].dim % param.dim() - param.dim() for i in over})
     return Cut(spec.mesh, prod(spec.mesh.shape[i] for i in over), (*dims,))
+
+
+def geometry_of(param: Tensor, part: Tensor) -> Geometry | None:
+    """Where the elements of the part of a parameter in this process are among all; None where no geometry says it."""
+    if part is param or not (over := cutting(param)):
+        return Geometry()
+    spec = _compat.dtensor_spec(param)
+    dims = {spec.placements[i].dim % param.dim() for i in over}
+    if len(dims) > 1 or not part.is_contiguous() or not all(spec.placements[i].is_shard() for i in over):
+        return None
+    (dim,) = dims
+    # several dimensions of a mesh cut one after the other
+    first, length = 0, param.shape[dim]
+    for i in over:
+        longest = -(-length // spec.mesh.size(i))
+        begin = min(length, spec.mesh.get_coordinate()[i] * longest)
+        first, length = first + begin, min(longest, length - begin)
+    inner = prod(param.shape[dim + 1 :])
+    return Geometry(first * inner, max(1, length * inner), (param.shape[dim] - length) * inner if dim else 0)
 
 
 def layout_of(param: Tensor) -> str:
@@ -170,7 +190,7 @@ def like(param: Tensor, shard: Tensor, kind: StateKind = PLAIN) -> Tensor:
     if not _compat.is_dtensor(param):
         return shard
     spec = _compat.dtensor_spec(param)
-    if kind.reduced:
+    if not kind.is_like_param:
         spec = _compat.new_dtensor_spec(spec.mesh, _placements_of(param, kind), kind.shape(param), shard.dtype)
     return _compat.dtensor_of(shard, spec)
 

@@ -24,6 +24,8 @@ from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
 from .optimizer import EngineOptimizer
+from .rule import new_state
+from .storage import MASTER_NAME, kept
 
 State = dict[str, Any]
 
@@ -63,17 +65,23 @@ def create_states(
         settle_scalars(rule.scalars, fresh, device)
         away = [state for state in states if any(state[name].device != device for name in rule.scalars)]
         settle_scalars(rule.scalars, away, device)
+        kinds = [
+            kept(rule, param, shard, group, optimizer.defaults).kinds
+            for param, shard, group in zip(params, shards, groups, strict=True)
+        ]
         for name in bucket.state_names:
             without = [i for i, state in enumerate(states) if not isinstance(state.get(name), Tensor)]
             # what has equal settings and shapes is updated together
             without.sort(key=lambda i: (bucket.groups[i], shards[i].shape))
-            new = [rule.new_state(name, shards[i], groups[i], optimizer.defaults) for i in without]
+            if name == MASTER_NAME:
+                new = [shards[i].detach().to(torch.float32, copy=True) for i in without]
+            else:
+                new = [new_state(kinds[i][name], shards[i]) for i in without]
             if key.backend == backends.NATIVE:
                 new = side_by_side(new, _most_neighbours(optimizer, key.variant, key.dtypes[0]))
             for i, tensor in zip(without, new, strict=True):
                 if params[i] is not shards[i]:
-                    kind = rule.kind_of(name, shards[i], groups[i], optimizer.defaults)
-                    tensor = sharding.like(params[i], tensor, kind)
+                    tensor = sharding.like(params[i], tensor, kinds[i][name])
                 states[i][name] = tensor
 
 

@@ -23,7 +23,10 @@ from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .optimizer import EngineOptimizer, evaluated
+from .recode import bring_to_formats, with_float32
 from .states import own_states, settle_scalars
+from .storage import SETTINGS, is_set, kept, warn_of_freezing
+from .storage import check as check_storage
 
 
 class MultiTensorStep(EngineOptimizer):
@@ -52,6 +55,7 @@ class MultiTensorStep(EngineOptimizer):
         max_grad_norm: float | None = None,
         capturable: bool = False,
         norm_group: Any = None,
+        **storage: Any,
     ) -> None:
         """As :class:`torch.optim.Optimizer`: a subclass may pass over its base class's own ``__init__``.
 
@@ -61,15 +65,20 @@ class MultiTensorStep(EngineOptimizer):
             max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None).
             capturable: The step may be recorded in a CUDA graph (default: False).
             norm_group: See :attr:`norm_group` (default: None).
+            storage: ``param_rounding``, ``state_dtype`` and ``rounding_seed``, how parameters and states are kept
+                (default: as torch keeps them).
 
         Raises:
-            ValueError: ``max_grad_norm`` is not > 0.
+            ValueError: ``max_grad_norm`` is not > 0, or nothing can be kept like that.
         """
         Optimizer.__init__(self, params, defaults)
-        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group)
+        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group, **storage)
 
-    def _init_step(self, max_grad_norm: float | None, *, capturable: bool = False, norm_group: Any = None) -> None:
+    def _init_step(
+        self, max_grad_norm: float | None, *, capturable: bool = False, norm_group: Any = None, **storage: Any
+    ) -> None:
         """To be called at the end of a subclass's ``__init__``."""
+        self._set_storage(storage)
         if norm_group is not None:
             self.norm_group = norm_group
         if max_grad_norm is not None:
@@ -86,6 +95,26 @@ class MultiTensorStep(EngineOptimizer):
             check_group(group, self)
         if self.state:
             own_states(self)
+
+    def _set_storage(self, settings: dict[str, Any]) -> None:
+        """Settings of how things are kept, which groups have only where they are not torch's."""
+        unknown = settings.keys() - SETTINGS.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no arguments {', '.join(sorted(unknown))}")
+        chosen = {name: value for name, value in settings.items() if value != SETTINGS[name]}
+        self.defaults.update(chosen)
+        for group in self.param_groups:
+            for name, value in chosen.items():
+                group.setdefault(name, value)
+            self._check_storage(group)
+
+    def _check_storage(self, group: dict[str, Any]) -> None:
+        """Raise where a group's parameters cannot be kept as it says."""
+        check_storage(group)
+        if is_set(group):
+            for param in group["params"]:
+                found = kept(self.rule, param, param, group, self.defaults)
+            warn_of_freezing(self.rule, group, found)
 
     @cached_property
     def _engine(self) -> Engine:
@@ -138,11 +167,18 @@ class MultiTensorStep(EngineOptimizer):
         """As in torch, but groups with ``param_names`` and groups without may be mixed.
 
         Raises:
-            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``.
+            ValueError: The group has a setting of the whole optimizer, such as ``max_grad_norm``, or something cannot
+                be kept as it says.
         """
         if self._is_set_up:
             check_group(param_group, self)
         _compat.add_param_group(self, param_group, super().add_param_group)
+        if self._is_set_up:
+            try:
+                self._check_storage(self.param_groups[-1])
+            except (ValueError, TypeError):
+                self.param_groups.pop()
+                raise
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps.
@@ -176,8 +212,10 @@ class MultiTensorStep(EngineOptimizer):
                 # torch rounds all scalars but step counts to the parameter's dtype
                 if isinstance(state.get(name), Tensor) and isinstance(saved.get(name), Tensor):
                     state[name] = saved[name].detach().to(state[name].device)
+            kinds = kept(self.rule, param, param, group, self.defaults).kinds
             for name in saved.keys() - {*self.rule.scalars}:
-                dtype = self.rule.kind_of(name, param, group, self.defaults).dtype
+                # what is kept otherwise than torch does stays as it was saved
+                dtype = saved[name].dtype if is_set(group) else getattr(kinds.get(name), "dtype", None)
                 if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
                     state[name] = saved[name].detach().to(param.device, dtype)
         others = {
@@ -186,9 +224,15 @@ class MultiTensorStep(EngineOptimizer):
             for key, state in state_dict["state"].items()
         }  # fmt: skip
         own_states(self, others)
+        bring_to_formats(self, _compat.local_tensors([p for group in self.param_groups for p in group["params"]]))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler."""
+    def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
+        """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler.
+
+        Args:
+            compressed: States of 8 bits stay codes and scales: smaller, and bit by bit what goes on when they are
+                loaded (default: False: they are float32, which every class of the name takes).
+        """
         names = self.rule.scalars
         if names and not self.rule.scalars_on_device:
             away = [
@@ -200,7 +244,14 @@ class MultiTensorStep(EngineOptimizer):
                 and any(state[name].device.type != "cpu" for name in names)
             ]  # fmt: skip
             settle_scalars(names, away, torch.device("cpu"))
-        return super().state_dict()
+        if compressed:
+            return super().state_dict()
+        # before others' hooks, which know no codes
+        plain = self.register_state_dict_post_hook(_without_codes, prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            plain.remove()
 
     @property
     def step_was_skipped(self) -> Tensor:
@@ -243,6 +294,10 @@ class MultiTensorStep(EngineOptimizer):
 @_compat.disable_dynamo
 def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
     optimizer._engine.step(optimizer)
+
+
+def _without_codes(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {**state_dict, "state": with_float32(optimizer, state_dict["state"])}
 
 
 def _is_data(value: Any) -> bool:

@@ -9,9 +9,20 @@ Formats follow from a parameter's *global* shape and its group, never from a sha
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from .._checks import one_of, told
+from .rule import StateKind, UpdateRule
+
+#: Values of ``state_dtype``.
+StateDtype = torch.dtype | str | Mapping[str, torch.dtype | str | None] | None
 
 #: Settings, which are in no group where they are these.
 SETTINGS: dict[str, Any] = {"param_rounding": "nearest", "state_dtype": None, "rounding_seed": 0}
@@ -29,10 +40,18 @@ ROUNDINGS = {
     "remainder16": REMAINDER16,
     "master": MASTER,
 }
+#: What ``state_dtype`` may be besides a dtype.
+STATES = ("8bit", "stochastic")
+#: Kinds of 8 bits.
+CODED = (SIGNED8, UNSIGNED8)
 #: Elements that a scale of 8-bit codes is for.
 GROUP = 128
 #: Elements below which a parameter's states stay float32.
 LEAST = 4096
+
+
+#: Names of a parameter's companions in ``optimizer.state``.
+REMAINDER_NAME, MASTER_NAME = "param_remainder", "param_master"
 
 
 class Format(NamedTuple):
@@ -72,8 +91,8 @@ def names(role: str, kind: int) -> tuple[str, ...]:
         return f"{role}_codes", f"{role}_scales"
     own = (role,) if role else ()
     if kind in (REMAINDER8, REMAINDER16):
-        return *own, "param_remainder"
-    return (*own, "param_master") if kind == MASTER else own
+        return *own, REMAINDER_NAME
+    return (*own, MASTER_NAME) if kind == MASTER else own
 
 
 def companions(formats: tuple[Format, ...]) -> list[int]:
@@ -102,3 +121,138 @@ class Geometry(NamedTuple):
     first: int = 0
     row: int = 1
     gap: int = 0
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Raise where a group's settings cannot be.
+
+    Raises:
+        ValueError: A setting is none that there is.
+        TypeError: It is of another type.
+    """
+    one_of("param_rounding", group.get("param_rounding", "nearest"), ROUNDINGS)
+    seed = group.get("rounding_seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(told("rounding_seed", "should be a whole number in [0, 2**63)", seed))
+    asked = group.get("state_dtype")
+    for name, kept in asked.items() if isinstance(asked, Mapping) else [("", asked)]:
+        what = f"state_dtype[{name!r}]" if name else "state_dtype"
+        if isinstance(kept, str):
+            one_of(what, kept, (*STATES, *_NAMES))
+        elif kept is not None and kept not in DTYPES:
+            choices = ", ".join([*map(str, DTYPES), *map(repr, STATES)])
+            raise ValueError(told(what, f"should be one of {choices}", kept))
+
+
+def warn_of_freezing(rule: UpdateRule, group: Mapping[str, Any], kept: Kept) -> None:
+    """Warn where averages of squares are rounded so coarsely that they stand still."""
+    beta = group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho"))
+    if not isinstance(beta, (int, float)) or beta <= 0.99:
+        return
+    for i, (name, kind) in enumerate(kept.kinds.items(), 1):
+        is_rounded = not kept.formats or (i < len(kept.formats) and kept.formats[i].is_plain)
+        if rule.codes.get(name) and kind.dtype is torch.bfloat16 and is_rounded:
+            warnings.warn(
+                f"{name} in bfloat16, rounded to the nearest, stands still where a step changes it by less than 0.2 to "
+                f"0.4 %, and with an average of {beta} one changes it by {100 * (1 - beta):.2g} % at most: it may end "
+                "1.6 times too high, or more; state_dtype='stochastic' and '8bit' do not",
+                stacklevel=6,
+            )
+
+
+#: Dtypes of states.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: As configs name them.
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+
+
+def _formats(
+    rule: UpdateRule, whole: Tensor, group: dict[str, Any], kinds: Mapping[str, StateKind]
+) -> tuple[Format, ...]:
+    """Of the parameter, then of its states, which are of these kinds where nobody asks for something else."""
+    asked = group.get("state_dtype")
+    if isinstance(asked, Mapping):
+        for name in asked:
+            one_of("state_dtype", name, kinds)
+    kind = NEAREST
+    if whole.dtype in (torch.bfloat16, torch.float16):
+        rounding = group.get("param_rounding", "nearest")
+        kind = ROUNDINGS[rounding]
+        if kind in (REMAINDER8, REMAINDER16) and whole.dtype is torch.float16:
+            raise ValueError(
+                told("param_rounding", "should be 'stochastic' or 'master' for float16 parameters", rounding)
+            )
+    formats = [Format(kind, whole.dtype)]
+    for name, default in kinds.items():
+        kept = asked.get(name) if isinstance(asked, Mapping) else asked
+        kept = _NAMES.get(kept, kept) if isinstance(kept, str) else kept
+        if kept is None:
+            formats.append(Format(NEAREST, default.dtype or whole.dtype))
+        elif isinstance(kept, torch.dtype):
+            formats.append(Format(NEAREST, kept))
+        elif default.reduced:
+            # a row's or a column's, which takes no memory to speak of
+            formats.append(Format(NEAREST, torch.float32))
+        elif kept == "stochastic":
+            formats.append(Format(STOCHASTIC, torch.bfloat16))
+        elif name in rule.codes and whole.numel() >= LEAST and prod(whole.shape[1:]) % GROUP == 0:
+            formats.append(Format(UNSIGNED8, torch.uint8) if rule.codes[name] else Format(SIGNED8, torch.int8))
+        else:
+            formats.append(Format(NEAREST, torch.float32))
+    return (*formats,)
+
+
+class Kept(NamedTuple):
+    """What a parameter has in ``optimizer.state``.
+
+    Attributes:
+        formats: Of its roles; empty: all tensors are plain ones.
+        kinds: What each tensor is, by its name, in the order of a bucket: those of states, then companions.
+    """
+
+    formats: tuple[Format, ...]
+    kinds: dict[str, StateKind]
+
+
+def kept(rule: UpdateRule, whole: Tensor, part: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Kept:
+    """What a parameter has in ``optimizer.state``, by its group's settings.
+
+    Args:
+        rule: Its optimizer's.
+        whole: The parameter.
+        part: What of it lies in this process.
+        group: Its group.
+        defaults: The optimizer's.
+
+    Raises:
+        ValueError: A state that is named does not exist, or float16 parameters are to have remainders.
+    """
+    states = rule.state_names(rule.variant_of(rule.group_variant(group), part))
+    kinds = {name: rule.kind_of(name, part, group, defaults) for name in states}
+    if not is_set(group):
+        return Kept((), kinds)
+    formats = _formats(rule, whole, group, kinds)
+    tensors = {
+        names(name, of_role.kind)[0]: kinds[name]._replace(dtype=of_role.dtype)
+        for name, of_role in zip(states, formats[1:], strict=True)
+    }
+    for role in companions(formats):
+        kind, name = formats[role].kind, ("", *states)[role]
+        scale = kinds[name].value if role else 0.0
+        if scale:
+            # all elements are the largest of their group
+            codes = names(name, kind)[0]
+            tensors[codes] = tensors[codes]._replace(value=255.0 if kind == UNSIGNED8 else 127.0)
+        scale = math.sqrt(scale) if kind == UNSIGNED8 else scale
+        tensors[names(name, kind)[-1]] = StateKind(scale, formats[role].companion, each=GROUP if role else 1)
+    return Kept(() if are_plain(formats) else formats, tensors)
+
+
+def is_set(group: Mapping[str, Any]) -> bool:
+    """Whether a group says how something is kept."""
+    return any(group.get(name, default) != default for name, default in SETTINGS.items() if name != "rounding_seed")
+
+
+def are_plain(formats: Sequence[Format]) -> bool:
+    """Whether all that is kept is plain tensors, rounded to the nearest number."""
+    return all(kept.is_plain for kept in formats)

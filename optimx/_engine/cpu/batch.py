@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 
 import torch
@@ -93,8 +93,7 @@ class Batch:
         self.sizes = [param.numel() for param in params]
         self.numel = sum(self.sizes)
         self._are_vectors = all(param.dim() == 1 for param in params)
-        self._shapes = [param.shape for param in params]
-        self._views: dict[int, list[Tensor]] = {}
+        self._views: dict[Hashable, list[Tensor]] = {}
 
     def of(self, members: Members) -> Members:
         """The batch's tensors of those of its call."""
@@ -107,9 +106,9 @@ class Batch:
 
     def where_they_are(self, role: Sequence[Tensor]) -> Tensor:
         """All elements of a role that lies together, as one tensor."""
-        return role[0].as_strided((self.numel,), (1,))
+        return role[0].as_strided((sum(map(Tensor.numel, role)),), (1,))
 
-    def gather(self, slot: int, role: Sequence[Tensor], memory: Tensor) -> None:
+    def gather(self, slot: Hashable, role: Sequence[Tensor], memory: Tensor) -> None:
         """Copy the tensors of a role to scratch memory.
 
         Args:
@@ -120,17 +119,17 @@ class Batch:
         if self._are_vectors and role[0].dtype is memory.dtype:
             torch.cat([*role], out=memory)
         else:
-            _compat.foreach_copy_(self.views(slot, memory), role)
+            _compat.foreach_copy_(self.views(slot, role, memory), role)
 
-    def scatter(self, slot: int, role: Sequence[Tensor], memory: Tensor) -> None:
+    def scatter(self, slot: Hashable, role: Sequence[Tensor], memory: Tensor) -> None:
         """Copy them back."""
-        _compat.foreach_copy_(role, self.views(slot, memory))
+        _compat.foreach_copy_(role, self.views(slot, role, memory))
 
-    def views(self, slot: int, memory: Tensor) -> list[Tensor]:
+    def views(self, slot: Hashable, role: Sequence[Tensor], memory: Tensor) -> list[Tensor]:
         """The tensors' places in scratch memory. A thousand views cost more than the step: they stay."""
         if slot not in self._views:
-            parts = memory.split(self.sizes)
-            self._views[slot] = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+            parts = memory.split([*map(Tensor.numel, role)])
+            self._views[slot] = [part.view(tensor.shape) for part, tensor in zip(parts, role, strict=True)]
         return self._views[slot]
 
 

@@ -41,6 +41,10 @@ class Call:
         """The call's tensors of those of its bucket."""
         return members if self._pick is None else members.pick(self._pick)
 
+    def of_bucket(self, indices: Sequence[int]) -> Sequence[int]:
+        """Indices in the bucket of some of the call's members."""
+        return indices if self.indices is None else [self.indices[i] for i in indices]
+
     def read(self, rows: Sequence[tuple[Any, ...]]) -> None:
         """Take the row of this step."""
         self.row = rows[self.index]

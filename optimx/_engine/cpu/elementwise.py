@@ -6,10 +6,10 @@ memory sees each byte once; small ones are copied together, because an operator 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,35 +21,12 @@ from ..rounds import Update
 from ..rule import Row
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
+from .coder import Coder
+from .piece import Piece, Walk
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
 PIECE = 1 << 19
-
-
-class Piece(NamedTuple):
-    """Elements to update at once, in the dtype to compute in: a part of a large tensor, or a batch of small ones.
-
-    For an operator the lists hold the tensors of a batch; for a formula they hold one tensor without dimensions of its
-    own, in which those of a batch follow each other.
-
-    Attributes:
-        grads: Multiplied by their factor.
-        steps: Of each tensor.
-        sizes: Elements of each of the tensors that lie in it, whole or in part.
-        numel: Elements of those tensors, all of them.
-    """
-
-    params: Sequence[Tensor]
-    grads: Sequence[Tensor]
-    states: Sequence[Sequence[Tensor]]
-    steps: Sequence[Tensor]
-    sizes: Sequence[int]
-    numel: int
-
-
-#: Begins a walk over tensors.
-Walk = Callable[[], Iterator[Piece]]
 
 
 class NativeBucket(Bucket):
@@ -60,7 +37,7 @@ class NativeBucket(Bucket):
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision
         self.compute_dtype = torch.float64 if self.key.dtypes[0] is torch.float64 else torch.float32
         self._direct = self.rule.operator(self.key.variant, self.key.dtypes[0])
-        if len(set(self.key.dtypes)) > 1:
+        if len(set(self.key.dtypes)) > 1 or self.key.formats:
             self._direct = None
         self._staged = self.rule.operator(self.key.variant, self.compute_dtype)
         self._scratch: list[Tensor] = []
@@ -69,6 +46,8 @@ class NativeBucket(Bucket):
         self._pattern: list[int] = []
         self._row_of_each: Sequence[int] = []
         self._calls: Sequence[Call] = []
+        #: Walks instead of this bucket where roles are kept in formats of their own.
+        self.coder = Coder(self) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
 
     @property
@@ -200,6 +179,9 @@ class NativeBucket(Bucket):
         """
         # the factor that operators have an argument for
         factor = scale if self._staged is not None else scale * call.row[0]
+        if self.coder is not None:
+            yield from self.coder.walks(call, members, factor)
+            return
         for batch in call.batches:
             yield batch.indices, partial(self._batch, batch, members, factor, self.has_formula)
         for i in call.large:
@@ -221,7 +203,7 @@ class NativeBucket(Bucket):
 
     def temporaries(self, like: Tensor, count: int = 3) -> tuple[Tensor, ...]:
         """Pieces of scratch memory."""
-        first = 2 + len(self.state_names)
+        first = 1 + self.n_roles
         return tuple(self.scratch(first + i, len(like)) for i in range(count))
 
     def scratch(self, i: int, numel: int) -> Tensor:
@@ -239,11 +221,8 @@ class NativeBucket(Bucket):
         """A batch as one piece: as one tensor a role for a formula, else the tensors themselves."""
         params, grads, states, scalars = batch.of(members)
         roles = (params, *states)
-        flat_grads = self._flatten(batch, grads)
-        scaled = factor != 1.0 or flat_grads.dtype is not self.compute_dtype
         memory = [self.scratch(i, batch.numel) for i in range(1 + len(roles))]
-        if scaled:
-            flat_grads = memory[0].copy_(flat_grads).mul_(factor)
+        working_grads = self.batch_grads(batch, grads, factor, by_formula)
         # a formula takes one tensor a role
         whole = [
             batch.where_they_are(role) if i and by_formula and batch.together and self._computes_in(role) else None
@@ -258,15 +237,22 @@ class NativeBucket(Bucket):
             batch.gather(slot, roles[slot - 1], memory[slot])
         if by_formula:
             p, *others = ([m if tensor is None else tensor] for m, tensor in zip(memory[1:], whole, strict=True))
-            yield Piece(p, [flat_grads], others, [], batch.sizes, batch.numel)
+            yield Piece(p, working_grads, others, [], batch.sizes, batch.numel)
         else:
             working, *working_states = (
-                batch.views(slot, memory[slot]) if slot in copied else role for slot, role in enumerate(roles, 1)
+                batch.views(slot, role, memory[slot]) if slot in copied else role for slot, role in enumerate(roles, 1)
             )
-            working_grads = batch.views(0, memory[0]) if scaled else grads
             yield Piece(working, working_grads, working_states, scalars[0] if scalars else [], batch.sizes, batch.numel)
         for slot in copied:
             batch.scatter(slot, roles[slot - 1], memory[slot])
+
+    def batch_grads(self, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool) -> Sequence[Tensor]:
+        """A batch's gradients times a factor, in the dtype to compute in: one tensor for a formula."""
+        flat_grads = self._flatten(batch, grads)
+        if factor == 1.0 and flat_grads.dtype is self.compute_dtype:
+            return [flat_grads] if by_formula else grads
+        scaled = self.scratch(0, batch.numel).copy_(flat_grads).mul_(factor)
+        return [scaled] if by_formula else batch.views(0, grads, scaled)
 
     def _computes_in(self, role: Sequence[Tensor]) -> bool:
         return role[0].dtype is self.compute_dtype
@@ -276,15 +262,9 @@ class NativeBucket(Bucket):
         grad = members.grads[i]
         steps = [members.scalars[0][i]] if members.scalars else []
         roles_of_tensor = (members.params[i], *(role[i] for role in members.states))
-        split = [flat(tensor).split(PIECE) for tensor in (grad, *roles_of_tensor)]
+        split = [self.split(tensor) for tensor in (grad, *roles_of_tensor)]
         for g, *roles in zip(*split, strict=True):
-            if factor != 1.0 or g.dtype is not self.compute_dtype:
-                scaled = self.scratch(0, len(g))
-                if g.dtype is self.compute_dtype:
-                    torch.mul(g, factor, out=scaled)
-                else:
-                    scaled.copy_(g).mul_(factor)
-                g = scaled
+            g = self.piece_grad(g, factor)
             working = [
                 role if role.dtype is self.compute_dtype else self.scratch(1 + j, len(role)).copy_(role)
                 for j, role in enumerate(roles)
@@ -294,3 +274,13 @@ class NativeBucket(Bucket):
             for role, copy in zip(roles, working, strict=True):
                 if copy is not role:
                     role.copy_(copy)
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """A large tensor's pieces."""
+        return flat(tensor).split(PIECE)
+
+    def piece_grad(self, g: Tensor, factor: float) -> Tensor:
+        """A piece of a gradient times a factor, in the dtype to compute in."""
+        if g.dtype is not self.compute_dtype:
+            return self.scratch(0, len(g)).copy_(g).mul_(factor)
+        return g if factor == 1.0 else torch.mul(g, factor, out=self.scratch(0, len(g)))

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Sequence
+from functools import partial
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from ..bucket import Members, picker
 from ..rounds import LENGTHS, MEANS, SUMS, Share, Update, together
 from .batch import in_order, runs
 from .call import Call
+from .codecs import elements_each
+from .coder import CodedMatrices
 from .elementwise import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
@@ -46,6 +50,7 @@ class Stack:
 
     def __init__(self, bucket: FactoredBucket, members: Members, indices: list[int], of_bucket: list[int]) -> None:
         self._pick = picker(indices)
+        self.of_bucket = of_bucket
         self.positions = [bucket.positions[i] for i in of_bucket]
         self.factored, self.transposed, self.has_moment = bucket.key.variant
         first, *_ = self.of(members).params
@@ -57,7 +62,7 @@ class Stack:
         self.alone = len(indices) == 1
         #: What :meth:`measure` gave, from the norm to the update of a step.
         self.sums: tuple[Tensor, Tensor] | None = None
-        self.pieces = [*self._pieces()]
+        self.pieces = [*self._pieces(max(map(elements_each, bucket.key.formats), default=1))]
         self._views: dict[int, list[Tensor]] = {}
         averages = self.of(members).states[: 1 + self.factored]
         #: Whether averages, of each kind, lie one after the other.
@@ -81,23 +86,24 @@ class Stack:
     def where_it_is(self, tensor: Tensor) -> Tensor:
         return tensor.detach().as_strided(self.shape, (self.numel, self.shape[2] * self.shape[3], self.shape[3], 1))
 
-    def _pieces(self) -> Iterator[Slices]:
-        """Indices of matrices, rows and columns; one piece, where all fit."""
+    def _pieces(self, group: int) -> Iterator[Slices]:
+        """Indices of matrices, rows and columns, whole groups of elements each; one piece, where all fit."""
         n, n_matrices, n_rows, n_columns = self.shape
+        matrix = n_rows * n_columns
         if n * self.numel <= PIECE:
             yield _ALL, _ALL, _ALL, _ALL
         elif not self.factored:
             for i in range(0, n_columns, PIECE):
                 yield _ALL, _ALL, _ALL, slice(i, i + PIECE)
-        elif n_rows * n_columns <= PIECE:
-            step = PIECE // (n_rows * n_columns)
+        elif matrix <= PIECE or matrix % group:
+            step = _whole_groups(PIECE, matrix, group)
             for i in range(0, n_matrices, step):
                 yield _ALL, slice(i, i + step), _ALL, _ALL
         else:
-            step = max(1, PIECE // n_columns)
-            for matrix in range(n_matrices):
+            step = _whole_groups(PIECE, n_columns, group)
+            for j in range(n_matrices):
                 for i in range(0, n_rows, step):
-                    yield _ALL, slice(matrix, matrix + 1), slice(i, i + step), _ALL
+                    yield _ALL, slice(j, j + 1), slice(i, i + step), _ALL
 
     def gather(self, bucket: FactoredBucket, i: int, tensors: Sequence[Tensor]) -> Tensor:
         """A role's elements, where they are if alone, else copied to scratch memory ``i``, for :meth:`scatter`."""
@@ -113,6 +119,20 @@ class Stack:
     def scatter(self, i: int, tensors: Sequence[Tensor]) -> None:
         if not self.alone:
             _compat.foreach_copy_(self.oriented(tensors), self._views[i])
+
+    def values(self, bucket: FactoredBucket, i: int, members: Members, role: int) -> Any:
+        """A role that is read and written piece by piece, whatever its format, and then :meth:`put_back`."""
+        tensors = members.params, *members.states
+        if bucket.coder is None:
+            return self.gather(bucket, i, tensors[role])
+        values = partial(bucket.scratch, i)
+        return CodedMatrices(bucket.coder, bucket.coder.roles[role], self.of_bucket, tensors, self.shape, values)
+
+    def put_back(self, i: int, tensors: Sequence[Tensor], values: Any) -> None:
+        if isinstance(values, CodedMatrices):
+            values.put_back()
+        else:
+            self.scatter(i, tensors)
 
     def measure(self, bucket: FactoredBucket, g_all: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
         """Sums of squares of gradients times ``factor``: ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
@@ -139,8 +159,10 @@ class Stack:
 
         Where it waits for other ranks, other stacks use the scratch memory.
         """
-        params, grads, states, _ = self.of(members)
-        averages = states[: 1 + self.factored]
+        stack = self.of(members)
+        params, grads, states, _ = stack
+        moment = 1 + self.factored
+        averages = states[:moment]
         sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
         compute, factor = bucket.compute_dtype, sign * scale
         g_all = self.gather(bucket, GRADS, grads)
@@ -165,7 +187,7 @@ class Stack:
             torch.mul(r_piece, c_piece, out=out)
             return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
 
-        p_all = self.gather(bucket, PARAMS, params)
+        p_all = self.values(bucket, PARAMS, stack, 0)
         squares = torch.zeros(self.shape[0], 2, dtype=torch.float64, device="cpu")
         for piece in self.pieces:
             if scaled:
@@ -174,19 +196,19 @@ class Stack:
             squares[:, 1] += self._squares(u)
         if bucket.meets:
             yield LENGTHS, self._shares("lengths", squares)
-            g_all, p_all = self.gather(bucket, GRADS, grads), self.gather(bucket, PARAMS, params)
+            g_all, p_all = self.gather(bucket, GRADS, grads), self.values(bucket, PARAMS, stack, 0)
         rms, length = squares.div_(self.whole[0]).sqrt_().unbind(1)
         alpha = _larger(rms, eps2) * rho if scaled else torch.full_like(rms, rho)
         size = alpha / _larger(length / d, 1.0)
         decay = 1.0 - decay_lr - decay_alpha * alpha if decay_lr or decay_alpha else None
-        moments = self.gather(bucket, MOMENTS, states[-1]) if self.has_moment else None
+        moments = self.values(bucket, MOMENTS, stack, 1 + moment) if self.has_moment else None
         for piece in self.pieces:
             if len(self.pieces) > 1 or bucket.meets:
                 u = direction(piece)
             self._apply(p_all, moments, piece, u, size, decay, beta1_c)
-        self.scatter(PARAMS, params)
+        self.put_back(PARAMS, params, p_all)
         if self.has_moment:
-            self.scatter(MOMENTS, states[-1])
+            self.put_back(MOMENTS, states[moment], moments)
 
     def _shares(self, name: str, numbers: Tensor) -> list[Share]:
         """What has been found, an entry of ``numbers`` each tensor."""
@@ -243,8 +265,8 @@ class Stack:
 
     def _apply(
         self,
-        p_all: Tensor,
-        moments: Tensor | None,
+        p_all: Any,
+        moments: Any,
         piece: Slices,
         u: Tensor,
         size: Tensor,
@@ -274,6 +296,12 @@ class Stack:
         average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
         _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
         return average.to(means.dtype)
+
+
+def _whole_groups(most: int, numel: int, group: int) -> int:
+    """How many runs of ``numel`` elements are at most so many, and whole groups of elements."""
+    unit = group // math.gcd(group, numel)
+    return max(1, most // numel // unit) * unit
 
 
 def _work(bucket: FactoredBucket, like: Tensor) -> Tensor:

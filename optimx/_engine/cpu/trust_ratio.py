@@ -10,7 +10,8 @@ from torch import Tensor
 from ... import _compat
 from ..rounds import LENGTHS, Share, Update
 from ..rule import Row
-from .elementwise import NativeBucket, Walk
+from .elementwise import NativeBucket
+from .piece import Walk
 
 
 class TrustRatioBucket(NativeBucket):
@@ -38,8 +39,8 @@ class TrustRatioBucket(NativeBucket):
 
     @property
     def _rounded(self) -> bool:
-        """The second walk would take averages rounded to 16 bits for other ones: there it works them out anew."""
-        return any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2:])
+        """The second walk would take averages rounded to fewer bits for other ones: there it works them out anew."""
+        return any(dtype is not self.compute_dtype for dtype in self.key.dtypes[2 : 1 + self.n_roles])
 
     def _measure(self, row: Row, pieces: Walk, *, at_once: bool = False) -> tuple[Tensor, bool]:
         """Squared norms of parameters and of their steps, ``[2, tensors]``; averages move, or are about to.

@@ -1,0 +1,343 @@
+"""How parameters and states are kept: dtypes of states."""
+
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import optimx
+from optimx._engine.recode import bring_to_formats, master_weights, set_master_weights
+from tests.cases import CASES, make_params, set_grads
+from tests.conftest import INTERPRETED
+
+pytestmark = [pytest.mark.interpreted, pytest.mark.filterwarnings("ignore:.*stands still")]
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    **{case.name: (case.cls, {}) for case in CASES},
+    "sgd": (optimx.SGD, {"momentum": 0.9}),
+    # its own default of eps depends on the parameter's dtype
+    "adafactor": (optimx.Adafactor, {"beta1": 0.9, "eps": (1e-10, 1e-3)}),
+    "muon": (optimx.Muon, {"ns_dtype": torch.float32}),
+}
+SHAPES = [(3, 5), (40, 8), (3, 5)]
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+def step(optimizer: torch.optim.Optimizer, number: int) -> None:
+    set_grads([p for group in optimizer.param_groups for p in group["params"]], number)
+    optimizer.step()
+
+
+def states(optimizer: torch.optim.Optimizer, param: Parameter) -> dict[str, Tensor]:
+    return {name: value for name, value in optimizer.state[param].items() if value.dim()}
+
+
+@pytest.mark.parametrize("of_params", [F32, BF16], ids=["params32", "params16"])
+@pytest.mark.parametrize("of_states", [F32, BF16], ids=["states32", "states16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dtypes_of_states(device: torch.device, name: str, of_params: Any, of_states: Any) -> None:
+    """A step is one in float32, after which parameters and states are rounded once."""
+    make, kwargs = OPTIMIZERS[name]
+    params = make_params(SHAPES, device, of_params)
+    twins = [Parameter(param.detach().to(F32, copy=True)) for param in params]
+    optimizer, twin = make(params, state_dtype=of_states, **kwargs), make(twins, **kwargs)
+    for number in range(3):
+        step(optimizer, number)
+        for param, other in zip(params, twins, strict=True):
+            other.grad = param.grad.float()
+        twin.step()
+        for other in twins:
+            other.data.copy_(other.detach().to(of_params))
+            for value in states(twin, other).values():
+                value.copy_(value.to(of_states))
+    # sums may be in another order, and what is near the middle may be rounded to either side
+    close = {"rtol": 1e-6, "atol": 1e-7} if of_params is of_states is F32 else {"rtol": 2**-6, "atol": 2e-3}
+    for param, other in zip(params, twins, strict=True):
+        torch.testing.assert_close(param.detach().float(), other.detach(), **close)
+        assert {value.dtype for value in states(optimizer, param).values()} == {of_states}
+        for key, value in states(optimizer, param).items():
+            torch.testing.assert_close(value.float(), states(twin, other)[key], **close)
+    assert not any(row.reason for row in optimx.explain(optimizer).rows)
+
+
+@pytest.mark.parametrize("of_params", [F32, BF16], ids=["params32", "params16"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_checkpoints_round_nothing(device: torch.device, name: str, of_params: Any) -> None:
+    """Torch casts what it loads to the parameter's dtype."""
+    make, kwargs = OPTIMIZERS[name]
+    other = F32 if of_params is BF16 else BF16
+    params = make_params(SHAPES, device, of_params)
+    optimizer = make(params, state_dtype=other, **kwargs)
+    step(optimizer, 0)
+    saved = deepcopy(optimizer.state_dict())
+    again = make(params, state_dtype=other, **kwargs)
+    again.load_state_dict(saved)
+    for param in params:
+        for key, value in states(optimizer, param).items():
+            assert value.dtype is other
+            assert torch.equal(again.state[param][key], value), key
+    step(again, 1)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "told"),
+    [
+        ({"param_rounding": "stochastical"}, "param_rounding should be one of .* did you mean 'stochastic'"),
+        (
+            {"state_dtype": "8bits"},
+            "state_dtype should be one of 8bit, .*stochastic but .* did you mean '8bit'",
+        ),
+        ({"state_dtype": torch.int8}, "state_dtype should be one of torch.float32, .* but is: torch.int8"),
+        ({"state_dtype": {"exp_avgs": BF16}}, "state_dtype should be one of exp_avg, exp_avg_sq but is: 'exp_avgs'"),
+        ({"state_dtype": {"exp_avg": "8"}}, r"state_dtype\['exp_avg'\] should be one of 8bit, bfloat16"),
+        ({"rounding_seed": -1}, r"rounding_seed should be a whole number in \[0, 2\*\*63\) but is: -1"),
+        ({"rounding_seed": 1.5}, "rounding_seed should be a whole number"),
+    ],
+)
+def test_errors(kwargs: dict[str, Any], told: str) -> None:
+    params = make_params([(2, 3)])
+    with pytest.raises(ValueError, match=told):
+        optimx.AdamW(params, **kwargs)
+    optimizer = optimx.AdamW(params)
+    with pytest.raises(ValueError, match=told):
+        optimizer.add_param_group({"params": make_params([(2, 3)]), **kwargs})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_float16_has_no_remainders() -> None:
+    with pytest.raises(ValueError, match="param_rounding should be 'stochastic' or 'master' for float16 parameters"):
+        optimx.AdamW(make_params([(2, 3)], dtype=torch.float16), param_rounding="remainder16")
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "warns"),
+    [
+        (optimx.AdamW, {"state_dtype": BF16}, True),
+        (optimx.AdamW, {"state_dtype": {"exp_avg_sq": BF16}}, True),
+        (optimx.AdamW, {"state_dtype": {"exp_avg": BF16}}, False),
+        (optimx.AdamW, {"state_dtype": BF16, "betas": (0.9, 0.99)}, False),
+        (optimx.AdamW, {}, False),
+        (optimx.RMSprop, {"state_dtype": BF16, "alpha": 0.999}, True),
+        (optimx.Lion, {"state_dtype": BF16}, False),
+    ],
+)
+def test_averages_that_stand_still_are_told(make: Any, kwargs: dict[str, Any], warns: bool) -> None:
+    """Numbers of the default change no sooner than by half of what tells two of them apart."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make(make_params([(2, 3)]), **kwargs)
+    assert ["0.1 % at most" in str(warning.message) for warning in caught] == [True] * warns
+
+
+def test_settings_are_in_no_group_by_default() -> None:
+    """Checkpoints are torch's."""
+    optimizer = optimx.AdamW(make_params([(2, 3)]), state_dtype=None, param_rounding="nearest", rounding_seed=0)
+    assert optimizer.defaults.keys() == torch.optim.AdamW(make_params([(2, 3)])).defaults.keys()
+    optimizer = optimx.AdamW([{"params": make_params([(2, 3)]), "state_dtype": BF16}], betas=(0.9, 0.9))
+    assert "state_dtype" not in optimizer.defaults
+    step(optimizer, 0)
+    assert {value.dtype for value in states(optimizer, optimizer.param_groups[0]["params"][0]).values()} == {BF16}
+
+
+def test_a_changed_setting_converts(device: torch.device) -> None:
+    params = make_params([(4, 5)], device)
+    optimizer = optimx.AdamW(params)
+    step(optimizer, 0)
+    before = states(optimizer, params[0])["exp_avg"].clone()
+    optimizer.param_groups[0]["state_dtype"] = {"exp_avg": BF16}
+    set_grads(params, 1)
+    optimizer.step()
+    after = states(optimizer, params[0])
+    assert (after["exp_avg"].dtype, after["exp_avg_sq"].dtype) == (BF16, F32)
+    expected = torch.lerp(before.to(BF16).float(), params[0].grad, 0.1)
+    torch.testing.assert_close(after["exp_avg"].float(), expected, rtol=2**-8, atol=0)
+
+
+FORMATS = {
+    "stochastic": {"param_rounding": "stochastic", "state_dtype": "stochastic"},
+    "remainder8": {"param_rounding": "remainder8", "state_dtype": F32},
+    "remainder16": {"param_rounding": "remainder16", "state_dtype": F32},
+    "master": {"param_rounding": "master", "state_dtype": F32},
+    "8bit": {"param_rounding": "stochastic", "state_dtype": "8bit"},
+}
+on_a_cpu = pytest.mark.skipif(INTERPRETED, reason="kernels keep plain tensors alone")
+LARGE = [(40, 128), (64, 2, 64), (3, 5), (5000,)]
+
+
+def test_codes_and_back(device: torch.device) -> None:
+    """Checkpoints have float32 averages; codes come and go with the setting."""
+    params = make_params(LARGE, device)
+    optimizer = optimx.AdamW(params)
+    step(optimizer, 0)
+    exact = [{name: value.clone() for name, value in states(optimizer, param).items()} for param in params]
+    optimizer.param_groups[0]["state_dtype"] = "8bit"
+    bring_to_formats(optimizer, params)
+    for param in params[:2]:
+        kinds = {name: (value.dtype, value.shape) for name, value in states(optimizer, param).items()}
+        scales = torch.Size([len(param), param[0].numel() // 128])
+        assert kinds == {
+            "exp_avg_codes": (torch.int8, param.shape), "exp_avg_scales": (F32, scales),
+            "exp_avg_sq_codes": (torch.uint8, param.shape), "exp_avg_sq_scales": (F32, scales),
+        }  # fmt: skip
+    for param in params[2:]:
+        assert {value.dtype for value in states(optimizer, param).values()} == {F32}
+    plain, compressed = optimizer.state_dict(), optimizer.state_dict(compressed=True)
+    for i, averages in enumerate(exact):
+        assert plain["state"][i].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        for name, value in averages.items():
+            largest = float(value.abs().max())
+            torch.testing.assert_close(plain["state"][i][name], value, rtol=0.05, atol=0.01 * largest)
+    assert compressed["state"][0]["exp_avg_codes"].dtype is torch.int8
+    again = optimx.AdamW(params, state_dtype="8bit")
+    again.load_state_dict(deepcopy(compressed))
+    other = optimx.AdamW(params, state_dtype="8bit")
+    other.load_state_dict(deepcopy(plain))
+    for optimizer_with in (again, other):
+        for name, value in states(optimizer, params[0]).items():
+            torch.testing.assert_close(optimizer_with.state[params[0]][name], value, rtol=0, atol=1e-7)
+    stock = torch.optim.AdamW(params)
+    stock.load_state_dict(deepcopy(plain))
+    del optimizer.param_groups[0]["state_dtype"]
+    bring_to_formats(optimizer, params)
+    for i, param in enumerate(params):
+        assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert torch.equal(optimizer.state[param]["exp_avg"], plain["state"][i]["exp_avg"])
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder8", "remainder16", "master"])
+def test_master_weights(device: torch.device, rounding: str) -> None:
+    params = [*make_params(LARGE, device, BF16), *make_params([(3, 2)], device)]
+    optimizer = optimx.AdamW(params, param_rounding=rounding)
+    exact = [
+        torch.randn(param.shape, generator=torch.Generator().manual_seed(i)).to(device)
+        for i, param in enumerate(params)
+    ]
+    set_master_weights(optimizer, exact)
+    for param, weight, value in zip(params, master_weights(optimizer), exact, strict=True):
+        assert weight.dtype is F32
+        close = {"nearest": 2**-8, "stochastic": 2**-8, "remainder8": 2**-16}.get(rounding, 0.0)
+        torch.testing.assert_close(weight, value, rtol=close if param.dtype is BF16 else 0.0, atol=0)
+        torch.testing.assert_close(param.detach().float(), value, rtol=2**-8 if param.dtype is BF16 else 0.0, atol=0)
+    # a remainder becomes a longer one, or a copy, of the same values
+    if rounding.startswith("remainder"):
+        weights = master_weights(optimizer)
+        for other in ("remainder16", "master"):
+            optimizer.param_groups[0]["param_rounding"] = other
+            bring_to_formats(optimizer, params)
+            assert all(map(torch.equal, master_weights(optimizer), weights))
+    with pytest.raises(ValueError, match="tensors should be 5, one a parameter, but are: 1"):
+        set_master_weights(optimizer, exact[:1])
+    with pytest.raises(ValueError, match=r"tensors\[0\] should have shape \[40, 128\] but has: \[3, 2\]"):
+        set_master_weights(optimizer, exact[::-1])
+
+
+#: Muon keeps plain tensors.
+KEEPING = [name for name in OPTIMIZERS if name != "muon"]
+
+
+@on_a_cpu
+@pytest.mark.parametrize("rounding", ["remainder16", "master"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_training_is_that_of_float32(name: str, rounding: str) -> None:
+    """Bit by bit, with gradients of 16 bits."""
+    make, kwargs = OPTIMIZERS[name]
+    params = make_params(LARGE, dtype=BF16)
+    twins = [Parameter(param.detach().float()) for param in params]
+    optimizer, twin = make(params, **FORMATS[rounding], **kwargs), make(twins, **kwargs)
+    for number in range(20):
+        set_grads(params, number)
+        for param, other in zip(params, twins, strict=True):
+            other.grad = param.grad.float()
+        optimizer.step()
+        twin.step()
+    for weight, other in zip(master_weights(optimizer), twins, strict=True):
+        torch.testing.assert_close(weight, other.detach(), rtol=1e-6 if name in ("adafactor", "lamb") else 0, atol=0)
+
+
+@on_a_cpu
+@pytest.mark.parametrize("kept", FORMATS)
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_loaded_goes_on(name: str, kept: str) -> None:
+    """Bit by bit, also the random ones; in another order of parameters with other random bits for nobody."""
+    make, kwargs = OPTIMIZERS[name]
+    kwargs = {**kwargs, **FORMATS[kept], "rounding_seed": 7}
+    params, again = make_params(LARGE, dtype=BF16), make_params(LARGE, dtype=BF16)
+    optimizer, other = make(params, **kwargs), make(again, **kwargs)
+    for number in range(4):
+        if number == 2:
+            saved = deepcopy(other.state_dict(compressed=True))
+            other = make(again, **kwargs)
+            other.load_state_dict(saved)
+        step(optimizer, number)
+        step(other, number)
+    for param, loaded in zip(params, again, strict=True):
+        assert torch.equal(param, loaded)
+        for key, value in states(optimizer, param).items():
+            assert torch.equal(value, other.state[loaded][key]), key
+
+
+@on_a_cpu
+def test_seeds_and_copies() -> None:
+    def trained(**kwargs: Any) -> Tensor:
+        params = make_params(LARGE, dtype=BF16)
+        optimizer = optimx.SGD(params, lr=1e-3, param_rounding="stochastic", **kwargs)
+        for number in range(3):
+            step(optimizer, number)
+            optimizer = deepcopy(optimizer) if number == 1 else optimizer
+            params = optimizer.param_groups[0]["params"]
+        assert optimizer.param_groups[0]["rounding_step"] == 3
+        return params[0].detach()
+
+    assert torch.equal(trained(), trained())
+    assert not torch.equal(trained(), trained(rounding_seed=1))
+
+
+def test_what_cannot_be_kept_is_refused(device: torch.device) -> None:
+    params = make_params(LARGE, device, BF16)
+    made = [(optimx.Muon, params[:1], {}), (optimx.AdamW, params, {"foreach": True})]
+    if INTERPRETED:
+        made.append((optimx.AdamW, params, {}))
+    for make, of_it, kwargs in made:
+        optimizer = make(of_it, param_rounding="remainder16", **kwargs)
+        set_grads(params, 0)
+        before = [param.detach().clone() for param in params]
+        with pytest.raises(RuntimeError, match="parameter 0 of all, in group 0, should be kept as param_rounding and"):
+            optimizer.step()
+        assert all(map(torch.equal, params, before))
+
+
+@on_a_cpu
+def test_clipping_and_amp() -> None:
+    """A skipped step changes no byte; a clipped one is that of scaled gradients."""
+    params = make_params(LARGE, dtype=BF16)
+    optimizer = optimx.AdamW(params, **FORMATS["8bit"], fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(3):
+        set_grads(params, number, 4.0)
+        if number == 1:
+            params[1].grad[0, 0] = torch.inf
+        before = [param.detach().clone() for param in params], deepcopy(optimizer.state_dict(compressed=True))
+        scaler.scale(torch.zeros(()))
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(map(torch.equal, params, before[0]))
+        assert same is (number == 1)
+        if same:
+            after = optimizer.state_dict(compressed=True)
+            torch.testing.assert_close(after["state"], before[1]["state"], rtol=0, atol=0)
+    twins = [Parameter(param.detach().clone()) for param in params]
+    clipped = optimx.SGD(params, lr=0.1, param_rounding="remainder16", max_grad_norm=1.0)
+    scaled = optimx.SGD(twins, lr=0.1, param_rounding="remainder16")
+    set_grads(params, 5)
+    clipped.step()
+    for param, twin in zip(params, twins, strict=True):
+        twin.grad = param.grad / clipped.grad_norm.to(BF16)
+    scaled.step()
+    for mine, theirs in zip(master_weights(clipped), master_weights(scaled), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
