@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ._engine.rule import StateKind
 from ._engine.sharding import local
 from ._engine.step import MultiTensorStep
-from ._engine.storage import kept
+from ._engine.storage import MASTER_NAME, kept
 from ._table import aligned
 from .build import build
 from .composite import Composite
@@ -114,12 +114,14 @@ def _rows(optimizer: Optimizer) -> list[MemoryRow]:
             names = [str(part.dtype), *(f"{name} {kind.dtype or part.dtype}" for name, kind in kinds.items())]
             of_kind = sums.setdefault(", ".join(names).replace("torch.", ""), Counter())
             states = sum(_bytes(kind, part) for kind in kinds.values())
+            # a parameter that is but a copy is not read
             of_kind.update(tensors=1, elements=part.numel(), params=part.nbytes, states=states)
+            of_kind.update(traffic=(2 if MASTER_NAME in kinds else 3) * part.nbytes + 2 * states)
     name = type(optimizer).__name__
     return [
         MemoryRow(
             name, n["tensors"], n["elements"], kept_as, n["params"], n["params"], n["states"],
-            traffic=3 * n["params"] + 2 * n["states"],
+            traffic=n["traffic"],
         )
         for kept_as, n in sums.items()
     ]  # fmt: skip

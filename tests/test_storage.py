@@ -341,3 +341,35 @@ def test_clipping_and_amp() -> None:
     scaled.step()
     for mine, theirs in zip(master_weights(clipped), master_weights(scaled), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "kept", "moved"),
+    [
+        ({}, 6, 14),
+        ({"param_rounding": "master", "state_dtype": F32}, 14, 28),
+        ({"param_rounding": "remainder16", "state_dtype": F32}, 12, 26),
+        ({"param_rounding": "remainder8", "state_dtype": BF16}, 7, 16),
+        ({"param_rounding": "stochastic", "state_dtype": "8bit"}, 4 + 1 / 16, 10 + 1 / 8),
+    ],
+)
+def test_memory(kwargs: dict[str, Any], kept: float, moved: float) -> None:
+    """Bytes a parameter, as counted by hand; and as a step leaves them."""
+    params = make_params([(64, 128)], dtype=BF16)
+    optimizer = optimx.AdamW(params, **kwargs)
+    (row,) = optimx.memory(optimizer).rows
+    assert ((row.params + row.states) / row.elements, row.traffic / row.elements) == (kept, moved)
+    assert row.total == row.params + row.grads + row.states
+    if not INTERPRETED:
+        step(optimizer, 0)
+        assert sum(value.nbytes for value in states(optimizer, params[0]).values()) == row.states
+
+
+def test_memory_of_a_config() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 8))
+    found = optimx.memory(model, {"optimizer": {"name": "adamw", "state_dtype": "8bit"}})
+    assert [row.elements for row in found.rows] == [64 * 128, 64 + 8 * 64 + 8]
+    assert found.total == sum(row.total for row in found.rows)
+    assert "exp_avg_codes int8" in str(found)
+    with pytest.raises(TypeError, match="memory should be given a model and a config, or an optimizer alone"):
+        optimx.memory(model)
