@@ -73,6 +73,7 @@ class MuonRule(UpdateRule):
     codes = {"momentum_buffer": False}
     scalars = ()
     walk = "orthogonal"
+    of_wholes = True
     optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "weight_decay", "momentum", "nesterov", "eps")
     #: Where ``eps`` is among :meth:`values`.

@@ -92,9 +92,13 @@ def place(
     if cut is not None and not ROUNDS_OF[rule.walk] and not storage.is_set(group):
         # along which dimension makes no difference
         cut = cut._replace(dims=())
-    in_one_piece = MATRICES in ROUNDS_OF[rule.walk]
-    variant = rule.variant_of(rule.group_variant(group), whole if in_one_piece else param)
-    if in_one_piece and cut is not None and cut.n_shards > 1 and (reason := exchange.unsuitable(whole, variant)):
+    variant = rule.variant_for(group, whole, param)
+    if (
+        MATRICES in ROUNDS_OF[rule.walk]
+        and cut is not None
+        and cut.n_shards > 1
+        and (reason := exchange.unsuitable(whole, variant))
+    ):
         return Placement(None, f"parameter is a DTensor that is cut, and {reason}: all of it is gathered for a step")
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):

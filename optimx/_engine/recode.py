@@ -75,7 +75,7 @@ def _bring(optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict
         state[wanted[0]] = made.laid_out(wanted[0], companion)
     for name in {REMAINDER_NAME, MASTER_NAME} - {*wanted}:
         state.pop(name, None)
-    for i, name in enumerate(rule.state_names(rule.variant_of(rule.group_variant(group), shard)), 1):
+    for i, name in enumerate(rule.state_names(rule.variant_for(group, param, shard)), 1):
         codes, scales = names(name, SIGNED8)
         is_coded = codes in kinds
         if is_coded and isinstance(state.get(name), Tensor):

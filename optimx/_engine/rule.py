@@ -65,6 +65,7 @@ class UpdateRule:
             reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns;
             ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
+        of_wholes: Variants follow from whole parameters, also where parts of these are updated.
         codes: States that 8-bit codes may keep, and whether these are never negative. Not what is added up for ever or
             must never become less.
         by_element: Which of the values may be vectors, with an entry an element: :meth:`prepare` then makes a row of
@@ -76,6 +77,7 @@ class UpdateRule:
     scalars_on_device: ClassVar[bool] = False
     walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
+    of_wholes: ClassVar[bool] = False
     codes: ClassVar[dict[str, bool]] = {}
     by_element: ClassVar[tuple[int, ...]] = ()
 
@@ -102,6 +104,10 @@ class UpdateRule:
     def variant_of(self, variant: Any, param: Tensor) -> Any:
         """The kernel variant of one parameter of a group whose variant is ``variant``."""
         return variant
+
+    def variant_for(self, group: dict[str, Any], whole: Tensor, part: Tensor) -> Any:
+        """The kernel variant of a parameter of a group, of which ``part`` lies in this process."""
+        return self.variant_of(self.group_variant(group), whole if self.of_wholes else part)
 
     def state_names(self, variant: Any) -> tuple[str, ...]:
         """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""

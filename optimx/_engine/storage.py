@@ -227,7 +227,7 @@ def kept(rule: UpdateRule, whole: Tensor, part: Tensor, group: dict[str, Any], d
     Raises:
         ValueError: A state that is named does not exist, or float16 parameters are to have remainders.
     """
-    states = rule.state_names(rule.variant_of(rule.group_variant(group), part))
+    states = rule.state_names(rule.variant_for(group, whole, part))
     kinds = {name: rule.kind_of(name, part, group, defaults) for name in states}
     if not is_set(group):
         return Kept((), kinds)
