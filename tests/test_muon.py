@@ -118,6 +118,22 @@ def test_a_batch_changes_no_bit(device: torch.device, shape: tuple[int, int]) ->
         assert all(torch.equal(param, alone[i]) for param, i in zip(params, seeds, strict=True))
 
 
+@pytest.mark.parametrize("scale", [0.0, 2.0**-60, 2.0**66, float("nan")])
+def test_what_float32_has_no_squares_of_changes_no_other(device: torch.device, scale: float) -> None:
+    """Nor do such matrices, in a batch, change how the norms of others are worked out."""
+    ends = []
+    for n in (1, 2):
+        params = make_params([(8, 40)] * n, device)
+        optimizer = optimx.Muon(params, ns_dtype=torch.float32, eps=0.0)
+        for step in range(2):
+            set_grads(params, step)
+            for other in params[1:]:
+                other.grad.mul_(scale)
+            optimizer.step()
+        ends.append(params[0].detach())
+    assert torch.equal(*ends)
+
+
 def test_bfloat16_without_nesterov(device: torch.device) -> None:
     """Stock divides the momentum buffer itself by its norm."""
     (param,) = make_params([(8, 16)], device, torch.bfloat16)

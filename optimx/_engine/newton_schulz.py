@@ -192,13 +192,16 @@ def _norms(x: Tensor) -> Tensor:
 
     Neither do sums of squares overflow, nor does their order show when they are rounded to 16 bits.
     """
-    if x.device.type == "cpu" and x.dtype is not torch.float64 and x.shape[1] > 1:
-        # with another dtype the operator copies all of its argument first; float32 has most rows
-        rows = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=torch.float32)
-        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-        if _FLOAT32_HAS[0] < float(norms.min()) and float(norms.max()) < _FLOAT32_HAS[1]:
-            return norms
-    return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    if x.device.type != "cpu" or x.dtype is torch.float64 or x.shape[1] == 1:
+        return torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    # in float64 the operator copies all of its argument first; float32 has the squares of most rows
+    rows = torch.linalg.vector_norm(x, dim=2, keepdim=True, dtype=torch.float32)
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    low, high = _FLOAT32_HAS
+    others = ~((norms > low) & (norms < high)).view(-1)
+    if bool(others.any()):
+        norms[others] = torch.linalg.vector_norm(x[others], dim=(1, 2), keepdim=True, dtype=torch.float64)
+    return norms
 
 
 #: Norms between these have squares of float32.

@@ -112,8 +112,7 @@ class MultiTensorStep(EngineOptimizer):
         """Raise where a group's parameters cannot be kept as it says."""
         check_storage(group)
         if is_set(group):
-            for param in group["params"]:
-                found = kept(self.rule, param, param, group, self.defaults)
+            found = [kept(self.rule, param, param, group, self.defaults) for param in group["params"]]
             warn_of_freezing(self.rule, group, found)
 
     @cached_property

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -144,20 +144,32 @@ def check(group: Mapping[str, Any]) -> None:
             raise ValueError(told(what, f"should be one of {choices}", kept))
 
 
-def warn_of_freezing(rule: UpdateRule, group: Mapping[str, Any], kept: Kept) -> None:
-    """Warn where averages of squares are rounded so coarsely that they stand still."""
+def warn_of_freezing(rule: UpdateRule, group: Mapping[str, Any], found: Iterable[Kept]) -> None:
+    """Warn where averages of squares are rounded so coarsely that they stand still.
+
+    Args:
+        rule: Its optimizer's.
+        group: The group.
+        found: What its parameters have.
+    """
     beta = group["betas"][1] if "betas" in group else group.get("alpha", group.get("rho"))
     if not isinstance(beta, (int, float)) or beta <= 0.99:
         return
-    for i, (name, kind) in enumerate(kept.kinds.items(), 1):
-        is_rounded = not kept.formats or (i < len(kept.formats) and kept.formats[i].is_plain)
-        if rule.codes.get(name) and kind.dtype is torch.bfloat16 and is_rounded:
-            warnings.warn(
-                f"{name} in bfloat16, rounded to the nearest, stands still where a step changes it by less than 0.2 to "
-                f"0.4 %, and with an average of {beta} one changes it by {100 * (1 - beta):.2g} % at most: it may end "
-                "1.6 times too high, or more; state_dtype='stochastic' and '8bit' do not",
-                stacklevel=6,
-            )
+    # a state that is not coded has its own name
+    coarse = dict.fromkeys(
+        name
+        for of_param in found
+        for i, (name, kind) in enumerate(of_param.kinds.items(), 1)
+        if rule.codes.get(name) and kind.dtype is torch.bfloat16
+        and (not of_param.formats or of_param.formats[i].is_plain)
+    )  # fmt: skip
+    for name in coarse:
+        warnings.warn(
+            f"{name} in bfloat16, rounded to the nearest, stands still where a step changes it by less than 0.2 to "
+            f"0.4 %, and with an average of {beta} one changes it by {100 * (1 - beta):.2g} % at most: it may end "
+            "1.6 times too high, or more; state_dtype='stochastic' and '8bit' do not",
+            stacklevel=6,
+        )
 
 
 #: Dtypes of states.
@@ -184,16 +196,16 @@ def _formats(
             )
     formats = [Format(kind, whole.dtype)]
     for name, default in kinds.items():
-        kept = asked.get(name) if isinstance(asked, Mapping) else asked
-        kept = _NAMES.get(kept, kept) if isinstance(kept, str) else kept
-        if kept is None:
+        wanted = asked.get(name) if isinstance(asked, Mapping) else asked
+        wanted = _NAMES.get(wanted, wanted) if isinstance(wanted, str) else wanted
+        if wanted is None:
             formats.append(Format(NEAREST, default.dtype or whole.dtype))
-        elif isinstance(kept, torch.dtype):
-            formats.append(Format(NEAREST, kept))
+        elif isinstance(wanted, torch.dtype):
+            formats.append(Format(NEAREST, wanted))
         elif default.reduced:
             # a row's or a column's, which takes no memory to speak of
             formats.append(Format(NEAREST, torch.float32))
-        elif kept == "stochastic":
+        elif wanted == "stochastic":
             formats.append(Format(STOCHASTIC, torch.bfloat16))
         elif name in rule.codes and whole.numel() >= LEAST and prod(whole.shape[1:]) % GROUP == 0:
             formats.append(Format(UNSIGNED8, torch.uint8) if rule.codes[name] else Format(SIGNED8, torch.int8))
