@@ -16,9 +16,9 @@ from . import _compat
 from ._checks import one_of, within
 from ._engine.layout import memory_order
 from ._engine.optimizer import evaluated
-from ._engine.rule import StateKind, UpdateRule
+from ._engine.rule import StateKind, UpdateRule, new_state
 from ._engine.step import MultiTensorStep
-from ._engine.storage import StateDtype
+from ._engine.storage import StateDtype, kept
 from ._loop import each_parameter
 from ._transformers_checkpoint import RELATIVE_LR, from_transformers, is_of_transformers
 
@@ -148,12 +148,12 @@ class AdafactorLoop(TorchAdafactor):
         for group, param, grad, state in each_parameter(self):
             if param.is_complex():
                 raise RuntimeError("Adafactor does not support complex parameters")
-            names = RULE.state_names(RULE.variant_of(RULE.group_variant(group), param))
+            kinds = kept(RULE, param, param, group, self.defaults).kinds
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=_compat.scalar_dtype(False), device="cpu")
-            for name in names:
+            for name, kind in kinds.items():
                 if name not in state:
-                    state[name] = RULE.new_state(name, param, group, self.defaults)
+                    state[name] = new_state(kind, param)
             values = RULE.values_for(tuple(map(_number, RULE.values(group))), param.dtype, first=False)
             (_, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c), _ = RULE.prepare(
                 values, (float(state["step"]),)
@@ -177,7 +177,7 @@ class AdafactorLoop(TorchAdafactor):
                 root = state["variance"].to(compute).sqrt()
             update = g / root.clamp_(min=eps)
             update.mul_(alpha / (_rms(update) / d).clamp(min=1.0))
-            if "exp_avg" in names:
+            if "exp_avg" in kinds:
                 moment = torch.lerp(state["exp_avg"].to(compute), update, beta1_c)
                 state["exp_avg"].copy_(moment)
                 update = moment
@@ -255,6 +255,7 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
     """
 
     rule = RULE
+    loop_keeps_dtypes = True
 
     def __init__(
         self,

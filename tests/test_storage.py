@@ -135,6 +135,12 @@ def test_averages_that_stand_still_are_told(make: Any, kwargs: dict[str, Any], w
     assert ["0.1 % at most" in str(warning.message) for warning in caught] == [True] * warns
 
 
+def test_a_group_without_parameters_may_have_settings() -> None:
+    optimizer = optimx.AdamW([{"params": []}], state_dtype="8bit")
+    optimizer.add_param_group({"params": make_params([(2, 3)])})
+    assert optimizer.param_groups[1]["state_dtype"] == "8bit"
+
+
 def test_settings_are_in_no_group_by_default() -> None:
     """Checkpoints are torch's."""
     optimizer = optimx.AdamW(make_params([(2, 3)]), state_dtype=None, param_rounding="nearest", rounding_seed=0)
@@ -167,6 +173,15 @@ FORMATS = {
     "8bit": {"param_rounding": "stochastic", "state_dtype": "8bit"},
 }
 on_a_cpu = pytest.mark.skipif(INTERPRETED, reason="kernels keep plain tensors alone")
+
+
+def bring(optimizer: Any) -> None:
+    """What the next step does first."""
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            bring_to_formats(optimizer, param, param, group, optimizer.state[param])
+
+
 LARGE = [(40, 128), (64, 2, 64), (3, 5), (5000,)]
 
 
@@ -177,7 +192,7 @@ def test_codes_and_back(device: torch.device) -> None:
     step(optimizer, 0)
     exact = [{name: value.clone() for name, value in states(optimizer, param).items()} for param in params]
     optimizer.param_groups[0]["state_dtype"] = "8bit"
-    bring_to_formats(optimizer, params)
+    bring(optimizer)
     for param in params[:2]:
         kinds = {name: (value.dtype, value.shape) for name, value in states(optimizer, param).items()}
         scales = torch.Size([len(param), param[0].numel() // 128])
@@ -199,12 +214,13 @@ def test_codes_and_back(device: torch.device) -> None:
     other = optimx.AdamW(params, state_dtype="8bit")
     other.load_state_dict(deepcopy(plain))
     for optimizer_with in (again, other):
+        bring(optimizer_with)
         for name, value in states(optimizer, params[0]).items():
             torch.testing.assert_close(optimizer_with.state[params[0]][name], value, rtol=0, atol=1e-7)
     stock = torch.optim.AdamW(params)
     stock.load_state_dict(deepcopy(plain))
     del optimizer.param_groups[0]["state_dtype"]
-    bring_to_formats(optimizer, params)
+    bring(optimizer)
     for i, param in enumerate(params):
         assert optimizer.state[param].keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert torch.equal(optimizer.state[param]["exp_avg"], plain["state"][i]["exp_avg"])
@@ -229,7 +245,7 @@ def test_master_weights(device: torch.device, rounding: str) -> None:
         weights = master_weights(optimizer)
         for other in ("remainder16", "master"):
             optimizer.param_groups[0]["param_rounding"] = other
-            bring_to_formats(optimizer, params)
+            bring(optimizer)
             assert all(map(torch.equal, master_weights(optimizer), weights))
     with pytest.raises(ValueError, match="tensors should be 5, one a parameter, but are: 1"):
         set_master_weights(optimizer, exact[:1])
@@ -312,6 +328,62 @@ def test_what_cannot_be_kept_is_refused(device: torch.device) -> None:
         assert all(map(torch.equal, params, before))
 
 
+def test_a_refused_step_rounds_nothing(device: torch.device) -> None:
+    """What is there is brought to a format only where it can be kept like that."""
+    params = make_params(LARGE[:1], device)
+    for make, change in (
+        (optimx.Muon, {"state_dtype": "8bit"}),
+        (optimx.AdamW, {"state_dtype": "8bit", "foreach": True}),
+    ):
+        optimizer = make(params)
+        step(optimizer, 0)
+        before = {name: value.clone() for name, value in states(optimizer, params[0]).items()}
+        optimizer.param_groups[0].update(change, state_dtype="8bit")
+        set_grads(params, 1)
+        with pytest.raises(RuntimeError, match="left to torch's own step"):
+            optimizer.step()
+        after = states(optimizer, params[0])
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@on_a_cpu
+def test_first_steps_are_known_by_codes() -> None:
+    """With dampening the first step of SGD differs from the others."""
+    kwargs = {"momentum": 0.9, "dampening": 0.5, "lr": 0.1}
+    params, twins = make_params(LARGE[:1]), make_params(LARGE[:1])
+    optimizer, twin = optimx.SGD(params, state_dtype="8bit", **kwargs), optimx.SGD(twins, **kwargs)
+    for number in range(5):
+        step(optimizer, number)
+        step(twin, number)
+    # half a code of the momentum's largest, five times
+    torch.testing.assert_close(params[0], twins[0], rtol=0, atol=0.02)
+
+
+@on_a_cpu
+def test_a_first_step_that_is_skipped_keeps_exact_weights() -> None:
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.SGD(params, momentum=0.9, dampening=0.5, param_rounding="remainder16", fused=True)
+    exact = torch.randn(LARGE[0], generator=torch.Generator().manual_seed(0))
+    set_master_weights(optimizer, [exact])
+    params[0].grad = torch.full_like(params[0], torch.inf)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    assert torch.equal(master_weights(optimizer)[0], exact)
+
+
+def test_a_loop_keeps_dtypes(device: torch.device) -> None:
+    """Adafactor's own takes matrices whose rows and columns have gaps."""
+    params = [Parameter(torch.randn(4, 3, 2, device=device).permute(2, 0, 1))]
+    optimizer = optimx.Adafactor(params, beta1=0.9, state_dtype=BF16)
+    step(optimizer, 0)
+    assert optimx.explain(optimizer).rows[0].reason
+    assert {value.dtype for value in states(optimizer, params[0]).values()} == {BF16}
+    with pytest.raises(RuntimeError, match="left to torch's own step"):
+        step(optimx.Adafactor(params, beta1=0.9, state_dtype="stochastic"), 0)
+
+
 @on_a_cpu
 def test_clipping_and_amp() -> None:
     """A skipped step changes no byte; a clipped one is that of scaled gradients."""
@@ -340,6 +412,7 @@ def test_clipping_and_amp() -> None:
         twin.grad = param.grad / clipped.grad_norm.to(BF16)
     scaled.step()
     for mine, theirs in zip(master_weights(clipped), master_weights(scaled), strict=True):
+        # scaled gradients are rounded to bfloat16, those of a step are not
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
 
 

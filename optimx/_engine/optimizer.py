@@ -39,6 +39,8 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     normalize_grads: bool = False
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
+    #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
+    loop_keeps_dtypes: ClassVar[bool] = False
 
     @property
     def needs_norm(self) -> bool:

@@ -105,6 +105,9 @@ def place(
         return Placement(None, f"its state is a {type(state).__name__}")
     formats, kinds = storage.kept(rule, whole, param, group, optimizer.defaults)
     states = {name: state[name] for name in kinds if state.get(name) is not None}
+    if storage.is_set(group):
+        # others are brought to the format when it is known that there is a bucket for it
+        states = {name: value for name, value in states.items() if _is_kept_as(value, kinds[name])}
     if whole is not param:
         states = {name: sharding.part_of(whole, value, kinds[name]) for name, value in states.items()}
     of_states = (getattr(states.get(name), "dtype", kind.dtype or param.dtype) for name, kind in kinds.items())
@@ -124,11 +127,15 @@ def place(
     )
     if reason:
         return Placement(None, reason)
-    first = rule.is_first(state, values)
+    first = rule.is_first({storage.state_of(name): value for name, value in state.items()}, values)
     key = BucketKey(backend, param.device, dtypes, variant, on_device, scalar_dtype, first, cut, formats)
     if on_triton and (reason := backends.given_up(key.kernel_key(rule))):
         return Placement(None, reason)
     return Placement(key)
+
+
+def _is_kept_as(tensor: Any, kind: StateKind) -> bool:
+    return not isinstance(tensor, Tensor) or kind.dtype is None or tensor.dtype is kind.dtype
 
 
 def placement_flags(rule: UpdateRule, group: dict[str, Any]) -> tuple[Any, ...]:

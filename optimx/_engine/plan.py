@@ -27,10 +27,10 @@ from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
 from .placement import Placement, has_device_values, place_all, placement_flags
-from .recode import bring_to_formats
+from .recode import bring_to_plain
 from .rounds import Rounds
 from .states import create_states
-from .storage import is_set
+from .storage import PARAM_COMPANIONS, is_set, kept
 
 
 class StepInputs:
@@ -120,7 +120,7 @@ class StepPlan:
         self._group_sizes = [len(group["params"]) for group in groups]
         self.has_flat_shards = any(map(_compat.is_flat_shard, params))
 
-        bring_to_formats(optimizer, inputs.shards)
+        bring_to_plain(optimizer, inputs.shards)
         self.buckets = self._sort(optimizer, inputs)
         self.cuts_of_leftovers = [sharding.cut_of(params[position]) for position, _ in self.leftovers]
         self.on_triton = any(bucket.key.backend == backends.TRITON for bucket in self.buckets)
@@ -167,7 +167,7 @@ class StepPlan:
                     # torch makes what is missing of them when the parameter takes a step
                     continue
             if key is None:
-                if is_set(groups[g]):
+                if is_set(groups[g]) and not _loop_keeps(optimizer, param, shards[position], groups[g]):
                     raise RuntimeError(
                         f"parameter {position} of all, in group {g}, should be kept as param_rounding and state_dtype "
                         f"say but is left to torch's own step: {placement.reason}"
@@ -308,7 +308,7 @@ class StepPlan:
             return
         for bucket in self.buckets:
             for position in bucket.positions if bucket.key.first else ():
-                for name in bucket.state_names:
+                for name in {*bucket.state_names} - PARAM_COMPANIONS:
                     del state[params[position]][name]
 
 
@@ -324,6 +324,11 @@ def _has_states(optimizer: EngineOptimizer, param: Tensor, key: BucketKey) -> bo
     """Whether a parameter has all states and scalars that members of such a bucket have."""
     rule, state = optimizer.rule, optimizer.state.get(param, {})
     return all(isinstance(state.get(name), Tensor) for name in (*rule.scalars, *rule.state_names(key.variant)))
+
+
+def _loop_keeps(optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict[str, Any]) -> bool:
+    """Whether the step that leftovers take keeps their states as the group says."""
+    return optimizer.loop_keeps_dtypes and not kept(optimizer.rule, param, shard, group, optimizer.defaults).formats
 
 
 def _new_bucket(key: BucketKey, optimizer: EngineOptimizer) -> Bucket:

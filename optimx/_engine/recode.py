@@ -16,6 +16,7 @@ from .rule import new_state
 from .sharding import like, local
 from .storage import (
     MASTER_NAME,
+    PARAM_COMPANIONS,
     REMAINDER8,
     REMAINDER16,
     REMAINDER_NAME,
@@ -25,6 +26,7 @@ from .storage import (
     is_set,
     kept,
     names,
+    state_of,
 )
 
 State = dict[str, Any]
@@ -49,8 +51,8 @@ def encode_(kept: Format, values: Tensor, own: Tensor, companion: Tensor) -> Non
     encode(kept, flat(values), flat(own), flat(companion), None, Scratch(own.device))
 
 
-def bring_to_formats(optimizer: EngineOptimizer, shards: Sequence[Tensor]) -> None:
-    """Let what is there be kept as its group says: made by torch's ``__init__``, loaded, or of other settings.
+def bring_to_plain(optimizer: EngineOptimizer, shards: Sequence[Tensor]) -> None:
+    """Let what is there be plain tensors where a group no longer says something else.
 
     Args:
         optimizer: Whose states.
@@ -58,11 +60,22 @@ def bring_to_formats(optimizer: EngineOptimizer, shards: Sequence[Tensor]) -> No
     """
     for (param, group), shard in zip(_params(optimizer), shards, strict=True):
         state = optimizer.state.get(param)
-        if isinstance(state, dict) and (is_set(group) or _is_recoded(state)):
-            _bring(optimizer, param, shard, group, state)
+        if isinstance(state, dict) and not is_set(group) and _is_recoded(state):
+            bring_to_formats(optimizer, param, shard, group, state)
 
 
-def _bring(optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict[str, Any], state: State) -> None:
+def bring_to_formats(
+    optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict[str, Any], state: State
+) -> None:
+    """Let what is there be kept as its group says: made by torch's ``__init__``, loaded, or of other settings.
+
+    Args:
+        optimizer: Whose state.
+        param: Whose state.
+        shard: What of it lies in this process.
+        group: Its group.
+        state: Changed.
+    """
     rule = optimizer.rule
     formats, kinds = kept(rule, param, shard, group, optimizer.defaults)
     made = Maker(param, shard, kinds)
@@ -73,7 +86,7 @@ def _bring(optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict
         companion = made.new(wanted[0])
         encode_(of_param, found, shard.detach(), companion)
         state[wanted[0]] = made.laid_out(wanted[0], companion)
-    for name in {REMAINDER_NAME, MASTER_NAME} - {*wanted}:
+    for name in PARAM_COMPANIONS - {*wanted}:
         state.pop(name, None)
     for i, name in enumerate(rule.state_names(rule.variant_for(group, param, shard)), 1):
         codes, scales = names(name, SIGNED8)
@@ -107,7 +120,7 @@ class Maker:
 
 
 def _is_recoded(state: State) -> bool:
-    return any(name.endswith("_codes") or name in (REMAINDER_NAME, MASTER_NAME) for name in state)
+    return any(state_of(name) != name or name in PARAM_COMPANIONS for name in state)
 
 
 def _found_values(state: State, shard: Tensor) -> Tensor | None:
@@ -136,7 +149,7 @@ def _with_float32(param: Tensor, state: Any) -> Any:
         return state
     result: State = {}
     for name, value in state.items():
-        role = name.removesuffix("_codes")
+        role = state_of(name)
         if role != name:
             result[role] = like(param, _decoded_codes(value, state[names(role, SIGNED8)[1]]))
         elif name.removesuffix("_scales") + "_codes" not in state:

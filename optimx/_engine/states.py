@@ -24,8 +24,9 @@ from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
 from .optimizer import EngineOptimizer
+from .recode import bring_to_formats
 from .rule import new_state
-from .storage import MASTER_NAME, kept
+from .storage import MASTER_NAME, is_set, kept
 
 State = dict[str, Any]
 
@@ -69,6 +70,9 @@ def create_states(
             kept(rule, param, shard, group, optimizer.defaults).kinds
             for param, shard, group in zip(params, shards, groups, strict=True)
         ]
+        for param, shard, group, state in zip(params, shards, groups, states, strict=True):
+            if is_set(group):
+                bring_to_formats(optimizer, param, shard, group, state)
         for name in bucket.state_names:
             without = [i for i, state in enumerate(states) if not isinstance(state.get(name), Tensor)]
             # what has equal settings and shapes is updated together

@@ -23,7 +23,7 @@ from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .optimizer import EngineOptimizer, evaluated
-from .recode import bring_to_formats, with_float32
+from .recode import with_float32
 from .states import own_states, settle_scalars
 from .storage import SETTINGS, is_set, kept, warn_of_freezing
 from .storage import check as check_storage
@@ -223,7 +223,6 @@ class MultiTensorStep(EngineOptimizer):
             for key, state in state_dict["state"].items()
         }  # fmt: skip
         own_states(self, others)
-        bring_to_formats(self, _compat.local_tensors([p for group in self.param_groups for p in group["params"]]))
 
     def state_dict(self, *, compressed: bool = False) -> dict[str, Any]:
         """Torch's state dict. Step counts are where torch would have them, also after steps under GradScaler.

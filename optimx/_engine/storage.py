@@ -52,6 +52,7 @@ LEAST = 4096
 
 #: Names of a parameter's companions in ``optimizer.state``.
 REMAINDER_NAME, MASTER_NAME = "param_remainder", "param_master"
+PARAM_COMPANIONS = {REMAINDER_NAME, MASTER_NAME}
 
 
 class Format(NamedTuple):
@@ -93,6 +94,11 @@ def names(role: str, kind: int) -> tuple[str, ...]:
     if kind in (REMAINDER8, REMAINDER16):
         return *own, REMAINDER_NAME
     return (*own, MASTER_NAME) if kind == MASTER else own
+
+
+def state_of(name: str) -> str:
+    """The state that a tensor of ``optimizer.state`` has the numbers of; of companions, their own name."""
+    return name.removesuffix("_codes")
 
 
 def companions(formats: tuple[Format, ...]) -> list[int]:
