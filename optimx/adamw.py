@@ -22,12 +22,9 @@ class AdamW(Adam, TorchAdamW):
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
-        param_rounding: How a 16-bit parameter is kept: ``"nearest"``, ``"stochastic"`` (without bias, by random bits
-            that depend on seed, step and place alone), ``"remainder8"`` or ``"remainder16"`` (beside a bfloat16
-            parameter, 8 or 16 bits of what it lacks of float32), ``"master"`` (beside it, a float32 copy)
-            (default: "nearest"). Other parameters are kept as they are.
-        state_dtype: How states are kept: a dtype, ``"stochastic"`` (bfloat16, rounded stochastically), ``"8bit"``
-            (codes, and a scale for 128 of them), or a dict of these by the names of states (default: None: as torch).
+        param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
+            (default: "nearest"); docs/storage.md tells of them.
+        state_dtype: How states are kept: a dtype, "stochastic", "8bit", or a dict of these by name (default: None).
         rounding_seed: Of the random bits (default: 0).
 
     ``foreach=True``, ``foreach=False`` and ``fused=False`` ask for torch's implementation and get it.

@@ -96,9 +96,12 @@ def memory(model: nn.Module | Optimizer, cfg: Config | Mapping[str, Any] | str |
         TypeError: A model comes without a config, or an optimizer with one.
         ConfigError: The config is wrong.
     """
-    if isinstance(model, Optimizer) == (cfg is not None):
+    if isinstance(model, Optimizer) and cfg is None:
+        optimizer = model
+    elif isinstance(model, nn.Module) and cfg is not None:
+        optimizer = build(model, cfg).optimizer
+    else:
         raise TypeError("memory should be given a model and a config, or an optimizer alone")
-    optimizer = model if isinstance(model, Optimizer) else build(model, cfg).optimizer  # type: ignore[arg-type]
     members = optimizer.optimizers.values() if isinstance(optimizer, Composite) else [optimizer]
     return Memory(tuple(row for member in members for row in _rows(member)))
 

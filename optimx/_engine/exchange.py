@@ -18,7 +18,7 @@ from torch import distributed as dist
 from .. import _compat
 from .matrices import MatrixVariant, Scratch
 from .newton_schulz import first_dtype
-from .sharding import cutting, reachable
+from .sharding import cutting, reachable, shard_lengths
 
 
 class Whole(NamedTuple):
@@ -38,9 +38,7 @@ class Whole(NamedTuple):
 
     def shapes(self, n_ranks: int) -> list[tuple[int, ...]]:
         """Of the parts on each rank, as torch's ``Shard`` cuts them."""
-        length = self.shape[self.dim]
-        longest = -(-length // n_ranks)
-        lengths = [max(0, min(longest, length - rank * longest)) for rank in range(n_ranks)]
+        lengths = shard_lengths(self.shape[self.dim], n_ranks)
         return [(*self.shape[: self.dim], n, *self.shape[self.dim + 1 :]) for n in lengths]
 
 
@@ -113,11 +111,10 @@ class Exchange:
             device: Of the parts.
             treat: What happens to whole tensors.
         """
-        if self._memory is None:
-            self._memory = Scratch(reachable(device, self.group))
+        memory = self._memory = self._memory or Scratch(reachable(device, self.group))
         splits = [*map(sum, self._here)], [*map(sum, self._there)]
         sent, received = (
-            self._memory(name, (sum(n),), self._dtype) for name, n in zip(("sent", "received"), splits, strict=True)
+            memory(name, (sum(n),), self._dtype) for name, n in zip(("sent", "received"), splits, strict=True)
         )
         tensors, numels = [*chain.from_iterable(self._of_ranks)], [*chain.from_iterable(self._here)]
         pairs = []
@@ -130,19 +127,18 @@ class Exchange:
         if pairs:
             _compat.foreach_copy_(places, mine)
         dist.all_to_all_single(received, sent, splits[1], splits[0], group=self.group)
-        self._treat(received, treat)
+        self._treat(received, memory, treat)
         dist.all_to_all_single(sent, received, splits[0], splits[1], group=self.group)
         if pairs:
             _compat.foreach_copy_(mine, places)
 
-    def _treat(self, received: Tensor, treat: Treat) -> None:
+    def _treat(self, received: Tensor, memory: Scratch, treat: Treat) -> None:
         """Put those together that this rank owns, treat them, and leave their parts where they were."""
-        assert self._memory is not None
         n_mine = len(self._shapes)
         pieces = received.split([*chain.from_iterable(self._there)])
         mine = self._of_ranks[dist.get_rank(self.group)]
         for (variant, shape, dim), members in self._alike.items():
-            wholes = self._memory("whole", (len(members), *shape), self._dtype)
+            wholes = memory("whole", (len(members), *shape), self._dtype)
             for whole, i in zip(wholes, members, strict=True):
                 lengths = [of_rank[dim] for of_rank in self._shapes[i]]
                 for r, place in enumerate(whole.split(lengths, dim)):

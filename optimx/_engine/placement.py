@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from .. import _compat
 from . import backends, exchange, sharding, storage
-from .bucket import BucketKey
+from .bucket import Bucket, BucketKey
+from .cpu import BUCKETS as CPU_BUCKETS
 from .layout import extent, is_dense, same_layout
 from .optimizer import EngineOptimizer
 from .rounds import MATRICES, ROUNDS_OF
@@ -118,7 +119,7 @@ def place(
     on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
     scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
     reason = (
-        _formats_problem(rule, formats, cut, whole, param, on_triton=on_triton)
+        _formats_problem(rule, formats, cut, whole, param, backend)
         or _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
         or (on_triton and _capture_problem(capturable))
@@ -218,12 +219,22 @@ def _states_problem(kinds: dict[str, StateKind], states: dict[str, Any], param: 
     return ""
 
 
+def bucket_class(backend: str, walk: str) -> type[Bucket]:
+    """Whose members a backend updates by a walk."""
+    if backend == backends.NATIVE:
+        return CPU_BUCKETS[walk]
+    # imports triton
+    from .triton import BUCKETS
+
+    return BUCKETS[walk]
+
+
 def _formats_problem(
-    rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor, part: Tensor, *, on_triton: bool
+    rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor, part: Tensor, backend: str
 ) -> str:
     """Why numbers cannot be kept as they should be."""
-    if formats and (on_triton or rule.walk == "orthogonal"):
-        return "only plain tensors are kept " + ("on a GPU so far" if on_triton else "of matrices so far")
+    if formats and not bucket_class(backend, rule.walk).keeps_formats:
+        return f"{type(rule).__name__} keeps plain tensors alone on the {backend} backend"
     if any(kept.kind in storage.CODED for kept in formats) and cut is not None:
         if any(dim != -param.dim() for dim in cut.dims):
             return "its rows, which 8-bit states have scales for, are cut"

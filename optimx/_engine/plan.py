@@ -22,11 +22,10 @@ from torch import Tensor
 from .. import _compat
 from . import backends, sharding
 from .bucket import WHOLE, Bucket, BucketKey
-from .cpu import BUCKETS as CPU_BUCKETS
 from .grad_norm import SKIP
 from .layout import same_layout
 from .optimizer import EngineOptimizer
-from .placement import Placement, has_device_values, place_all, placement_flags
+from .placement import Placement, bucket_class, has_device_values, place_all, placement_flags
 from .recode import bring_to_plain
 from .rounds import Rounds
 from .states import create_states
@@ -177,7 +176,7 @@ class StepPlan:
                 if not same_layout(like_grads[position], shards[position]):
                     self.relayout.append(position)
                 if key not in by_key:
-                    by_key[key] = _new_bucket(key, optimizer)
+                    by_key[key] = bucket_class(key.backend, optimizer.rule.walk)(key, optimizer.rule)
                 seed = groups[g].get("rounding_seed", 0)
                 geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
                 by_key[key].add(position, g, param.shape, geometry, seed)
@@ -329,12 +328,3 @@ def _has_states(optimizer: EngineOptimizer, param: Tensor, key: BucketKey) -> bo
 def _loop_keeps(optimizer: EngineOptimizer, param: Tensor, shard: Tensor, group: dict[str, Any]) -> bool:
     """Whether the step that leftovers take keeps their states as the group says."""
     return optimizer.loop_keeps_dtypes and not kept(optimizer.rule, param, shard, group, optimizer.defaults).formats
-
-
-def _new_bucket(key: BucketKey, optimizer: EngineOptimizer) -> Bucket:
-    if key.backend == backends.NATIVE:
-        return CPU_BUCKETS[optimizer.rule.walk](key, optimizer.rule)
-    # imports triton
-    from .triton import BUCKETS
-
-    return BUCKETS[optimizer.rule.walk](key, optimizer.rule)

@@ -67,6 +67,12 @@ def cut_of(param: Tensor) -> Cut | None:
     return Cut(spec.mesh, prod(spec.mesh.shape[i] for i in over), (*dims,))
 
 
+def shard_lengths(length: int, n_ranks: int) -> list[int]:
+    """What ranks get of a dimension, as torch's ``Shard`` cuts it: as much as the first, while there is some."""
+    longest = -(-length // n_ranks)
+    return [max(0, min(longest, length - rank * longest)) for rank in range(n_ranks)]
+
+
 def geometry_of(param: Tensor, part: Tensor) -> Geometry | None:
     """Where the elements of the part of a parameter in this process are among all; None where no geometry says it."""
     if part is param or not (over := cutting(param)):
@@ -79,9 +85,8 @@ def geometry_of(param: Tensor, part: Tensor) -> Geometry | None:
     # several dimensions of a mesh cut one after the other
     first, length = 0, param.shape[dim]
     for i in over:
-        longest = -(-length // spec.mesh.size(i))
-        begin = min(length, spec.mesh.get_coordinate()[i] * longest)
-        first, length = first + begin, min(longest, length - begin)
+        lengths, coordinate = shard_lengths(length, spec.mesh.size(i)), spec.mesh.get_coordinate()[i]
+        first, length = first + sum(lengths[:coordinate]), lengths[coordinate]
     inner = prod(param.shape[dim + 1 :])
     return Geometry(first * inner, max(1, length * inner), (param.shape[dim] - length) * inner if dim else 0)
 
