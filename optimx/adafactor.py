@@ -61,6 +61,7 @@ class AdafactorRule(UpdateRule):
 
     module = "adafactor"
     codes = {"exp_avg": False}
+    averages = ("row_var", "col_var", "variance")
     walk = "factored"
     optional_settings = tuple(EXTRAS)
     _read = itemgetter("lr", "beta2_decay", "eps", "d", "weight_decay", "maximize")
@@ -87,6 +88,10 @@ class AdafactorRule(UpdateRule):
             lr, beta2_decay, eps1, eps2, d, weight_decay, float(maximize), float(hf), extras["beta1"] or 0.0,
             float(extras["scale_parameter"]), float(extras["relative_step"]), float(extras["warmup_init"]),
         )  # fmt: skip
+
+    def has_whole_groups(self, shape: torch.Size, group: int) -> bool:
+        # a walk is one over matrices, which may lie in memory either way round
+        return len(shape) > 1 and not (shape[-1] % group or shape[-2] % group)
 
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
         factored, transposed, moment = variant

@@ -71,6 +71,7 @@ class MuonRule(UpdateRule):
 
     module = "muon"
     codes = {"momentum_buffer": False}
+    averages = ("second_momentum_buffer",)
     scalars = ()
     walk = "orthogonal"
     of_wholes = True

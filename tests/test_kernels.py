@@ -612,7 +612,7 @@ def test_chunks_of_a_tensor_past_2_to_the_31() -> None:
 
 
 @triton.jit
-def _wide_block(carry, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
+def _wide_block(carry, pointers, args, first, offsets, mask, CONSTANTS: tl.constexpr):
     if mask is None:
         return (carry[0] + 1.0,)
     else:

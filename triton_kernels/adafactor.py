@@ -14,7 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import FACTOR, SKIP, divide, gradient_factor, lerp, load, maximum, sqrt, store
+from .codecs import GROUP, SIGNED8
+from .device import FACTOR, SKIP, divide, gradient_factor, lerp, load, load_noise, maximum, read, sqrt, store, write
 from .lengths import squared_lengths
 
 RAW = (
@@ -89,6 +90,54 @@ def _places(shape, matrices, rows, columns, TILE: tl.constexpr):
 
 
 @triton.jit
+def _every(shape, matrices, rows, block, N: tl.constexpr, TILE: tl.constexpr):
+    """Offsets of every ``N``-th element of a block ``[matrices, rows, columns]`` and mask, both in one dimension."""
+    n_matrices, n_rows, n_columns = shape
+    columns = block * TILE[2] + tl.arange(0, TILE[2] // N) * N
+    line = matrices[:, None] * n_rows + rows[None, :]
+    offsets = line[:, :, None] * n_columns + columns[None, None, :]
+    inside = (matrices < n_matrices)[:, None, None] & (rows < n_rows)[None, :, None]
+    inside &= (columns < n_columns)[None, None, :]
+    return tl.reshape(offsets, (offsets.numel,)), tl.reshape(inside, (offsets.numel,))
+
+
+@triton.jit
+def _groups(shape, matrices, rows, block, FORMATS: tl.constexpr, TILE: tl.constexpr):
+    """What :func:`~.device.read` has to know of the groups of a block; only a first moment, the last role, has any."""
+    if len(FORMATS) == 0 or FORMATS[len(FORMATS) - 1][0] < SIGNED8:
+        return ()
+    else:
+        firsts, mask = _every(shape, matrices, rows, block, GROUP, TILE)
+        return (firsts // GROUP, mask)
+
+
+@triton.jit
+def _runs(shape, matrices, rows, block, NOISE: tl.constexpr, TILE: tl.constexpr):
+    """What :func:`~.codecs.random_bits` may know of a block."""
+    if len(NOISE) == 0 or NOISE[0] == 0:
+        return ()
+    else:
+        firsts, _ = _every(shape, matrices, rows, block, NOISE[0], TILE)
+        return (firsts,)
+
+
+@triton.jit
+def _pointers(fixed_ptr, grads_ptr, tensor, DTYPES: tl.constexpr, N_AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Of parameter, gradient, states and companions; averages and scales are of any length."""
+    N_ROLES: tl.constexpr = len(DTYPES) - 1
+    pointers = (
+        _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT),
+        _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT),
+    )
+    for i in tl.static_range(1, N_ROLES):
+        if i <= N_AVERAGES:
+            pointers = pointers + (_pointer(fixed_ptr, tensor * N_ROLES + i, DTYPES[1 + i], 1),)
+        else:
+            pointers = pointers + (_pointer(fixed_ptr, tensor * N_ROLES + i, DTYPES[1 + i], ALIGNMENT),)
+    return pointers
+
+
+@triton.jit
 def _pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
     return tl.multiple_of(tl.load(addresses_ptr + index).to(tl.pointer_type(DTYPE)), ALIGNMENT)
 
@@ -96,7 +145,7 @@ def _pointer(addresses_ptr, index, DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr)
 # partial results begin anywhere, and what stands in for a scalar that is not there is no scalar
 @triton.jit(do_not_specialize_on_alignment=["grad_scale_ptr", "control_ptr", "norms_ptr", "bad_ptr"])
 def _adafactor_sums_kernel(
-    fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ...
+    fixed_ptr,  # int64 [n, n_roles]: params, averages of rows, of columns, ..., companions
     grads_ptr,  # int64 [n]; 0 where there is none in this step
     tensor_ptr,  # int32 [n_tensors]: row of the two above
     shapes_ptr,  # int64 [n_tensors, 8], see MatrixTable
@@ -108,9 +157,9 @@ def _adafactor_sums_kernel(
     lengths_ptr,  # float64 [n_programs, 2], written: squares of parameters
     norms_ptr,  # float64 [n_programs], written: squares of gradients
     bad_ptr,  # float64 [n_programs], written: 1 where a gradient is infinite or NaN
-    DTYPES: tl.constexpr,  # of params and grads
+    DTYPES: tl.constexpr,  # of params, grads, states and companions
+    FORMATS: tl.constexpr,  # see storage.constants
     COMPUTE: tl.constexpr,
-    N_ROLES: tl.constexpr,
     FACTORED: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
@@ -129,8 +178,7 @@ def _adafactor_sums_kernel(
         return
     _, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, n_rows, n_columns = shape
-    p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
-    g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
+    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, 1 + FACTORED, ALIGNMENT)
     row_sums_ptr += tl.load(shape_ptr + 4) + block * n_matrices * n_rows
     column_sums_ptr += tl.load(shape_ptr + 5) + strip * n_matrices * n_columns
     scale = tl.full((), 1.0, COMPUTE)
@@ -145,8 +193,8 @@ def _adafactor_sums_kernel(
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)
-        g = load(g_ptr + offsets, mask, COMPUTE) * scale
-        p = load(p_ptr + offsets, mask, COMPUTE)
+        g = load(pointers[1] + offsets, mask, COMPUTE) * scale
+        p = read((pointers, offsets, mask, (), (), (), FORMATS), 0, COMPUTE)
         square = g * g
         of_columns += square
         of_params += p * p
@@ -312,6 +360,16 @@ def _direction(g, root, eps):
 
 
 @triton.jit
+def _take_step(block, u, decay, beta1_c, FACTORED: tl.constexpr, MOMENT: tl.constexpr):
+    """The first moment, if any, and the parameter; ``block`` as for :func:`~.device.read`."""
+    p = read(block, 0, u.dtype)
+    if MOMENT:
+        u = lerp(read(block, 2 + FACTORED, u.dtype), u, beta1_c)
+        write(block, 2 + FACTORED, u)
+    write(block, 0, p * decay - u)
+
+
+@triton.jit(do_not_specialize_on_alignment=["steps_ptr"])
 def _adafactor_update_kernel(
     fixed_ptr,  # int64 [n, n_roles]
     grads_ptr,  # int64 [n]; 0 where there is none in this step
@@ -324,9 +382,12 @@ def _adafactor_update_kernel(
     means_ptr,  # of the rows' averages, one a matrix
     sizes_ptr,  # float64 [n_tensors, 2]: size of the step, factor of the parameter
     lengths_ptr,  # float64 [n_programs, 2], written: squares of updates, beside those of parameters
-    DTYPES: tl.constexpr,  # of params, grads and states
+    noise_ptr,  # int64 [n, 5], see Noise
+    steps_ptr,  # int64 [n], see Noise
+    DTYPES: tl.constexpr,  # of params, grads, states and companions
+    FORMATS: tl.constexpr,  # see storage.constants, as the next one
+    NOISE: tl.constexpr,
     COMPUTE: tl.constexpr,
-    N_ROLES: tl.constexpr,
     FACTORED: tl.constexpr,
     MOMENT: tl.constexpr,
     MEASURE: tl.constexpr,  # write squares of updates; False: take the step
@@ -342,13 +403,12 @@ def _adafactor_update_kernel(
     tensor = tl.load(tensor_ptr + tl.load(program_tensor_ptr + tl.program_id(0)))
     if tl.load(grads_ptr + tensor) == 0:
         return
-    index, shape_ptr, shape, _, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
+    index, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, _, n_columns = shape
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
     eps = tl.load(row_ptr + _EPS).to(COMPUTE)
-    g_ptr = _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT)
-    p_ptr = _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT)
-    column_ptr = _pointer(fixed_ptr, tensor * N_ROLES + (2 if FACTORED else 1), DTYPES[2], 1)
+    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, 1 + FACTORED, ALIGNMENT)
+    column_ptr = pointers[3 if FACTORED else 2]
     inside = (matrices[:, None] < n_matrices) & (columns[None, :] < n_columns)
     of_columns = tl.load(column_ptr + matrices[:, None] * n_columns + columns[None, :], mask=inside, other=1.0)
     # roots of factors: their product stays in range where that of the factors would not
@@ -360,30 +420,28 @@ def _adafactor_update_kernel(
         of_columns *= inverse
         eps *= inverse
     means_ptr += tl.load(shape_ptr + 6)
-    average_ptr = _pointer(fixed_ptr, tensor * N_ROLES + 1, DTYPES[2], 1)
     if not MEASURE:
         size = (tl.load(sizes_ptr + 2 * index) * tl.load(row_ptr)).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
-        moment_ptr = _pointer(fixed_ptr, tensor * N_ROLES + N_ROLES - 1, DTYPES[len(DTYPES) - 1], ALIGNMENT)
+        noise, _ = load_noise(noise_ptr, steps_ptr, tensor, 0, NOISE)
     squares = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, COMPUTE)
     for i in range(0, TILE[3], TILE[1]):
         rows = strip * TILE[3] + i + tl.arange(0, TILE[1])
         offsets, mask = _places(shape, matrices, rows, columns, TILE)
-        g = load(g_ptr + offsets, mask, COMPUTE)
+        g = load(pointers[1] + offsets, mask, COMPUTE)
         root = of_columns[:, None, :]
         if FACTORED:
-            root = _row_roots(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
+            root = _row_roots(pointers[2], means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
         u = _direction(g, root, eps)
         if MEASURE:
             squares += u * u
         else:
-            p = load(p_ptr + offsets, mask, COMPUTE)
-            u *= size
-            if MOMENT:
-                u = lerp(load(moment_ptr + offsets, mask, COMPUTE), u, beta1_c)
-                store(moment_ptr + offsets, u, mask)
-            store(p_ptr + offsets, p * decay - u, mask)
+            groups = _groups(shape, matrices, rows, block, FORMATS, TILE)
+            runs = _runs(shape, matrices, rows, block, NOISE, TILE)
+            _take_step(
+                (pointers, offsets, mask, groups, runs, noise, FORMATS), u * size, decay, beta1_c, FACTORED, MOMENT
+            )
     if MEASURE:
         tl.store(lengths_ptr + 2 * tl.program_id(0) + 1, tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 

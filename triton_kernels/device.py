@@ -13,12 +13,28 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from .codecs import (
+    GROUP,
+    MASTER,
+    SIGNED8,
+    STOCHASTIC,
+    decode8,
+    encode8,
+    join_remainder,
+    random_bits,
+    split_remainder,
+    stochastic,
+)
+
 #: Kernels take dtypes as constexpr: an address in a table has none of its own.
 TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
     torch.float64: tl.float64,
+    torch.int8: tl.int8,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
 }
 
 
@@ -131,35 +147,38 @@ def for_each_block(
     remaining,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    is_straight=True,
 ):
-    """``carry = BLOCK(carry, pointers, args, offsets, mask, CONSTANTS)`` over a chunk; returns the last.
+    """``carry = BLOCK(carry, pointers, args, first, offsets, mask, CONSTANTS)`` over a chunk; returns the last.
+
+    ``first`` is the element of the chunk with which a block begins.
 
     A mask that comes from a loaded size forbids 128-bit accesses, so only a tensor's last chunk has one. All chunks of
-    a tensor of which a pointer, to the parameter, gradient or a state, is no multiple of 16 go the same narrow way.
-    Blocks that carry nothing are smaller there, and have two dimensions.
+    a tensor of which a pointer, to the parameter, gradient or a state, is no multiple of 16 go the same narrow way, and
+    those that are not ``is_straight``. Blocks that carry nothing are smaller there, and have two dimensions.
     """
     # the compiler lays all loads of one shape out like the widest of them, and each store as its own address allows:
     # in blocks of one shape, values would get from narrow loads to narrow stores through shared memory
-    ROW: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < 128 else 128
+    ROW: tl.constexpr = BLOCK_SIZE if BLOCK_SIZE < GROUP else GROUP
     # an access an element takes registers: no more than four a thread
     ROWS: tl.constexpr = 4 if BLOCK_SIZE > 4 * ROW else BLOCK_SIZE // ROW
     NARROW_SIZE: tl.constexpr = BLOCK_SIZE if len(carry) else ROWS * ROW
     remainder = pointers[0].to(tl.int64) % 16
     for role in tl.static_range(1, len(pointers)):
         remainder |= pointers[role].to(tl.int64) % 16
-    if (remaining >= CHUNK_SIZE) & (remainder == 0):
+    if (remaining >= CHUNK_SIZE) & (remainder == 0) & is_straight:
         aligned = ()
         for role in tl.static_range(len(pointers)):
             aligned = aligned + (_aligned(pointers[role]),)
         for i in range(0, CHUNK_SIZE, BLOCK_SIZE):
-            carry = BLOCK(carry, aligned, args, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
+            carry = BLOCK(carry, aligned, args, i, i + tl.arange(0, BLOCK_SIZE), None, CONSTANTS)
     else:
         for i in range(0, tl.minimum(remaining, CHUNK_SIZE).to(tl.int32), NARROW_SIZE):
             if len(carry):
                 offsets = i + tl.arange(0, BLOCK_SIZE)
             else:
                 offsets = i + tl.arange(0, ROWS)[:, None] * ROW + tl.arange(0, ROW)[None, :]
-            carry = BLOCK(carry, pointers, args, offsets, offsets < remaining, CONSTANTS)
+            carry = BLOCK(carry, pointers, args, i, offsets, offsets < remaining, CONSTANTS)
     return carry
 
 
@@ -176,16 +195,49 @@ def chunk_pointer(addresses_ptr, index, start, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES: tl.constexpr):
-    """Of parameter, gradient and states, whose dtypes are ``DTYPES``."""
+def chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES: tl.constexpr, EACH: tl.constexpr = ()):
+    """Of parameter, gradient, states and companions, whose dtypes are ``DTYPES``.
+
+    An entry of each is for so many elements as ``EACH`` says; for one where that is empty.
+    """
     N_ROLES: tl.constexpr = len(DTYPES) - 1
     pointers = (
         chunk_pointer(fixed_ptr, tensor * N_ROLES, start, DTYPES[0]),
         chunk_pointer(grads_ptr, tensor, start, DTYPES[1]),
     )
     for i in tl.static_range(1, N_ROLES):
-        pointers = pointers + (chunk_pointer(fixed_ptr, tensor * N_ROLES + i, start, DTYPES[1 + i]),)
+        if len(EACH):
+            first = start // EACH[1 + i]
+        else:
+            first = start
+        pointers = pointers + (chunk_pointer(fixed_ptr, tensor * N_ROLES + i, first, DTYPES[1 + i]),)
     return pointers
+
+
+@triton.jit
+def load_noise(noise_ptr, steps_ptr, tensor, start, NOISE: tl.constexpr):
+    """What random bits follow from, for :func:`~.codecs.random_bits`, and whether eights are neighbours in the whole.
+
+    Args:
+        noise_ptr, steps_ptr: See :class:`~.storage.Noise`.
+        tensor: Whose.
+        start: Its element from which offsets are counted.
+        NOISE: ``(elements of a role that a thread has in a row, whether steps are addresses)``; empty: none is needed.
+    """
+    if len(NOISE) == 0:
+        return (), True
+    else:
+        row_ptr = noise_ptr + tensor * 5
+        seed = tl.load(row_ptr)
+        step = tl.load(steps_ptr + tensor)
+        if NOISE[1]:
+            step = tl.load(step.to(tl.pointer_type(tl.float32)))
+        first = tl.load(row_ptr + 2)
+        gap = tl.load(row_ptr + 4)
+        place = (first, tl.load(row_ptr + 3), gap)
+        key = (seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+        stream = tl.load(row_ptr + 1).to(tl.uint32)
+        return (key, step.to(tl.uint32), stream, start, place), (first % 8 == 0) & (gap == 0)
 
 
 @triton.jit
@@ -243,25 +295,120 @@ def load(pointers, mask, COMPUTE: tl.constexpr):
 
 
 @triton.jit
-def load_states(pointers, offsets, mask, COMPUTE: tl.constexpr):
-    """A tuple of values, one of each pointer after those of parameter and gradient."""
-    values = ()
-    for i in tl.static_range(2, len(pointers)):
-        values = values + (load(pointers[i] + offsets, mask, COMPUTE),)
-    return values
-
-
-@triton.jit
 def store(pointers, values, mask):
     """Round to the stored dtype once, at the end."""
     tl.store(pointers, values.to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def save(out, i: tl.constexpr, value):
-    """Store a block of state ``i``; ``out`` is what an update was given for it."""
-    pointers, offsets, mask = out
-    store(pointers[2 + i] + offsets, value, mask)
+def read(block, role: tl.constexpr, COMPUTE: tl.constexpr):
+    """Values of a role, the parameter (0) or a state, in a block.
+
+    Args:
+        block: ``(pointers, offsets, mask, groups, runs, noise, FORMATS)``: as in :func:`for_each_block`; offsets of the
+            scales of its groups, in a tuple, and their mask if any; as in :func:`~.codecs.random_bits`; and for each
+            role its kind, see :mod:`.codecs`, and its companion's index in ``pointers``, or nothing where all are plain
+            tensors. No name may be given to such a tuple, by which its constants would become values.
+    """
+    pointers, offsets, mask = block[0], block[1], block[2]
+    FORMATS: tl.constexpr = block[6]
+    # the gradient has no role
+    OWN: tl.constexpr = 1 + role if role else 0
+    KIND: tl.constexpr = FORMATS[role][0] if len(FORMATS) else 0
+    if KIND <= STOCHASTIC:
+        return load(pointers[OWN] + offsets, mask, COMPUTE)
+    elif KIND == MASTER:
+        return load(pointers[FORMATS[role][1]] + offsets, mask, COMPUTE)
+    elif KIND < MASTER:
+        remainder = load(pointers[FORMATS[role][1]] + offsets, mask, pointers[FORMATS[role][1]].dtype.element_ty)
+        visible = load(pointers[OWN] + offsets, mask, pointers[OWN].dtype.element_ty)
+        return join_remainder(visible, remainder).to(COMPUTE)
+    else:
+        codes = load(pointers[OWN] + offsets, mask, tl.float32)
+        scales = _load_scales(pointers[FORMATS[role][1]], block[3])
+        return decode8(codes, scales, KIND == SIGNED8).to(COMPUTE)
+
+
+@triton.jit
+def read_states(block, N_STATES: tl.constexpr, COMPUTE: tl.constexpr):
+    """A tuple of values, one of each state."""
+    values = ()
+    for i in tl.static_range(N_STATES):
+        values = values + (read(block, 1 + i, COMPUTE),)
+    return values
+
+
+@triton.jit
+def write(block, role: tl.constexpr, value):
+    """Keep a role of a block, rounded once; ``block`` as for :func:`read`."""
+    pointers, offsets, mask = block[0], block[1], block[2]
+    FORMATS: tl.constexpr = block[6]
+    OWN: tl.constexpr = 1 + role if role else 0
+    KIND: tl.constexpr = FORMATS[role][0] if len(FORMATS) else 0
+    own = pointers[OWN] + offsets
+    if KIND == STOCHASTIC:
+        bits = random_bits(block[5], role, offsets, block[4])
+        tl.store(own, stochastic(value.to(tl.float32), bits, own.dtype.element_ty), mask=mask)
+    elif KIND < STOCHASTIC:
+        store(own, value, mask)
+    elif KIND == MASTER:
+        store(own, value, mask)
+        store(pointers[FORMATS[role][1]] + offsets, value, mask)
+    elif KIND < MASTER:
+        companion = pointers[FORMATS[role][1]] + offsets
+        visible, remainder = split_remainder(value, companion.dtype.element_ty)
+        tl.store(own, visible, mask=mask)
+        tl.store(companion, remainder, mask=mask)
+    else:
+        codes, scales = encode8(value.to(tl.float32), KIND == SIGNED8)
+        tl.store(own, codes.to(own.dtype.element_ty), mask=mask)
+        _store_scales(pointers[FORMATS[role][1]], scales, block[3])
+
+
+@triton.jit
+def _load_scales(pointer, groups):
+    if len(groups) == 1:
+        return tl.load(pointer + groups[0])
+    else:
+        return tl.load(pointer + groups[0], mask=groups[1], other=0.0)
+
+
+@triton.jit
+def _store_scales(pointer, scales, groups):
+    if len(groups) == 1:
+        tl.store(pointer + groups[0], scales)
+    else:
+        tl.store(pointer + groups[0], scales, mask=groups[1])
+
+
+@triton.jit
+def groups_of(first, offsets, mask, EACH: tl.constexpr):
+    """What :func:`read` has to know of the groups of a block of a chunk."""
+    if len(EACH) == 0:
+        return ()
+    else:
+        groups = first // GROUP + tl.arange(0, offsets.numel // GROUP)
+        if mask is None:
+            return (groups,)
+        else:
+            # no group is there in part
+            grouped = tl.reshape(mask.to(tl.int32), (offsets.numel // GROUP, GROUP))
+            return (groups, tl.max(grouped, axis=1) != 0)
+
+
+@triton.jit
+def runs_of(first, offsets, mask, NOISE: tl.constexpr):
+    """What :func:`~.codecs.random_bits` may know of a block of a chunk."""
+    if mask is None and len(NOISE) and NOISE[0] >= 4:
+        return (first + tl.arange(0, offsets.numel // NOISE[0]) * NOISE[0],)
+    else:
+        return ()
+
+
+@triton.jit
+def save(block, i: tl.constexpr, value):
+    """Keep a block of state ``i``; ``block`` is what an update was given for it."""
+    write(block, 1 + i, value)
 
 
 @triton.jit

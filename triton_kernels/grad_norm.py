@@ -34,7 +34,7 @@ from .tensor_table import LaunchSize, TensorTable
 
 
 @triton.jit
-def _norm_block(carry, pointers, inv_scale, offsets, mask, NORM_TYPE: tl.constexpr):
+def _norm_block(carry, pointers, inv_scale, first, offsets, mask, NORM_TYPE: tl.constexpr):
     """Adds a block of gradients to a norm, and to the mark whether any is infinite or NaN."""
     total, any_bad = carry
     g = load(pointers[0] + offsets, mask, inv_scale.dtype)
@@ -148,7 +148,7 @@ def _finish_kernel(
 
 
 @triton.jit
-def _scale_block(carry, pointers, scale, offsets, mask, CONSTANTS: tl.constexpr):
+def _scale_block(carry, pointers, scale, first, offsets, mask, CONSTANTS: tl.constexpr):
     store(pointers[0] + offsets, load(pointers[0] + offsets, mask, scale.dtype) * scale, mask)
     return carry
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from .device import (
     FACTOR,
     SKIP,
-    TRITON_DTYPE,
     Launcher,
     bias_correction,
     chunk,
@@ -32,15 +31,18 @@ from .device import (
     divide_by,
     for_each_block,
     gradient_factor,
+    groups_of,
     launch,
     lerp,
     load,
     load_row,
-    load_states,
+    read,
+    read_states,
     save,
     sqrt,
 )
 from .lengths import BLOCK_SIZE, lengths_, squared_lengths
+from .storage import PLAIN, Formats, Storage, constants
 from .tensor_table import LaunchSize, TensorTable
 from .update import update_
 
@@ -100,12 +102,18 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
 
 
 @triton.jit
-def _norms_block(sums, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
+def _read_all(block, COMPUTE: tl.constexpr):
+    return read(block, 0, COMPUTE), read_states(block, 2, COMPUTE)
+
+
+@triton.jit
+def _norms_block(sums, pointers, args, first, offsets, mask, CONSTANTS: tl.constexpr):
     of_params, of_steps = sums
     scale, hyper = args
-    p = load(pointers[0] + offsets, mask, scale.dtype)
+    groups = groups_of(first, offsets, mask, CONSTANTS[0])
+    p, states = _read_all((pointers, offsets, mask, groups, (), (), CONSTANTS[1]), scale.dtype)
     g = load(pointers[1] + offsets, mask, scale.dtype) * scale
-    m, v = _averages(g, load_states(pointers, offsets, mask, scale.dtype), hyper)
+    m, v = _averages(g, states, hyper)
     step = _adam_step(p, m, v, hyper)
     if mask is not None:
         # without eps, 0 / 0 past the end
@@ -115,7 +123,7 @@ def _norms_block(sums, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
 
 @triton.jit
 def _lamb_norms_kernel(
-    fixed_ptr,  # int64 [n_tensors, 3]: params, exp_avgs, exp_avg_sqs
+    fixed_ptr,  # int64 [n_tensors, 3 + n_companions]: params, exp_avgs, exp_avg_sqs, then each companion
     grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
@@ -125,6 +133,8 @@ def _lamb_norms_kernel(
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     partials_ptr,  # float64 [n_chunks, 2], written: squares of parameters, and of steps
     DTYPES: tl.constexpr,
+    EACH: tl.constexpr,  # see storage.constants, as the next one
+    FORMATS: tl.constexpr,
     COMPUTE: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
@@ -134,13 +144,13 @@ def _lamb_norms_kernel(
         if tl.load(control_ptr + SKIP) != 0:
             return
     tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
+    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES, EACH)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), _N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + FACTOR).to(COMPUTE)
     nothing = tl.zeros((BLOCK_SIZE,), COMPUTE)
     of_params, of_steps = for_each_block(
-        _norms_block, None, (nothing, nothing), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE
+        _norms_block, (EACH, FORMATS), (nothing, nothing), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE
     )
     partial_ptr = partials_ptr + 2 * tl.program_id(0)
     tl.store(partial_ptr, tl.sum(of_params, axis=0).to(tl.float64))
@@ -178,6 +188,7 @@ def lamb_(
     control: Tensor | None,
     *,
     dtypes: tuple[torch.dtype, ...],
+    storage: Storage = PLAIN,
     whole: bool = True,
     warmup: bool = False,
 ) -> Iterator[Tensor]:
@@ -185,11 +196,12 @@ def lamb_(
 
     Args:
         algorithm: This module.
-        table: Roles: params, exp_avgs, exp_avg_sqs. Each tensor has a row of its own, in order.
+        table: Roles: params, exp_avgs, exp_avg_sqs, then each companion. Each tensor has a row of its own, in order.
         grads: int64 ``[n_tensors]``, addresses.
         hyper: float64 ``[n_tensors, len(HYPER)]``, as :func:`~.update.prepare_` left it; ``size`` is changed.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
-        dtypes: Of params, grads, exp_avgs and exp_avg_sqs.
+        dtypes: Of params, grads, exp_avgs, exp_avg_sqs and each companion.
+        storage: How they are kept.
         whole: No other parts of the tensors are updated elsewhere.
         warmup: Compile, launch nothing.
 
@@ -200,7 +212,7 @@ def lamb_(
     if table.n_chunks == 0:
         return
     partials, first = torch.empty(table.n_chunks, 2, dtype=torch.float64, device=table.device), table.first_chunk
-    norms, ratio = _launchers(dtypes, table.size, control is not None)
+    norms, ratio = _launchers(dtypes, storage.formats, table.size, control is not None)
     some_control = hyper if control is None else control
     launch(
         norms, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
@@ -210,13 +222,17 @@ def lamb_(
         partials, first = lengths_(partials, first, control, warmup=warmup)
         yield partials
     launch(ratio, table.n_tensors, partials, first, hyper, some_control, warmup=warmup)
-    update_(algorithm, table, grads, hyper, control, variant=(), dtypes=dtypes, warmup=warmup)
+    update_(algorithm, table, grads, hyper, control, variant=(), dtypes=dtypes, storage=storage, warmup=warmup)
 
 
 @cache
-def _launchers(dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool) -> tuple[Launcher, Launcher]:
+def _launchers(
+    dtypes: tuple[torch.dtype, ...], formats: Formats, size: LaunchSize, has_control: bool
+) -> tuple[Launcher, Launcher]:
+    storage = constants(dtypes, formats, size)
     norms = Launcher(
-        _lamb_norms_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
-        HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
+        _lamb_norms_kernel, **{name: storage[name] for name in ("DTYPES", "EACH", "FORMATS", "BLOCK_SIZE")},
+        COMPUTE=compute_dtype(dtypes[0]), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size,
+        num_warps=size.num_warps,
     )  # fmt: skip
     return norms, Launcher(_lamb_ratio_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=BLOCK_SIZE, num_warps=2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from . import adafactor
 from .device import TRITON_DTYPE, Launcher, compute_dtype, launch
 from .lengths import BLOCK_SIZE, lengths_
 from .matrix_table import ENTRIES, MatrixTable, Parts, Tile
+from .storage import PLAIN, Formats, Storage, packed
 from .tensor_table import TensorTable
 
 Dtypes = tuple[torch.dtype, ...]
@@ -65,13 +66,15 @@ def sums_(
     *,
     factored: bool,
     dtypes: Dtypes,
+    storage: Storage = PLAIN,
     aligned: bool,
     warmup: bool = False,
 ) -> None:
     """Sum squared gradients, divided by ``grad_scale``, and squared parameters.
 
     Args:
-        tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments.
+        tensors: Roles: params, averages of rows and of columns (in memory; one of both for vectors), first moments,
+            then each companion.
         matrices: Which of them, and how they are cut.
         grads: int64, addresses; 0 where there is no gradient: then only ``norms`` and ``bad`` are written, 0.
         grad_scale: float32 scalar, the loss scale to divide gradients by first, or None.
@@ -80,13 +83,15 @@ def sums_(
         sums: Written.
         norms, bad: float64 ``[n_programs]``, written: squares of gradients, and marks of infinite and NaN ones.
         factored: False for vectors.
-        dtypes: Of params, grads and each state.
+        dtypes: Of params, grads, each state and each companion.
+        storage: How they are kept.
         aligned: Addresses are multiples of 16 bytes, and so are rows.
         warmup: Compile, launch nothing.
     """
     launcher = _sums_launcher(
-        factored, dtypes, aligned, matrices.tile, tensors.size.num_warps, grad_scale is not None, control is not None
-    )
+        factored, dtypes, storage.formats, aligned, matrices.tile, tensors.size.num_warps, grad_scale is not None,
+        control is not None,
+    )  # fmt: skip
     launch(
         launcher, matrices.n_programs,
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor,
@@ -99,6 +104,7 @@ def sums_(
 def _sums_launcher(
     factored: bool,
     dtypes: Dtypes,
+    formats: Formats,
     aligned: bool,
     tile: Tile,
     num_warps: int,
@@ -106,8 +112,8 @@ def _sums_launcher(
     has_control: bool,
 ) -> Launcher:
     return Launcher(
-        adafactor._adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes[:2]),
-        COMPUTE=compute_dtype(dtypes[0]), N_ROLES=len(dtypes) - 1, FACTORED=factored, HAS_SCALE=has_scale,
+        adafactor._adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes),
+        FORMATS=packed(formats), COMPUTE=compute_dtype(dtypes[0]), FACTORED=factored, HAS_SCALE=has_scale,
         HAS_CONTROL=has_control, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps,
     )  # fmt: skip
 
@@ -124,17 +130,20 @@ def update_(
     measured: bool,
     variant: tuple[bool, ...],
     dtypes: Dtypes,
+    storage: Storage = PLAIN,
     aligned: bool,
+    is_straight: bool = False,
     whole_rows: bool = True,
     warmup: bool = False,
 ) -> Iterator[dict[str, Sequence[Tensor]]]:
     """Update every tensor of ``matrices`` in place, from the sums that :func:`sums_` left.
 
     Args:
-        tensors, matrices, grads, grad_scale, control, sums, dtypes, aligned, warmup: As for :func:`sums_`.
+        tensors, matrices, grads, grad_scale, control, sums, dtypes, storage, aligned, warmup: As for :func:`sums_`.
         measured: The sums were made without ``control``, of gradients that are not clipped.
         hyper: float64 ``[n_rows, len(adafactor.HYPER)]``; ``tensors.rows`` says which is whose.
         variant: Whether tensors have rows and columns, lie in memory the other way round, have a first moment.
+        is_straight: Every eight elements of a row are neighbours also in the whole parameter, and begin at a multiple.
         whole_rows: Of parts of tensors: their (logical) rows are whole.
 
     Yields:
@@ -145,10 +154,11 @@ def update_(
     factored, transposed, _ = variant
     parts = matrices.parts
     kernels = _launchers(
-        variant, dtypes, aligned, matrices.tile, matrices.matrices_per_mean, tensors.size.num_warps, parts is None,
-        measured, grad_scale is not None, control is not None,
+        variant, dtypes, storage.formats, aligned, is_straight, matrices.tile, matrices.matrices_per_mean,
+        tensors.size.num_warps, parts is None, measured, grad_scale is not None, control is not None,
     )  # fmt: skip
     some_control = hyper if control is None else control
+    noise = storage.noise_of(tensors)
 
     def average(which: int, entries: Tensor, partials: Tensor) -> None:
         chunk_tensor, chunk_start = matrices.entry_chunks[which]
@@ -193,7 +203,7 @@ def update_(
         _finish_means_(sums.means, parts, logical, hyper, tensors.rows[matrices.tensor.long()])
     walk = (
         tensors.fixed, grads, matrices.tensor, matrices.shapes, matrices.program_tensor, tensors.rows, hyper,
-        some_control, sums.means, sums.sizes, sums.lengths,
+        some_control, sums.means, sums.sizes, sums.lengths, *noise,
     )  # fmt: skip
     launch(kernels.length, matrices.n_programs, *walk, warmup=warmup)
     lengths, first = sums.lengths, matrices.first_program
@@ -229,7 +239,9 @@ class _Variants(NamedTuple):
 def _launchers(
     variant: tuple[bool, ...],
     dtypes: Dtypes,
+    formats: Formats,
     aligned: bool,
+    is_straight: bool,
     tile: Tile,
     matrices_per_mean: int,
     num_warps: int,
@@ -239,20 +251,26 @@ def _launchers(
     has_control: bool,
 ) -> _Variants:
     factored, transposed, moment = variant
-    common = {"COMPUTE": compute_dtype(dtypes[0]), "N_ROLES": len(dtypes) - 1, "HAS_CONTROL": has_control}
+    common: dict[str, Any] = {"COMPUTE": compute_dtype(dtypes[0]), "HAS_CONTROL": has_control}
+    roles = {"N_ROLES": len(dtypes) - 1}
+    storage = {"FORMATS": packed(formats)}
+    width = 16 // max(dtype.itemsize for dtype in walked(dtypes, factored, formats))
+    if not is_straight or width > tile.columns:
+        width = 0
     state = TRITON_DTYPE[dtypes[2]]
     # of a vector, which has no averages of rows, those of columns are the first
     rows, columns = (
         Launcher(
             adafactor._adafactor_average_kernel, DTYPE=state, ROLE=role, MEASURED=measured, HAS_SCALE=has_scale,
-            BLOCK_SIZE=ENTRIES, num_warps=2, **common,
+            BLOCK_SIZE=ENTRIES, num_warps=2, **common, **roles,
         )
         for role in (1, 2 if factored else 1)
     )  # fmt: skip
     length, update = (
         Launcher(
             adafactor._adafactor_update_kernel, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes), FACTORED=factored,
-            MOMENT=moment, MEASURE=measure, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps, **common,
+            MOMENT=moment, MEASURE=measure, NOISE=formats.noise(width), **_widths(dtypes, aligned), TILE=tuple(tile),
+            num_warps=num_warps, **common, **storage,
         )
         for measure in (True, False)
     )  # fmt: skip
@@ -265,6 +283,7 @@ def _launchers(
         Launcher(
             adafactor._adafactor_mean_kernel, DTYPE=state, ROLE=2 if transposed else 1, WHOLE=whole,
             MATRICES=matrices_per_mean, BLOCK_SIZE=1024 if matrices_per_mean == 1 else tile.rows, num_warps=4, **common,
+            **roles,
         ),
         length,
         Launcher(adafactor._adafactor_size_kernel, HAS_CONTROL=has_control, BLOCK_SIZE=BLOCK_SIZE, num_warps=2),
@@ -277,6 +296,13 @@ def _widths(dtypes: Dtypes, aligned: bool) -> dict[str, int]:
     return {"ALIGNMENT": 16 if aligned else 1, "N_DIVISOR": row_divisor(dtypes) if aligned else 1}
 
 
-def row_divisor(dtypes: Dtypes) -> int:
+def walked(dtypes: Dtypes, factored: bool, formats: Formats) -> list[torch.dtype]:
+    """Dtypes of what has an entry an element: not of averages of rows and columns, nor of scales."""
+    each = formats.elements_each or [1] * len(dtypes)
+    roles = [*zip(dtypes, each, strict=True)]
+    return [dtype for dtype, n in roles[:2] + roles[4 if factored else 3 :] if n == 1]
+
+
+def row_divisor(dtypes: Sequence[torch.dtype]) -> int:
     """Rows whose length is a multiple of it begin at a multiple of 16 bytes, whatever the dtype."""
     return 16 // min(dtype.itemsize for dtype in dtypes)

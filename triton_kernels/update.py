@@ -29,18 +29,22 @@ from torch import Tensor
 from .device import (
     FACTOR,
     SKIP,
-    TRITON_DTYPE,
     Launcher,
     chunk,
     chunk_pointers,
     compute_dtype,
     for_each_block,
+    groups_of,
     launch,
     load,
+    load_noise,
     load_row,
-    load_states,
-    store,
+    read,
+    read_states,
+    runs_of,
+    write,
 )
+from .storage import PLAIN, Formats, Storage, constants
 from .tensor_table import LaunchSize, TensorTable
 
 
@@ -55,21 +59,27 @@ def _named_after(function: str) -> Any:
 
 
 @triton.jit
-def _update_block(carry, pointers, args, offsets, mask, CONSTANTS: tl.constexpr):
-    scale, hyper = args
-    UPDATE: tl.constexpr = CONSTANTS[0]
-    p = load(pointers[0] + offsets, mask, scale.dtype)
-    g = load(pointers[1] + offsets, mask, scale.dtype) * scale
-    # all loads come first, because nothing tells the compiler that the stores write elsewhere
-    states = load_states(pointers, offsets, mask, scale.dtype)
-    p = UPDATE(p, g, states, hyper, CONSTANTS[1], (pointers, offsets, mask))
-    store(pointers[0] + offsets, p, mask)
+def _update_block(carry, pointers, args, first, offsets, mask, CONSTANTS: tl.constexpr):
+    groups = groups_of(first, offsets, mask, CONSTANTS[3])
+    runs = runs_of(first, offsets, mask, CONSTANTS[5])
+    _update((pointers, offsets, mask, groups, runs, args[2], CONSTANTS[4]), args, CONSTANTS)
     return carry
 
 
-@triton.jit(repr=_named_after("UPDATE"))
+@triton.jit
+def _update(block, args, CONSTANTS: tl.constexpr):
+    UPDATE: tl.constexpr = CONSTANTS[0]
+    scale, hyper, _ = args
+    p = read(block, 0, scale.dtype)
+    g = load(block[0][1] + block[1], block[2], scale.dtype) * scale
+    # all loads come first, because nothing tells the compiler that the stores write elsewhere
+    states = read_states(block, CONSTANTS[2], scale.dtype)
+    write(block, 0, UPDATE(p, g, states, hyper, CONSTANTS[1], block))
+
+
+@triton.jit(repr=_named_after("UPDATE"), do_not_specialize_on_alignment=["steps_ptr"])
 def _update_kernel(
-    fixed_ptr,  # int64 [n_tensors, 1 + n_states]: params, then each state
+    fixed_ptr,  # int64 [n_tensors, 1 + n_states + n_companions]: params, then each state, then each companion
     grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
     numels_ptr,  # int64 [n_tensors]
     rows_ptr,  # int32 [n_tensors]: row of hyper_ptr
@@ -77,9 +87,15 @@ def _update_kernel(
     chunk_tensor_ptr,  # int32 [n_chunks]
     chunk_start_ptr,  # int64 [n_chunks]
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
+    noise_ptr,  # int64 [n_tensors, 5], see Noise
+    steps_ptr,  # int64 [n_tensors], see Noise
     UPDATE: tl.constexpr,  # the algorithm
     VARIANT: tl.constexpr,  # its variant: a tuple of bools
-    DTYPES: tl.constexpr,  # of params, grads and each state
+    N_STATES: tl.constexpr,
+    DTYPES: tl.constexpr,  # of params, grads, each state and each companion
+    EACH: tl.constexpr,  # see storage.constants, as the next two
+    FORMATS: tl.constexpr,
+    NOISE: tl.constexpr,
     COMPUTE: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
@@ -91,11 +107,15 @@ def _update_kernel(
         if tl.load(control_ptr + SKIP) != 0:
             return
     tensor, start, remaining = chunk(grads_ptr, chunk_tensor_ptr, chunk_start_ptr, numels_ptr, CHUNK_SIZE)
-    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES)
+    pointers = chunk_pointers(fixed_ptr, grads_ptr, tensor, start, DTYPES, EACH)
+    noise, is_straight = load_noise(noise_ptr, steps_ptr, tensor, start, NOISE)
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + FACTOR).to(COMPUTE)
-    for_each_block(_update_block, (UPDATE, VARIANT), (), pointers, (scale, hyper), remaining, CHUNK_SIZE, BLOCK_SIZE)
+    for_each_block(
+        _update_block, (UPDATE, VARIANT, N_STATES, EACH, FORMATS, NOISE), (), pointers, (scale, hyper, noise),
+        remaining, CHUNK_SIZE, BLOCK_SIZE, is_straight,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
@@ -191,36 +211,42 @@ def update_(
     *,
     variant: tuple[bool, ...],
     dtypes: tuple[torch.dtype, ...],
+    storage: Storage = PLAIN,
     warmup: bool = False,
 ) -> None:
     """Update every tensor of ``table`` in place.
 
     Args:
         algorithm: A module as described above.
-        table: Roles: params, then each state of the variant.
+        table: Roles: params, then each state of the variant, then each companion.
         grads: int64 ``[n_tensors]``, addresses; 0 leaves a tensor as it is.
         hyper: float64 ``[n_rows, len(HYPER)]``; ``table.rows`` says which is whose.
         control: float64 ``[3]`` from :func:`~.grad_norm.finish_`: the gradients' factor and whether to do nothing.
         variant: The variant of the algorithm, the last arguments of its ``update``.
-        dtypes: Of params, grads and each state.
+        dtypes: Of params, grads, each state and each companion.
+        storage: How they are kept.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    launcher = _update_launcher(algorithm, variant, dtypes, table.size, control is not None)
+    launcher = _update_launcher(algorithm, variant, dtypes, storage.formats, table.size, control is not None)
     launch(
         launcher, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
-        table.chunk_start, hyper if control is None else control, warmup=warmup,
+        table.chunk_start, hyper if control is None else control, *storage.noise_of(table), warmup=warmup,
     )  # fmt: skip
 
 
 @cache
 def _update_launcher(
-    algorithm: Any, variant: tuple[bool, ...], dtypes: tuple[torch.dtype, ...], size: LaunchSize, has_control: bool
+    algorithm: Any,
+    variant: tuple[bool, ...],
+    dtypes: tuple[torch.dtype, ...],
+    formats: Formats,
+    size: LaunchSize,
+    has_control: bool,
 ) -> Launcher:
     return Launcher(
-        _update_kernel, UPDATE=algorithm.update, VARIANT=variant,
-        DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes), COMPUTE=compute_dtype(dtypes[0]),
-        N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size,
-        BLOCK_SIZE=size.block(dtypes), num_warps=size.num_warps,
+        _update_kernel, UPDATE=algorithm.update, VARIANT=variant, **constants(dtypes, formats, size),
+        COMPUTE=compute_dtype(dtypes[0]), N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control,
+        CHUNK_SIZE=size.chunk_size, num_warps=size.num_warps,
     )  # fmt: skip

@@ -234,6 +234,12 @@ class Bucket:
         rows = torch.tensor([distinct[group] for group in self.groups], dtype=torch.int64, device="cpu")
         return rows, [self.groups.index(group) for group in distinct]
 
+    def new_steps(self) -> list[int]:
+        """Of each member the step that is taken, 1 for the first; after :meth:`host_rows`, where the host counts."""
+        if self.scalars is None:
+            return [self.noise_step] * len(self.positions)
+        return [int(self._new_scalars[row][0]) for row in self._row_of_member.tolist()]
+
     def count(self, present: Tensor | None = None) -> None:
         """The step happens: bring scalar states on the host up to date (if they are many, after :meth:`host_rows`).
 

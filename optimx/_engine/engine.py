@@ -96,13 +96,14 @@ class Engine:
         while True:
             try:
                 plan.lay_out_grads(inputs)
+                noise_step = _number_noise(optimizer, plan.buckets)
                 for bucket in plan.buckets:
                     bucket.send(self.values)
                 if not is_measured:
                     # once: other ranks may have nothing to compile again
                     self._measure(optimizer, plan, inputs, amp, total_norm)
                     is_measured = True
-                self._update(optimizer, plan, inputs, amp)
+                self._update(optimizer, plan, inputs, amp, noise_step)
                 return
             except backends.CompileError as failed:
                 backends.give_up(failed, _described(failed, optimizer, plan))
@@ -219,7 +220,9 @@ class Engine:
             # nothing to update here, but a rank may tell what the others have found
             self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
 
-    def _update(self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp) -> None:
+    def _update(
+        self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp, noise_step: int | None
+    ) -> None:
         """Compile, and update: with torch's step what is left to it, the buckets together."""
         control, buckets = self.control, plan.buckets
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
@@ -230,7 +233,8 @@ class Engine:
         if plan.leftovers:
             whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
             run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
-        _count_noise(optimizer, buckets)
+        for group in optimizer.param_groups if noise_step is not None else ():
+            group["rounding_step"] = noise_step
         updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
         device = inputs.shards[0].device if inputs.shards else torch.device("cpu")
         plan.rounds.run(updates, self.values, device)
@@ -243,17 +247,17 @@ class Engine:
             plan.take_back_first(inputs.params, optimizer.state, control)
 
 
-def _count_noise(optimizer: EngineOptimizer, buckets: Sequence[Bucket]) -> None:
-    """Count the steps that random bits depend on, where the algorithm itself counts none: in the groups."""
+def _number_noise(optimizer: EngineOptimizer, buckets: Sequence[Bucket]) -> int | None:
+    """The number of the step for random bits, where the algorithm itself counts none; groups keep it."""
     if optimizer.rule.scalars:
-        return
+        return None
     rounded = [bucket for bucket in buckets if any(kept.kind == STOCHASTIC for kept in bucket.key.formats)]
-    if rounded:
-        step = 1 + max(group.get("rounding_step", 0) for group in optimizer.param_groups)
-        for group in optimizer.param_groups:
-            group["rounding_step"] = step
-        for bucket in rounded:
-            bucket.noise_step = step
+    if not rounded:
+        return None
+    step: int = 1 + max(group.get("rounding_step", 0) for group in optimizer.param_groups)
+    for bucket in rounded:
+        bucket.noise_step = step
+    return step
 
 
 def _compile(buckets: Sequence[Bucket], controls: Sequence[Tensor | None]) -> None:

@@ -68,6 +68,7 @@ class UpdateRule:
         of_wholes: Variants follow from whole parameters, also where parts of these are updated.
         codes: States that 8-bit codes may keep, and whether these are never negative. Not what is added up for ever or
             must never become less.
+        averages: States that are averages over many elements, or stand for such: float32 where others have fewer bits.
         by_element: Which of the values may be vectors, with an entry an element: :meth:`prepare` then makes a row of
             them that :meth:`formula` takes, also where there is an operator. Empty where there is no such thing.
     """
@@ -79,6 +80,7 @@ class UpdateRule:
     optional_settings: ClassVar[tuple[str, ...]] = ()
     of_wholes: ClassVar[bool] = False
     codes: ClassVar[dict[str, bool]] = {}
+    averages: ClassVar[tuple[str, ...]] = ()
     by_element: ClassVar[tuple[int, ...]] = ()
 
     def group_variant(self, group: dict[str, Any]) -> tuple[Any, ...]:
@@ -116,6 +118,10 @@ class UpdateRule:
     def kind_of(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> StateKind:
         """What a state tensor is before the first step: of zeros, and like the parameter, mostly."""
         return StateKind()
+
+    def has_whole_groups(self, shape: torch.Size, group: int) -> bool:
+        """Whether no part of a parameter along its first dimension, and no piece of a walk, cuts a group of codes."""
+        return prod(shape[1:]) % group == 0
 
     def new_state(self, name: str, param: Tensor, group: dict[str, Any], defaults: dict[str, Any]) -> Tensor:
         """A state tensor before the first step."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +45,8 @@ STATES = ("8bit", "stochastic")
 CODED = (SIGNED8, UNSIGNED8)
 #: Elements that a scale of 8-bit codes is for.
 GROUP = 128
+#: Roles of a parameter that have random bits of their own.
+MOST_ROLES = 16
 #: Elements below which a parameter's states stay float32.
 LEAST = 4096
 
@@ -208,12 +209,12 @@ def _formats(
             formats.append(Format(NEAREST, default.dtype or whole.dtype))
         elif isinstance(wanted, torch.dtype):
             formats.append(Format(NEAREST, wanted))
-        elif default.reduced:
-            # a row's or a column's, which takes no memory to speak of
+        elif name in rule.averages:
+            # it takes no memory to speak of
             formats.append(Format(NEAREST, torch.float32))
         elif wanted == "stochastic":
             formats.append(Format(STOCHASTIC, torch.bfloat16))
-        elif name in rule.codes and whole.numel() >= LEAST and prod(whole.shape[1:]) % GROUP == 0:
+        elif name in rule.codes and whole.numel() >= LEAST and rule.has_whole_groups(whole.shape, GROUP):
             formats.append(Format(UNSIGNED8, torch.uint8) if rule.codes[name] else Format(SIGNED8, torch.int8))
         else:
             formats.append(Format(NEAREST, torch.float32))

@@ -77,9 +77,8 @@ def split8(bits: int) -> tuple[int, int]:
 
 def join(visible: int, remainder: int, width: int) -> int:
     """Bits of the float32, of a remainder of ``width`` bits."""
-    if visible & 0x7FFF == 0:
-        remainder = max(0, remainder)
-    return (visible << 16) + (remainder << 16 - width) & _LOW
+    bits = (visible << 16) + (remainder << 16 - width) & _LOW
+    return visible << 16 if _is_nan(bits) else bits
 
 
 def signed_value(code: int, scale: float) -> float:

@@ -116,10 +116,10 @@ def _decode_remainder(own, companion, out, memory):
     remainder = _bits("remainder", own, memory).copy_(companion)
     bits.copy_(visible).bitwise_left_shift_(16)
     bits.add_(remainder, alpha=1 if companion.dtype is torch.int16 else 1 << 8)
-    if not _is_finite(out):
-        # a zero that somebody else wrote, beside what it lacked before
-        lost = (own == 0) & (companion < 0)
-        out.copy_(torch.where(lost, own, out))
+    nans = _nans(out)
+    if nans is not None:
+        # a zero or an infinity that somebody else wrote, beside what was lacking before
+        out.copy_(torch.where(nans, own, out))
     return out
 
 
@@ -186,7 +186,7 @@ def _encode_signed8(values, codes, scales, noise, memory):
     divisors = _keep_scales(torch.abs(values, out=sizes), scales)
     torch.div(_grouped(values), divisors, out=_grouped(numbers))
     torch.abs(numbers, out=sizes).add_(1.0)
-    numbers.mul_(254.0).div_(sizes).add_(0.5).floor_()
+    numbers.mul_(254.0).div_(sizes).round_()
     _keep_codes(codes, numbers, scales)
 
 
@@ -202,7 +202,7 @@ def _encode_unsigned8(values, codes, scales, noise, memory):
     divisors = _keep_scales(numbers, scales)
     _grouped(numbers).div_(divisors)
     # only zero is zero: a step is divided by it
-    torch.maximum(numbers.mul_(255.0).add_(0.5), least, out=numbers)
+    torch.maximum(numbers.mul_(255.0).round_(), least, out=numbers)
     _keep_codes(codes, numbers, scales)
 
 

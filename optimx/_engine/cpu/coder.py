@@ -19,16 +19,13 @@ from ... import _compat
 from ..bucket import BucketKey, Members
 from ..layout import flat
 from ..matrices import Scratch
-from ..storage import STOCHASTIC, Format, Geometry, companions
+from ..storage import MOST_ROLES, STOCHASTIC, Format, Geometry, companions
 from . import noise
 from .batch import BATCH, Batch
 from .call import Call
 from .codecs import decode, elements_each, encode
 from .noise import Part, Places
 from .piece import Piece, Walk
-
-#: Roles of a parameter that have random bits of their own.
-MOST_ROLES = 16
 
 
 class CodedBucket(Protocol):
@@ -98,14 +95,21 @@ class Elements(NamedTuple):
 
     def read(self, out: Tensor) -> Tensor:
         """The values, in ``out`` or where they are."""
-        return decode(self.role.kept, self.own, self.companion, out, self.coder.memory)
+        memory, kept = self.coder.memory, self.role.kept
+        if kept.is_plain or out.dtype is torch.float32:
+            return decode(kept, self.own, self.companion, out, memory)
+        narrow = memory("float32", (len(out),), torch.float32)
+        return out.copy_(decode(kept, self.own, self.companion, narrow, memory))
 
     def write(self, values: Tensor) -> None:
         """Keep values."""
+        memory, kept = self.coder.memory, self.role.kept
+        if not kept.is_plain and values.dtype is not torch.float32:
+            values = memory("float32", (len(values),), torch.float32).copy_(values)
         bits = None
-        if self.role.kept.kind == STOCHASTIC:
+        if kept.kind == STOCHASTIC:
             bits = self.coder.noise(self.role.slot, self.members, self.places())
-        encode(self.role.kept, values, self.own, self.companion, bits, self.coder.memory)
+        encode(kept, values, self.own, self.companion, bits, memory)
 
 
 class Coder:

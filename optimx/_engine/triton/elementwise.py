@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ... import _compat
 from ...triton_kernels.grad_norm import norm_
+from ...triton_kernels.storage import Formats, Noise, Storage
 from ...triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
 from ...triton_kernels.update import prepare_, update_
 from .. import backends
 from ..bucket import Bucket
 from ..rounds import Update
+from ..storage import MOST_ROLES
 
 #: Where an empty gradient lies: its tensor takes the step, and nobody reads.
 _NOWHERE = 16
@@ -35,6 +37,7 @@ class TritonBucket(Bucket):
     """
 
     takes_missing = True
+    keeps_formats = True
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
@@ -51,6 +54,14 @@ class TritonBucket(Bucket):
             self._scalar_table = upload(addresses.view(len(self.rule.scalars), n).t().contiguous(), device)
             self._rows = torch.empty(n, len(kernels.HYPER), dtype=torch.float64, device=device)
             self._raw_values: Sequence[tuple[Any, ...]] = []
+        formats = Formats((*(kept.kind for kept in self.key.formats),), self.key.on_device and bool(scalars))
+        self.storage = Storage(formats)
+        if formats.is_random:
+            of_members = zip(self.seeds, self.positions, self.geometries, strict=True)
+            rows = [(seed, position * MOST_ROLES, *geometry) for seed, position, geometry in of_members]
+            noise = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
+            steps = self._scalar_table[:, 0].contiguous() if formats.counts_on_device else noise
+            self.storage = Storage(formats, Noise(noise, steps))
         self._addresses = self._fixed_addresses()
         self.kernel_key = self.key.kernel_key(self.rule)
 
@@ -75,7 +86,7 @@ class TritonBucket(Bucket):
             rows, row_of_member = self.host_rows(values)
             if row_of_member is not None:
                 self.table.set_rows(row_of_member)
-            self.grads, self._rows = send(device, self.addresses, [*chain.from_iterable(rows)])
+            self._rows = self._send_addresses([*chain.from_iterable(rows)])
             return
         values = self.values_of(values)
         capturing = _compat.is_capturing()
@@ -83,7 +94,17 @@ class TritonBucket(Bucket):
             self._raw_tables = send(device, *self._raw(values))
             # what is sent under capture arrives at replay, and belongs to the graph
             self._raw_values = [] if capturing else values
-        self.grads, _ = send(device, self.addresses, ())
+        self._send_addresses(())
+
+    def _send_addresses(self, numbers: Sequence[float]) -> Tensor:
+        """Send the gradients' addresses, and numbers, which are returned; and steps, where random bits depend on them
+        and the device does not count."""
+        n, storage = len(self.positions), self.storage
+        steps = [] if storage.noise is None or storage.formats.counts_on_device else self.new_steps()
+        self.grads, sent = send(self.key.device, [*self.addresses, *steps], numbers)
+        if storage.noise is not None and steps:
+            self.storage = storage._replace(noise=storage.noise._replace(steps=self.grads[n : 2 * n]))
+        return sent
 
     @property
     def n_partials(self) -> int:
@@ -134,7 +155,7 @@ class TritonBucket(Bucket):
         """What follows when hyperparameter rows are there."""
         update_(
             self.rule.kernels, self.table, self.grads, self._rows, control,
-            variant=self.key.variant, dtypes=self.key.dtypes, warmup=warmup,
+            variant=self.key.variant, dtypes=self.key.dtypes, storage=self.storage, warmup=warmup,
         )  # fmt: skip
         yield from ()
 

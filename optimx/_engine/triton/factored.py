@@ -13,6 +13,7 @@ from torch import Tensor
 from ...triton_kernels import matrix_walk
 from ...triton_kernels.matrix_table import MatrixTable, tables
 from ..rounds import LENGTHS, MEANS, SUMS, Share, Update, together
+from ..storage import GROUP
 from .elementwise import TritonBucket
 
 #: By the name of what a walk has found first.
@@ -24,18 +25,24 @@ class FactoredTritonBucket(TritonBucket):
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        factored, transposed, moment = self.key.variant
+        factored, transposed, _ = self.key.variant
         size = self.table.size
         params, _, states, _ = self.members
         shapes = [_matrices(param.shape, factored, transposed) for param in params]
-        # averages are of any length, and read as such
-        walked = [params, states[-1]] if moment else [params]
+        # averages are of any length, and read as such; scales one by one
+        formats = self.storage.formats
+        each = formats.elements_each[2:] or [1] * len(states)
+        others = zip(states[1 + factored :], each[1 + factored :], strict=True)
+        walked = [params, *(role for role, n in others if n == 1)]
         aligned = [all(tensor.data_ptr() % 16 == 0 for tensor in tensors) for tensors in zip(*walked, strict=True)]
-        divisor = matrix_walk.row_divisor(self.key.dtypes)
+        dtypes = matrix_walk.walked(self.key.dtypes, factored, formats)
+        divisor = matrix_walk.row_divisor(dtypes)
+        # of a block of four rows no group is cut
+        block_size = max(size.block(dtypes), 4 * GROUP if formats.elements_each else 0)
         whole = [_matrices(shape, factored, transposed) for shape in self.shapes] if self.meets else None
-        self._matrices = tables(
-            shapes, aligned, factored, divisor, self.key.device, size, size.block(self.key.dtypes), whole
-        )
+        self._matrices = tables(shapes, aligned, factored, divisor, self.key.device, size, block_size, whole)
+        # of a part that is a block of columns, not in rows, too
+        self._is_straight = not any(geometry.gap or geometry.first % 8 for geometry in self.geometries)
         self._measured = False
         self._grad_scale: Tensor | None = None
         self._sums: list[matrix_walk.Sums] = []
@@ -65,7 +72,7 @@ class FactoredTritonBucket(TritonBucket):
             norms, bad = partials[:, first : first + table.n_programs]
             matrix_walk.sums_(
                 self.table, table, self.grads, grad_scale, control, sums, norms, bad, factored=factored,
-                dtypes=self.key.dtypes, aligned=self._aligned and table.aligned, warmup=warmup,
+                dtypes=self.key.dtypes, storage=self.storage, aligned=self._aligned and table.aligned, warmup=warmup,
             )  # fmt: skip
             first += table.n_programs
 
@@ -84,7 +91,8 @@ class FactoredTritonBucket(TritonBucket):
         positions = [self.positions[i] for i in table.indices]
         for found in matrix_walk.update_(
             self.table, table, self.grads, self._rows, self._grad_scale, control, sums, measured=self._measured,
-            variant=self.key.variant, dtypes=self.key.dtypes, aligned=self._aligned and table.aligned,
+            variant=self.key.variant, dtypes=self.key.dtypes, storage=self.storage,
+            aligned=self._aligned and table.aligned, is_straight=self._is_straight and table.aligned,
             whole_rows=self.has_whole_rows, warmup=warmup,
         ):  # fmt: skip
             shares = chain.from_iterable(map(Share, positions, repeat(name), each) for name, each in found.items())

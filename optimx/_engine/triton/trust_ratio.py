@@ -18,7 +18,7 @@ class TrustRatioTritonBucket(TritonBucket):
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         kernels: Any = self.rule.kernels
         for lengths in lamb_(
-            kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, warmup=warmup,
-            whole=not self.meets,
+            kernels, self.table, self.grads, self._rows, control, dtypes=self.key.dtypes, storage=self.storage,
+            warmup=warmup, whole=not self.meets,
         ):  # fmt: skip
             yield LENGTHS, [*map(Share, self.positions, repeat("lengths"), lengths)]
