@@ -14,7 +14,7 @@ from . import adafactor
 from .device import TRITON_DTYPE, Launcher, compute_dtype, launch
 from .lengths import BLOCK_SIZE, lengths_
 from .matrix_table import ENTRIES, MatrixTable, Parts, Tile
-from .storage import PLAIN, Formats, Storage, packed
+from .storage import PLAIN, Formats, Storage, packed, packed_dtypes
 from .tensor_table import TensorTable
 
 Dtypes = tuple[torch.dtype, ...]
@@ -112,7 +112,7 @@ def _sums_launcher(
     has_control: bool,
 ) -> Launcher:
     return Launcher(
-        adafactor._adafactor_sums_kernel, DTYPES=tuple(TRITON_DTYPE[dtype] for dtype in dtypes),
+        adafactor._adafactor_sums_kernel, DTYPES=packed_dtypes(dtypes),
         FORMATS=packed(formats), COMPUTE=compute_dtype(dtypes[0]), FACTORED=factored, HAS_SCALE=has_scale,
         HAS_CONTROL=has_control, **_widths(dtypes, aligned), TILE=tuple(tile), num_warps=num_warps,
     )  # fmt: skip
@@ -268,7 +268,7 @@ def _launchers(
     )  # fmt: skip
     length, update = (
         Launcher(
-            adafactor._adafactor_update_kernel, DTYPES=tuple(TRITON_DTYPE[d] for d in dtypes), FACTORED=factored,
+            adafactor._adafactor_update_kernel, DTYPES=packed_dtypes(dtypes), FACTORED=factored,
             MOMENT=moment, MEASURE=measure, NOISE=formats.noise(width), **_widths(dtypes, aligned), TILE=tuple(tile),
             num_warps=num_warps, **common, **storage,
         )

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from .codecs import GROUP, SIGNED8, STOCHASTIC
 from .device import TRITON_DTYPE
 from .tensor_table import LaunchSize, TensorTable
+
+#: Of all that is kept.
+_DTYPES = {**TRITON_DTYPE, torch.int8: tl.int8, torch.uint8: tl.uint8, torch.int16: tl.int16}
 
 
 class Noise(NamedTuple):
@@ -86,6 +90,11 @@ def packed(formats: Formats) -> tuple[tuple[int, int], ...]:
     return tuple((kind, where.get(role, 0)) for role, kind in enumerate(formats.kinds))
 
 
+def packed_dtypes(dtypes: Sequence[torch.dtype]) -> tuple[tl.dtype, ...]:
+    """As kernels take them."""
+    return tuple(_DTYPES[dtype] for dtype in dtypes)
+
+
 def constants(dtypes: Sequence[torch.dtype], formats: Formats, size: LaunchSize) -> dict[str, Any]:
     """Constexprs of a kernel that reads and writes roles.
 
@@ -96,7 +105,7 @@ def constants(dtypes: Sequence[torch.dtype], formats: Formats, size: LaunchSize)
     widest = max(dtype.itemsize for dtype in of_elements)
     block_size = size.block(of_elements)
     return {
-        "DTYPES": tuple(TRITON_DTYPE[dtype] for dtype in dtypes),
+        "DTYPES": packed_dtypes(dtypes),
         "N_STATES": len(dtypes) - 2 - len(formats.companions),
         "EACH": each,
         "FORMATS": packed(formats),

@@ -64,3 +64,24 @@ def instructions(kernel: str, target: GPUTarget, dtypes: Iterable[torch.dtype]) 
     in_32, in_16, in_64 = BUDGETS[target.backend].get(kernel, DEFAULT[target.backend])
     sizes = {dtype.itemsize for dtype in dtypes}
     return in_64 if 8 in sizes else in_16 if 2 in sizes else in_32
+
+
+#: What a thread executes to keep an element otherwise, a fifth more than it does: of the parameter, and of a state.
+CODECS = {
+    "cuda": {"nearest": 0, "float32": 0, "bfloat16": 0, "stochastic": 20, "float16": 25, "remainder8": 14,
+             "remainder16": 11, "master": 2, "8bit": 20},
+    "hip": {"nearest": 0, "float32": 0, "bfloat16": 0, "stochastic": 20, "float16": 35, "remainder8": 14,
+            "remainder16": 11, "master": 2, "8bit": 25},
+}  # fmt: skip
+#: Of AdamW, what an H100 has time for while it moves the bytes of the scheme.
+STEPS = {("adam", "stochastic-8bit"): 86.0, ("adam", "remainder16-float32"): 52.0}
+
+
+def of_scheme(kernel: str, target: GPUTarget, scheme: str) -> float:
+    """The budget of a kernel whose roles are kept in a scheme of :mod:`tests.audit.storage`."""
+    if target.backend == "cuda" and target.arch == 90 and (kernel, scheme) in STEPS:
+        return STEPS[kernel, scheme]
+    param, state = scheme.split("-")
+    codecs = CODECS[target.backend]
+    n_states = {"sgd": 1, "lion": 1, "adafactor_sums": 0, "adafactor_update": 1}.get(kernel, 3)
+    return instructions(kernel, target, [torch.bfloat16]) + codecs[param] + n_states * codecs[state]

@@ -16,18 +16,21 @@ import torch
 from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, muon, newton_schulz, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
+from optimx.triton_kernels.storage import PLAIN
 from optimx.triton_kernels.tensor_table import NUM_THREADS, LaunchSize
 from triton.backends.compiler import GPUTarget
 
 from tests.cases import CASES
 
 from .assembly import Limits
-from .budgets import instructions
+from .budgets import instructions, of_scheme
 from .compiler import TARGETS, Launch, record
 from .sizes import Sizes, addresses, numbers
-from .walk import Walk
+from .storage import MANY_SCHEMES, SCHEMES, Scheme, adafactor_scheme, scheme
+from .walk import NARROWEST, Walk
 
 Dtypes = tuple[torch.dtype, ...]
+BF16 = torch.bfloat16
 
 #: Registers of an SM; vector registers of a CU.
 REGISTER_FILE = {"cuda": 65536, "hip": 131072}
@@ -38,6 +41,10 @@ THREADS = 1024
 THREADS_FLOAT64 = 512
 #: Bytes of shared memory: one value a warp where they reduce. Elsewhere none: a layout would have been converted.
 SHARED_REDUCTION = 128
+#: Scales of a block's groups, which are stored by other threads than have found them.
+SHARED_SCALES = 64
+#: Registers for codes and random bits: with these, 512 threads have 40 KB in flight.
+THREADS_STORAGE = 512
 #: Where a block's columns are summed, one value a column and warp; and where averages of columns meet a block of them.
 SHARED_COLUMNS = 16384
 
@@ -122,6 +129,7 @@ class Variant:
         threads: How many an SM or CU must have registers for.
         shared: See :class:`.assembly.Limits`.
         counted: Whether to count instructions.
+        scheme: How roles are kept, where these are no plain tensors.
         position: Which of the launches it is, where the launcher makes several.
     """
 
@@ -133,6 +141,7 @@ class Variant:
     threads: int = THREADS
     shared: int = 0
     counted: bool = False
+    scheme: str = ""
     position: int = 0
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
@@ -143,11 +152,14 @@ class Variant:
         tile = launch.options.get("TILE")
         block = launch.options["BLOCK_SIZE"] if tile is None else math.prod(tile[:3])
         n_elements = block // n_threads
-        reads, writes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
+        sizes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
+        reads, writes = ([size for size in role if size >= NARROWEST] for role in sizes)
         limits = Limits(reads, writes, REGISTER_FILE[target.backend] // self.threads, self.shared)
         if self.counted:
             n_blocks = launch.options["CHUNK_SIZE"] // block if tile is None else tile[3] // tile[1]
             budget = instructions(self.kernel, target, self.reads)
+            if self.scheme:
+                budget = of_scheme(self.kernel, target, self.scheme)
             limits = replace(limits, instructions=budget, walk=Walk(reads, n_elements, n_blocks))
         return launch, limits
 
@@ -186,6 +198,81 @@ def _update_variants() -> Iterator[Variant]:
                 # control is read before the walk
                 counted=not control,
             )
+
+
+#: Schemes that are compiled for an algorithm; Adam has all. What control and counts on a device do is the same for all.
+IN_SCHEMES = {
+    "adam": [*((name, False) for name in SCHEMES), ("stochastic-8bit", True)],
+    "lion": [(name, False) for name in MANY_SCHEMES],
+    "sgd": [(name, False) for name in MANY_SCHEMES],
+}
+
+
+def _storage_variants() -> Iterator[Variant]:
+    for algorithm in ELEMENTWISE:
+        variants = algorithm.update_variants
+        # the usual one, if it has states
+        variant, n_states = max(variants.get("", ((), 0)), *variants.values(), key=lambda found: min(found[1], 1))
+        for name, control in IN_SCHEMES.get(algorithm.name, [("stochastic-8bit", False)]):
+            kept = scheme(name, n_states)
+
+            def call(size, module=algorithm.module, variant=variant, control=control, kept=kept) -> None:
+                update.update_(
+                    module, size.table(len(kept.dtypes) - 1), size.grads(), numbers(1, len(module.HYPER)),
+                    numbers(3) if control else None, variant=variant, dtypes=kept.dtypes,
+                    storage=kept.storage(counts_on_device=control),
+                )  # fmt: skip
+
+            roles = [*range(1 + n_states)]
+            yield Variant(
+                algorithm.name, _name(name, control=control), call, [*kept.reads(roles), BF16], kept.writes(roles),
+                threads=THREADS_STORAGE, shared=SHARED_SCALES, counted=not control, scheme=name,
+            )  # fmt: skip
+
+
+def _storage_lamb_variants() -> Iterator[Variant]:
+    for name in ("stochastic-8bit", "remainder16-float32"):
+        kept = scheme(name, 2)
+
+        def call(size: Sizes, kept: Scheme = kept) -> None:
+            launches = lamb.lamb_(
+                lamb, size.table(len(kept.dtypes) - 1), size.grads(), numbers(1, len(lamb.HYPER)), None,
+                dtypes=kept.dtypes, storage=kept.storage(),
+            )  # fmt: skip
+            deque(launches, maxlen=0)
+
+        yield Variant(
+            "lamb_norms", name, call, [*kept.reads([0, 1, 2]), BF16], threads=THREADS_STORAGE,
+            shared=SHARED_REDUCTION, counted=True, scheme=name,
+        )  # fmt: skip
+
+
+def _storage_adafactor_variants() -> Iterator[Variant]:
+    choices = [(name, "", moment) for name in MANY_SCHEMES for moment in (False, True)]
+    choices += [("stochastic-stochastic", kind, True) for kind in ("convolutions", "vectors", "crooked")]
+    shapes = {"": (1, 2048, 2048), "crooked": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
+    for name, kind, moment in choices:
+        factored = kind != "vectors"
+        kept = adafactor_scheme(name, 2 if factored else 1, moment)
+        if not moment and kept.formats.kinds[0] == 0:
+            # without a moment nothing is kept otherwise
+            continue
+        call = partial(
+            _call_adafactor, shapes[kind], (factored, False, moment), False, kind != "convolutions", kept.dtypes,
+            kept=kept, is_straight=not kind,
+        )  # fmt: skip
+        wide = not kind
+        common: dict[str, Any] = {
+            "threads": THREADS_STORAGE, "shared": SHARED_COLUMNS, "counted": wide, "scheme": name,
+        }  # fmt: skip
+        roles = [0, len(kept.roles) - 1] if moment else [0]
+        options = _name(name, kind, moment=moment)
+        if not moment:
+            yield Variant("adafactor_sums", options, call, [*kept.reads([0]), BF16], **common)
+        yield Variant(
+            "adafactor_update", options, call, [*kept.reads(roles), BF16] if wide else [],
+            kept.writes(roles) if wide else [], position=6 if factored else 4, **common,
+        )  # fmt: skip
 
 
 def _prepare_variants() -> Iterator[Variant]:
@@ -342,22 +429,26 @@ def _call_adafactor(
     dtypes: Dtypes,
     size: Sizes,
     whole: Shape | None = None,
+    kept: Scheme | None = None,
+    is_straight: bool = False,
 ) -> None:
     table = size.table(len(dtypes) - 1)
+    storage = kept.storage() if kept else PLAIN
+    walked = matrix_walk.walked(dtypes, variant[0], storage.formats)
     (matrices,) = tables(
-        [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], matrix_walk.row_divisor(dtypes),
-        torch.device("cpu"), size.tiles, size.tiles.block(dtypes), whole and [whole] * size.n_tensors,
+        [shape] * size.n_tensors, [aligned] * size.n_tensors, variant[0], matrix_walk.row_divisor(walked),
+        torch.device("cpu"), size.tiles, size.tiles.block(walked), whole and [whole] * size.n_tensors,
     )  # fmt: skip
     sums = matrix_walk.Sums.of(matrices, torch.float32, variant[0])
     partials = size.partials(matrices.n_programs)
     grad_scale, controls = (size.scalar(), numbers(3)) if control else (None, None)
-    roles: dict[str, Any] = {"dtypes": dtypes, "aligned": aligned}
+    roles: dict[str, Any] = {"dtypes": dtypes, "aligned": aligned, "storage": storage}
     matrix_walk.sums_(
         table, matrices, size.grads(), grad_scale, controls, sums, *partials, factored=variant[0], **roles
     )
     update = matrix_walk.update_(
         table, matrices, size.grads(), numbers(size.n_tensors, len(adafactor.HYPER)), grad_scale, controls, sums,
-        measured=control, variant=variant, **roles,
+        measured=control, variant=variant, is_straight=is_straight, **roles,
     )  # fmt: skip
     deque(update, maxlen=0)
 
@@ -514,6 +605,9 @@ def variants() -> tuple[Variant, ...]:
         _product_variants,
         _lamb_variants,
         _adafactor_variants,
+        _storage_variants,
+        _storage_lamb_variants,
+        _storage_adafactor_variants,
         _prepare_variants,
         _norm_variants,
         _finish_variants,

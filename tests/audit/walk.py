@@ -9,6 +9,8 @@ from itertools import pairwise
 
 #: Bits of the widest access that every architecture here has.
 WIDE = 128
+#: Bytes that are known for a block's: four may also be those of something else.
+NARROWEST = 8
 
 
 @dataclass(frozen=True)
