@@ -56,8 +56,8 @@ PRESETS: dict[str, Preset] = {
         {"optimizer": _GPT3_ADAMW, "schedule": _GPT3_SCHEDULE},
     ),
     "gpt-pretrain-bf16": Preset(
-        "the same decoder with bfloat16 parameters, which are updated exactly as in float32: the rest is kept in 16 bits; "
-        "nothing of a float32 model is rounded",
+        "the same decoder with bfloat16 parameters, which are updated exactly as in float32 (16 more bits keep the "
+        "rest); nothing of a float32 model is rounded",
         _GPT3,
         {
             "optimizer": {**_GPT3_ADAMW, "param_rounding": "remainder16", "state_dtype": "float32"},
@@ -65,8 +65,8 @@ PRESETS: dict[str, Preset] = {
         },
     ),
     "finetune-8bit": Preset(
-        "fine-tuning of a 16-bit model in little memory: stochastic rounding, states of 8 bits; of a float32 model only "
-        "the states are rounded",
+        "fine-tuning of a 16-bit model in little memory: stochastic rounding, states of 8 bits; of a float32 model "
+        "only the states are rounded",
         "defaults of transformers' TrainingArguments, "
         "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
         {
