@@ -85,9 +85,10 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python -m bench
 	.venv-bench/bin/python -m bench.convergence
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_muon
+	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_storage
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

@@ -7,46 +7,24 @@ betas, and the same search for the learning rate, on a seed of its own. Losses a
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from statistics import median
+from dataclasses import asdict
 from typing import Any
 
-import torch
-from torch import nn
+from bench.convergence import SEEDS
+from bench.convergence_tasks import Recipe, Text
+from bench.convergence_text import EVERY, Check, Curve, LongerText, device_of, length, rounded, train
 
-import optimx
-from bench.convergence import FLOOR, RESULTS, SEEDS
-from bench.convergence_tasks import Recipe, Text, loss
-from bench.gpt import GPT, GPTConfig
-from bench.provenance import circumstances, machine, machine_folder
-
+CHECK = Check("convergence_muon", "Loss curves of Muon and AdamW together beside AdamW alone.")
 #: Learning rates of the search, for both alike.
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 #: Seed of the search, which is none of those that are reported.
 SEARCH_SEED = SEEDS
-#: Training steps from one measurement to the next.
-EVERY = 10
 
 ADAMW, BOTH = "AdamW", "Muon + AdamW"
-SHARED: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 1.0}
+SHARED: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": LongerText.recipe.max_grad_norm}
 BETAS: dict[str, Any] = {"betas": [0.9, 0.95]}
-
-
-class LongerText(Text):
-    """The text task for a larger GPT."""
-
-    title = "Python's source, GPT, clipped, warmup and cosine"
-    recipe = Recipe(steps=300, max_grad_norm=SHARED["max_grad_norm"], warmup=30)
-    context, batch = 64, 16
-
-    def model(self) -> nn.Module:
-        return GPT(GPTConfig(context=self.context, width=96))
 
 
 def arguments_of(name: str, lr: float) -> dict[str, Any]:
@@ -57,41 +35,6 @@ def arguments_of(name: str, lr: float) -> dict[str, Any]:
     return {"name": "muon", "lr": lr, "adjust_lr_fn": "match_rms_adamw", **SHARED, "adamw": adamw}
 
 
-@dataclass
-class Curve:
-    """A run: losses at the measured steps, and the median of what a training step took in milliseconds."""
-
-    losses: list[float]
-    ms: float
-
-
-def train(task: Text, recipe: Recipe, name: str, lr: float, seed: int) -> Curve:
-    """One run."""
-    torch.manual_seed(seed)
-    model = task.model().to(task.device)
-    schedule = {"name": "cosine", "total": recipe.steps, "warmup": recipe.warmup, "floor": FLOOR}
-    optimizer, scheduler = optimx.build(model, {"optimizer": arguments_of(name, lr), "schedule": schedule})
-
-    def measure() -> float:
-        with torch.no_grad():
-            return loss(model, task.unseen).item()
-
-    losses, times = [measure()], []
-    for done, batch in enumerate(task.batches(recipe.steps, seed), 1):
-        start = time.perf_counter()
-        model.zero_grad()
-        # the item waits for a GPU, which then has the step of before behind it
-        value = loss(model, batch)
-        value.backward()
-        value.item()
-        optimizer.step()
-        scheduler.step()
-        times.append(time.perf_counter() - start)
-        if done % EVERY == 0:
-            losses.append(measure())
-    return Curve(losses, 1e3 * median(times))
-
-
 def steps_to(goal: float, losses: Sequence[float]) -> int | None:
     """The first measured step at which a curve is at the goal or below it; None if it is nowhere."""
     return next((EVERY * i for i, value in enumerate(losses) if value <= goal), None)
@@ -99,7 +42,7 @@ def steps_to(goal: float, losses: Sequence[float]) -> int | None:
 
 def search(task: Text, recipe: Recipe, name: str) -> dict[str, float]:
     """Final loss of each learning rate of the search."""
-    return {f"{lr:g}": train(task, recipe, name, lr, SEARCH_SEED).losses[-1] for lr in RATES}
+    return {f"{lr:g}": train(task, recipe, arguments_of(name, lr), SEARCH_SEED).losses[-1] for lr in RATES}
 
 
 def contest(task: Text, recipe: Recipe, seeds: int) -> dict[str, Any]:
@@ -112,7 +55,7 @@ def contest(task: Text, recipe: Recipe, seeds: int) -> dict[str, Any]:
     reached = []
     for seed in range(seeds):
         for name, runs in curves.items():
-            runs.append(train(task, recipe, name, float(rates[name]), seed))
+            runs.append(train(task, recipe, arguments_of(name, float(rates[name])), seed))
         adamw, both = (runs[-1] for runs in curves.values())
         reached.append(steps_to(adamw.losses[-1], both.losses))
         print(f"seed {seed}: {adamw.losses[-1]:.4f}, {both.losses[-1]:.4f}, there at step {reached[-1]}", flush=True)
@@ -126,7 +69,7 @@ def contest(task: Text, recipe: Recipe, seeds: int) -> dict[str, Any]:
             {
                 "optimizer": name,
                 "arguments": arguments_of(name, float(rates[name])),
-                "losses": [[float(f"{x:.6g}") for x in curve.losses] for curve in runs],
+                "losses": [rounded(curve.losses) for curve in runs],
                 "ms": [float(f"{curve.ms:.4g}") for curve in runs],
             }
             for name, runs in curves.items()
@@ -141,31 +84,12 @@ def at_an_edge(searched: dict[str, float]) -> bool:
     return best in (next(iter(searched)), next(reversed(searched)))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.convergence_muon",
-        description="Loss curves of Muon and AdamW together beside AdamW alone.",
-    )
-    parser.add_argument("--gpu", action="store_true", help="on the GPU instead of the CPU")
-    out = f"folder of the results (default: one for the machine in {RESULTS}; with --quick nothing is saved)"
-    parser.add_argument("--out", type=Path, help=out)
-    parser.add_argument("--quick", action="store_true", help="two seeds, a tenth of the steps")
-    return parser.parse_args(arguments)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
-    words = ["python -m bench.convergence_muon", *["--gpu"] * options.gpu, *["--quick"] * options.quick]
-    results = {"machine_info": machine(options.gpu), "run": circumstances(" ".join(words))}
-    task = LongerText(torch.device("cuda" if options.gpu else "cpu"))
-    recipe, seeds = task.recipe, SEEDS
-    if options.quick:
-        recipe, seeds = replace(recipe, steps=recipe.steps // 10, warmup=recipe.warmup // 10), 2
-    results |= contest(task, recipe, seeds)
-    folder = options.out or (None if options.quick else RESULTS / machine_folder(options.gpu))
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "convergence_muon.json").write_text(json.dumps(results) + "\n")
+    options = CHECK.parse(arguments)
+    results = CHECK.head(options)
+    task = LongerText(device_of(options))
+    results |= contest(task, *length(task.recipe, SEEDS, options))
+    CHECK.save(results, options)
     narrow = [name for name, found in results["searched"].items() if at_an_edge(found)]
     for name in narrow:
         print(f"{name}: the best learning rate is at the edge of the search", file=sys.stderr)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import muon_report, ranks
+from bench import muon_report, ranks, storage_report
 from bench.case import COPY, FUSED, OURS, STOCK
 from bench.results import Verdict
 from bench.saved import Question, Results, load
@@ -79,6 +79,9 @@ def report(results: Results, charts: Sequence[str]) -> str:
         muon = muon_report.convergence_lines(results.convergence_muon)
         lines += ["## Muon and AdamW beside AdamW alone", "", *muon, ""]
         lines += [muon_report.picture(), ""] if muon_report.PICTURE in charts else []
+    if results.convergence_storage:
+        storage = storage_report.convergence_lines(results.convergence_storage)
+        lines += ["## AdamW by how parameters and states are kept", "", *storage, ""]
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -251,6 +254,11 @@ def muon_steps_part(results: Results, folder: str) -> list[str]:
     return [*lines, "", muon_report.picture(f"{folder}/")] if drawn else lines
 
 
+def storage_part(results: Results, folder: str) -> list[str]:
+    check = results.convergence_storage
+    return storage_report.convergence_lines(check) if check else []
+
+
 #: What a block of a page can show of a folder. Each gets the results and the folder's path relative to the page.
 PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "models": models_part,
@@ -262,6 +270,7 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "ranks": ranks_part,
     "muon": muon_part,
     "muon-steps": muon_steps_part,
+    "storage": storage_part,
 }
 
 

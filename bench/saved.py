@@ -10,6 +10,9 @@ from typing import Any
 
 from bench.results import Row, Verdict
 
+#: Stems of files that :mod:`bench.convergence` and its like leave.
+CHECKS = ("convergence", "convergence_muon", "convergence_storage")
+
 
 @dataclass
 class Question:
@@ -35,6 +38,7 @@ class Results:
     questions: dict[str, Question] = field(default_factory=dict)
     convergence: dict[str, Any] | None = None
     convergence_muon: dict[str, Any] | None = None
+    convergence_storage: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -64,7 +68,7 @@ def load(folder: Path) -> Results:
     results = Results(folder)
     for path in sorted(folder.glob("*.json")):
         report = json.loads(path.read_text())
-        if path.stem in ("convergence", "convergence_muon"):
+        if path.stem in CHECKS:
             setattr(results, path.stem, report)
         else:
             results.questions[path.stem] = question(path.stem, report)

@@ -27,6 +27,10 @@ class Preset:
     config: dict[str, Any]
 
 
+_GPT3 = "GPT-3, https://arxiv.org/abs/2005.14165, appendix B and table 2.1 (warmup: 375M of 300B tokens)"
+_GPT3_ADAMW = {"name": "adamw", "lr": 6e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "max_grad_norm": 1.0}
+_GPT3_SCHEDULE = {"name": "cosine", "warmup": 0.00125, "floor": 0.1}
+
 PRESETS: dict[str, Preset] = {
     "bert-finetune": Preset(
         "BERT and its kin on a task with labels",
@@ -48,10 +52,36 @@ PRESETS: dict[str, Preset] = {
     ),
     "gpt-pretrain": Preset(
         "a decoder of about 125M parameters from scratch, half a million tokens a step",
-        "GPT-3, https://arxiv.org/abs/2005.14165, appendix B and table 2.1 (warmup: 375M of 300B tokens)",
+        _GPT3,
+        {"optimizer": _GPT3_ADAMW, "schedule": _GPT3_SCHEDULE},
+    ),
+    "gpt-pretrain-bf16": Preset(
+        "the same decoder with bfloat16 parameters, which are updated exactly as in float32 (16 more bits keep the "
+        "rest); nothing of a float32 model is rounded",
+        _GPT3,
         {
-            "optimizer": {"name": "adamw", "lr": 6e-4, "weight_decay": 0.1, "betas": [0.9, 0.95], "max_grad_norm": 1.0},
-            "schedule": {"name": "cosine", "warmup": 0.00125, "floor": 0.1},
+            "optimizer": {**_GPT3_ADAMW, "param_rounding": "remainder16", "state_dtype": "float32"},
+            "schedule": _GPT3_SCHEDULE,
+        },
+    ),
+    "finetune-8bit": Preset(
+        "fine-tuning of a 16-bit model in little memory: stochastic rounding, states of 8 bits; of a float32 model "
+        "only the states are rounded",
+        "defaults of transformers' TrainingArguments, "
+        "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments",
+        {
+            "optimizer": {
+                "name": "adamw",
+                "lr": 5e-5,
+                "weight_decay": 0.0,
+                "betas": [0.9, 0.999],
+                "eps": 1e-8,
+                "max_grad_norm": 1.0,
+                "param_rounding": "stochastic",
+                "state_dtype": "8bit",
+            },
+            "groups": {"no_decay": []},
+            "schedule": {"name": "linear", "total": "3ep"},
         },
     ),
     "gpt-muon": Preset(

@@ -361,6 +361,8 @@ NEEDS = {
     "bert-finetune": {"schedule.steps_per_epoch": 100},
     "vit-finetune": {"schedule.steps_per_epoch": 100},
     "gpt-pretrain": {"schedule.total": 10_000},
+    "gpt-pretrain-bf16": {"schedule.total": 10_000},
+    "finetune-8bit": {"schedule.steps_per_epoch": 100},
     "resnet-sgd": {"schedule.steps_per_epoch": 100},
     "ppo": {"schedule.total": 10_000},
 }
@@ -394,6 +396,40 @@ def test_numbers_of_presets() -> None:
     assert len(vit.optimizer.param_groups) >= 26
     ppo = optimx.build(linear(), "ppo", {"schedule.total": 10})
     assert [step[0] for step in ppo.scheduler.preview(3)] == pytest.approx([2.5e-4, 2.25e-4, 2e-4])
+    finetune = optimx.build(linear(), "finetune-8bit", NEEDS["finetune-8bit"])
+    # a line down to zero after three epochs, no warmup
+    assert [finetune.scheduler.preview(1, step)[0][0] for step in (0, 150, 300)] == pytest.approx([5e-5, 2.5e-5, 0.0])
+
+
+def preset_of(name: str, dtype: torch.dtype) -> optimx.Build:
+    """A model large enough for states of 8 bits, trained for three steps."""
+    torch.manual_seed(0)
+    build = optimx.build(torch.nn.Linear(128, 64, dtype=torch.bfloat16).to(dtype), name, NEEDS[name])
+    for _ in range(3):
+        build.optimizer.zero_grad()
+        build.model(torch.randn(4, 128, dtype=torch.bfloat16).to(dtype)).float().square().mean().backward()
+        build.optimizer.step()
+    return build
+
+
+def test_presets_that_round_keep_what_they_say() -> None:
+    remainder = preset_of("gpt-pretrain-bf16", torch.bfloat16)
+    state = remainder.optimizer.state[remainder.model.weight]
+    assert {name: t.dtype for name, t in state.items() if name != "step"} == {
+        "exp_avg": torch.float32, "exp_avg_sq": torch.float32, "param_remainder": torch.int16,
+    }  # fmt: skip
+    codes = preset_of("finetune-8bit", torch.bfloat16)
+    state = codes.optimizer.state[codes.model.weight]
+    assert {t.dtype for t in state.values() if t.numel() == 64 * 128} == {torch.int8, torch.uint8}
+    assert codes.optimizer.state[codes.model.bias]["exp_avg"].dtype == torch.float32
+
+
+def test_presets_that_round_leave_float32_parameters_alone() -> None:
+    plain, remainder = (preset_of(name, torch.float32) for name in ("gpt-pretrain", "gpt-pretrain-bf16"))
+    assert torch.equal(remainder.model.weight, plain.model.weight)
+    assert "param_remainder" not in remainder.optimizer.state[remainder.model.weight]
+    codes = preset_of("finetune-8bit", torch.float32)
+    assert not torch.equal(codes.model.weight, codes.model.weight.bfloat16().float())
 
 
 # checkpoints

@@ -12,10 +12,11 @@ import torch
 pytest.importorskip("matplotlib")
 
 import optimx
-from bench import convergence_muon
+from bench import convergence_text
 from bench.convergence_chart import draw_muon
-from bench.convergence_muon import ADAMW, BOTH, RATES, LongerText, arguments_of, at_an_edge, main, steps_to
+from bench.convergence_muon import ADAMW, BOTH, RATES, arguments_of, at_an_edge, main, steps_to
 from bench.convergence_tasks import Recipe
+from bench.convergence_text import LongerText
 from bench.gpt import GPT, GPTConfig
 
 
@@ -62,7 +63,7 @@ def test_a_run_searches_trains_and_saves(small, tmp_path, capsys):
 
 
 def test_a_part_of_the_results_replaces_no_whole_ones(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(convergence_muon, "RESULTS", tmp_path)
+    monkeypatch.setattr(convergence_text, "RESULTS", tmp_path)
     main(["--quick"])
     assert not list(tmp_path.iterdir())
 

@@ -49,6 +49,25 @@ def muon_check() -> dict:
     }  # fmt: skip
 
 
+def storage_check() -> dict:
+    """What ``python -m bench.convergence_storage`` leaves behind."""
+    arguments = {"lr": 6e-4, "weight_decay": 0.1, "betas": [0.9, 0.999]}
+    kept = [
+        ("float32", "float32", 0.0, "within", "within"),
+        ("nearest", "float32", 0.25, "within", "above"),
+        ("stochastic", "8bit", -0.0625, "below", "below"),
+    ]
+    schemes = [
+        {
+            "params": params, "states": states, "arguments": arguments, "seen": [2.0, 2.125],
+            "losses": [[5.0, 2.0 + gap], [5.0, 2.125 + gap]], "verdict": {"seen": seen, "unseen": unseen},
+        }
+        for params, states, gap, seen, unseen in kept
+    ]  # fmt: skip
+    command = "python -m bench.convergence_storage"
+    return {"run": {"command": command}, "params": 12345, "recipe": {"steps": 20}, "steps": [0, 20], "schemes": schemes}
+
+
 def save(folder: Path, question: str, rows: list[Row], verdicts: list[Verdict] = ()) -> None:
     """What ``python -m bench`` leaves behind."""
     measured = [asdict(row) for row in rows if row.median_ms is not None]
@@ -177,6 +196,12 @@ BLOCKS = {
         "| AdamW | 0.002 | 2 (2 to 2) | 11 |\n| Muon + AdamW | 0.016 | 1.5 (1.25 to 2.25) | 15 |\n",
         "](results/some-machine/convergence_muon.png)\n",
     ],
+    "storage": [
+        "A GPT of 12,345 parameters reads Python's source for 20 steps of AdamW, from 2 seeds, with `lr` 0.0006,",
+        "| float32 | float32 | 2.0625 (2.0000 to 2.1250) | 2.0625 (2.0000 to 2.1250) |  | yes |\n",
+        "2.3125 (2.2500 to 2.3750) | +0.2500 | **no, above** (unseen); yes (seen) |\n| stochastic | 8bit |",
+        "| -0.0625 | no, below |\n",
+    ],
     # 2 log2(8) hops of 5 µs and 20 µs; 70e9 / 64 parameters of 32 bytes at 3e12 bytes a second
     "ranks": ["| 64 | 4.0 | 0.05 | 11.67 |\n"],
 }
@@ -196,6 +221,7 @@ def test_blocks_have_the_numbers_of_the_folder_they_name(folder, tmp_path, monke
     muon += [row("muon-elementwise-gpt2", name, ms, ratio=ratio, **settings) for name, ms, ratio in parts]
     save(folder, "muon", muon)
     (folder / "convergence_muon.json").write_text(json.dumps(muon_check()))
+    (folder / "convergence_storage.json").write_text(json.dumps(storage_check()))
     readmes = {part: tmp_path / f"{part}.md" for part in BLOCKS}
     for part, readme in readmes.items():
         readme.write_text(block(part))
@@ -234,6 +260,16 @@ def test_the_page_has_muons_curves_where_they_were_measured(folder):
     assert (folder / "convergence_muon.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_has_losses_by_storage_where_they_were_measured(folder):
+    assert report.main([str(folder)]) == 0
+    assert "are kept" not in (folder / "report.md").read_text()
+    (folder / "convergence_storage.json").write_text(json.dumps(storage_check()))
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "## AdamW by how parameters and states are kept\n" in page
+    assert "`python -m bench.convergence_storage`" in page
+
+
 @pytest.mark.parametrize("part", ["modles", ""])
 def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
@@ -244,7 +280,9 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
     assert page.read_text() == block(part)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md", "docs/sharding.md", "docs/optimizers/muon.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/benchmarks.md", "docs/sharding.md", "docs/optimizers/muon.md", "docs/storage.md"]
+)
 def test_the_projects_pages_are_up_to_date(page):
     path = report.HERE.parent / page
     assert report.BLOCK.search(path.read_text())
