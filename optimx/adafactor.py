@@ -89,7 +89,7 @@ class AdafactorRule(UpdateRule):
             float(extras["scale_parameter"]), float(extras["relative_step"]), float(extras["warmup_init"]),
         )  # fmt: skip
 
-    def has_whole_groups(self, shape: torch.Size, group: int) -> bool:
+    def has_whole_groups(self, shape: torch.Size, variant: Any, group: int) -> bool:
         # a walk is one over matrices, which may lie in memory either way round
         return len(shape) > 1 and not (shape[-1] % group or shape[-2] % group)
 

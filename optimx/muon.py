@@ -111,6 +111,11 @@ class MuonRule(UpdateRule):
         lr, weight_decay, momentum, nesterov, eps = self._read(group)
         return lr, weight_decay, momentum, float(bool(nesterov)), eps, group.get("beta2", EXTRAS["beta2"])
 
+    def has_whole_groups(self, shape: torch.Size, variant: Any, group: int) -> bool:
+        return all(block.columns % group == 0 for block in variant.blocks) and super().has_whole_groups(
+            shape, variant, group
+        )
+
     def state_names(self, variant: Any) -> tuple[str, ...]:
         return ("momentum_buffer", "second_momentum_buffer") if variant.normalized else ("momentum_buffer",)
 

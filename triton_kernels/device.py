@@ -379,6 +379,17 @@ def _store_scales(pointer, scales, groups):
 
 
 @triton.jit
+def as_stored(block, i: tl.constexpr, value):
+    """State ``i`` as a plain tensor keeps it, for algorithms that go on with that; else the value itself."""
+    FORMATS: tl.constexpr = block[6]
+    KIND: tl.constexpr = FORMATS[1 + i][0] if len(FORMATS) else 0
+    if KIND == 0:
+        return value.to(block[0][2 + i].dtype.element_ty).to(value.dtype)
+    else:
+        return value
+
+
+@triton.jit
 def groups_of(first, offsets, mask, EACH: tl.constexpr):
     """What :func:`read` has to know of the groups of a block of a chunk."""
     if len(EACH) == 0:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import save
+from .device import as_stored, save
 
 RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps", "beta2")
 #: ``mix`` is how much of the average there is in what is orthogonalized, beside the gradient.
@@ -36,12 +36,11 @@ def _lerp(a, b, weight):
 @triton.jit
 def average(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """States: momentum_buffer. In place of a parameter, what is to be orthogonalized is written."""
-    pointers, _, _ = out
     momentum_c, mix = hyper[1:3]
     moved = _lerp(states[0], g, momentum_c)
     save(out, 0, moved)
     # torch goes on with what is stored
-    return _lerp(g, moved.to(pointers[2].dtype.element_ty).to(moved.dtype), mix)
+    return _lerp(g, as_stored(out, 0, moved), mix)
 
 
 @triton.jit
@@ -60,11 +59,10 @@ def average_rows(p, g, states, hyper, VARIANT: tl.constexpr, out):
 
     States: second_momentum_buffer.
     """
-    pointers, _, _ = out
     moved = _lerp(states[0], g, hyper[5])
     save(out, 0, moved)
     # what is stored is what the host goes on with
-    return moved.to(pointers[2].dtype.element_ty).to(moved.dtype)
+    return as_stored(out, 0, moved)
 
 
 class Pass(NamedTuple):

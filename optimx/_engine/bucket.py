@@ -108,14 +108,17 @@ class Bucket:
         absent: Members that have none.
         n_roles: The parameter and the states.
         state_names: Of the states' tensors and companions.
-        keeps_formats: Members may be kept otherwise than in plain tensors.
         takes_missing: A member may lack its gradient: then it is left as it is, whatever stands in ``members.grads``.
         kernel_key: What tells its kernels from those of others; None where nothing is compiled.
     """
 
-    keeps_formats = False
     takes_missing = False
     kernel_key: Any = None
+
+    @classmethod
+    def formats_problem(cls, variant: Any, formats: Sequence[Format], param: Tensor) -> str:
+        """Why numbers of a parameter, or of the part of it in this process, cannot be kept in formats."""
+        return ""
 
     def __init__(self, key: BucketKey, rule: UpdateRule) -> None:
         self.key = key

@@ -119,7 +119,7 @@ def place(
     on_device = on_triton and _rows_on_device(rule, values, group, capturable or device_counts)
     scalar_dtype, reason = _scalar_dtype(rule, state, group, on_device, capturable)
     reason = (
-        _formats_problem(rule, formats, cut, whole, param, backend)
+        _formats_problem(rule, variant, formats, cut, whole, param, backend)
         or _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
         or (on_triton and _capture_problem(rule, formats, capturable))
@@ -230,11 +230,17 @@ def bucket_class(backend: str, walk: str) -> type[Bucket]:
 
 
 def _formats_problem(
-    rule: UpdateRule, formats: Sequence[Format], cut: Cut | None, param: Tensor, part: Tensor, backend: str
+    rule: UpdateRule,
+    variant: Any,
+    formats: Sequence[Format],
+    cut: Cut | None,
+    param: Tensor,
+    part: Tensor,
+    backend: str,
 ) -> str:
     """Why numbers cannot be kept as they should be."""
-    if formats and not bucket_class(backend, rule.walk).keeps_formats:
-        return f"{type(rule).__name__} keeps plain tensors alone on the {backend} backend"
+    if formats and (problem := bucket_class(backend, rule.walk).formats_problem(variant, formats, part)):
+        return problem
     if any(kept.kind in storage.CODED for kept in formats) and cut is not None:
         if any(dim != -param.dim() for dim in cut.dims):
             return "its rows, which 8-bit states have scales for, are cut"

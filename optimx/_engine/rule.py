@@ -119,7 +119,7 @@ class UpdateRule:
         """What a state tensor is before the first step: of zeros, and like the parameter, mostly."""
         return StateKind()
 
-    def has_whole_groups(self, shape: torch.Size, group: int) -> bool:
+    def has_whole_groups(self, shape: torch.Size, variant: Any, group: int) -> bool:
         """Whether no part of a parameter along its first dimension, and no piece of a walk, cuts a group of codes."""
         return prod(shape[1:]) % group == 0
 

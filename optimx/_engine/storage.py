@@ -186,7 +186,7 @@ _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
 def _formats(
-    rule: UpdateRule, whole: Tensor, group: dict[str, Any], kinds: Mapping[str, StateKind]
+    rule: UpdateRule, whole: Tensor, variant: Any, group: dict[str, Any], kinds: Mapping[str, StateKind]
 ) -> tuple[Format, ...]:
     """Of the parameter, then of its states, which are of these kinds where nobody asks for something else."""
     asked = group.get("state_dtype")
@@ -214,7 +214,7 @@ def _formats(
             formats.append(Format(NEAREST, torch.float32))
         elif wanted == "stochastic":
             formats.append(Format(STOCHASTIC, torch.bfloat16))
-        elif name in rule.codes and whole.numel() >= LEAST and rule.has_whole_groups(whole.shape, GROUP):
+        elif name in rule.codes and whole.numel() >= LEAST and rule.has_whole_groups(whole.shape, variant, GROUP):
             formats.append(Format(UNSIGNED8, torch.uint8) if rule.codes[name] else Format(SIGNED8, torch.int8))
         else:
             formats.append(Format(NEAREST, torch.float32))
@@ -246,11 +246,12 @@ def kept(rule: UpdateRule, whole: Tensor, part: Tensor, group: dict[str, Any], d
     Raises:
         ValueError: A state that is named does not exist, or float16 parameters are to have remainders.
     """
-    states = rule.state_names(rule.variant_for(group, whole, part))
+    variant = rule.variant_for(group, whole, part)
+    states = rule.state_names(variant)
     kinds = {name: rule.kind_of(name, part, group, defaults) for name in states}
     if not is_set(group):
         return Kept((), kinds)
-    formats = _formats(rule, whole, group, kinds)
+    formats = _formats(rule, whole, variant, group, kinds)
     tensors = {
         names(name, of_role.kind)[0]: kinds[name]._replace(dtype=of_role.dtype)
         for name, of_role in zip(states, formats[1:], strict=True)

@@ -32,8 +32,6 @@ PIECE = 1 << 19
 class NativeBucket(Bucket):
     """Members on a CPU."""
 
-    keeps_formats = True
-
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         # scaled gradients are float32 at least: unscaled AMP gradients would vanish in half precision

@@ -47,8 +47,6 @@ class Stack(NamedTuple):
 class OrthogonalBucket(NativeBucket):
     """Members on a CPU, whose variant is a :class:`~..matrices.MatrixVariant`: whole ones, or parts of larger ones."""
 
-    keeps_formats = False
-
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self.memory = Scratch(self.key.device)
@@ -60,7 +58,7 @@ class OrthogonalBucket(NativeBucket):
             for members in ([*indices[i : i + count]] for i in range(0, len(indices), count)):
                 tensors = self._parts([buffers[i] for i in members], block)
                 lie_together = len(runs(range(len(members)), [tensors])) == 1 and in_order(tensors)
-                copied = len(members) > 1 and block.numel <= COPIED
+                copied = len(members) > 1 and block.numel <= COPIED and self.coder is None
                 self._stacks.append(Stack(block, times, members, copied, copied and lie_together))
 
     def _parts(self, tensors: Sequence[Tensor], block: Block, row_numel: int | None = None) -> Sequence[Tensor]:
@@ -81,12 +79,12 @@ class OrthogonalBucket(NativeBucket):
 
     def _step_of_parts(self, rows: Sequence[Row], scale: float) -> Update:
         """One step of parts of matrices, which ranks put together and orthogonalize."""
-        params, grads, (buffers,), _ = self.members
-        numels = [param.numel() for param in params]
+        numels = [param.numel() for param in self.members.params]
+        everyone = range(len(numels))
         parts = self.memory("parts", (sum(numels),), first_dtype(self.key.variant.dtype)).split(numels)
-        self._advance_each(grads, buffers, rows, scale, parts)
+        self._advance_each(everyone, 0, rows, scale, parts)
         yield MATRICES, [*map(Share, self.positions, repeat("matrix"), parts)]
-        self._take_each([*map(flat, params)], rows, parts, self.key.variant.times[0])
+        self._take_each(everyone, 0, rows, parts, self.key.variant.times[0])
 
     def _step(self, stack: Stack, rows: list[Row], scale: float) -> None:
         """One step of some matrices, with gradients times ``scale``."""
@@ -102,7 +100,7 @@ class OrthogonalBucket(NativeBucket):
         if stack.copied:
             self._advance_together(grads, buffers, scale, momentum_c, mix, x, together=stack.together)
         else:
-            self._advance_each(grads, buffers, rows, scale, x.view(n, block.numel))
+            self._advance_each(stack.members, block.first_row * block.columns, rows, scale, x.view(n, block.numel))
         matrices = x.view(n * block.n_matrices, block.rows, block.columns)
         if isinstance(eps, Tensor):
             eps = eps.to(x.dtype).view(-1, 1, 1).repeat_interleave(block.n_matrices, 0)
@@ -114,13 +112,38 @@ class OrthogonalBucket(NativeBucket):
         if stack.copied:
             self._take_together(params, decay, lr, steps, stack.times)
         else:
-            self._take_each([param.view(shape[1:]) for param in params], rows, steps, stack.times)
+            self._take_each(stack.members, block.first_row * block.columns, rows, steps, stack.times)
 
-    def _take_each(self, params: Sequence[Tensor], rows: Sequence[Row], steps: Iterable[Tensor], times: float) -> None:
-        """Take a step along each of ``-steps``."""
-        for p, (*_, decay, lr, _), x in zip(params, rows, steps, strict=True):
-            self._decay_(p, x, decay)
-            p.add_(x, alpha=-lr * times)
+    def _take_each(
+        self, members: Sequence[int], first: int, rows: Sequence[Row], steps: Iterable[Tensor], times: float
+    ) -> None:
+        """Take a step along each of ``-steps``, in the elements of members from ``first`` on."""
+        for i, (*_, decay, lr, _), of_member in zip(members, rows, steps, strict=True):
+            if self.coder is None:
+                # whatever the order of its columns
+                p = flat(self.members.params[i])[first : first + of_member.numel()].view(of_member.shape)
+                walk: Iterable[tuple[Tensor, tuple[Tensor, ...]]] = [(p, (of_member,))]
+            else:
+                walk = self._walk(0, i, first, self.memory("step", of_member.shape, of_member.dtype).copy_(of_member))
+            for p, (x,) in walk:
+                self._decay_(p, x, decay)
+                p.add_(x, alpha=-lr * times)
+
+    def _walk(self, role: int, i: int, first: int, *others: Tensor) -> Iterator[tuple[Tensor, tuple[Tensor, ...]]]:
+        """A member's parameter (0) or momentum (1) from an element on, beside others of as many; what is yielded may be
+        written."""
+        params, _, states, _ = self.members
+        tensors = [flat(params[i]), *(flat(of_state[i]) for of_state in states)]
+        for pieces in zip(*(other.view(-1).split(PIECE) for other in others), strict=True):
+            n = len(pieces[0])
+            if self.coder is None:
+                yield tensors[role][first : first + n], pieces
+            else:
+                kept = self.coder.elements(self.coder.roles[role], tensors, i, first, n)
+                values = kept.read(self.scratch(role, n))
+                yield values, pieces
+                kept.write(values)
+            first += n
 
     def _take_together(
         self, params: Sequence[Tensor], decay: float | Tensor, lr: float | Tensor, steps: Tensor, times: float
@@ -181,16 +204,12 @@ class OrthogonalBucket(NativeBucket):
             self._put_back("buffers", buffers)
 
     def _advance_each(
-        self,
-        grads: Sequence[Tensor],
-        buffers: Sequence[Tensor],
-        rows: Sequence[Row],
-        scale: float,
-        out: Iterable[Tensor],
+        self, members: Sequence[int], first: int, rows: Sequence[Row], scale: float, out: Iterable[Tensor]
     ) -> None:
-        """The same for large tensors, piece by piece."""
-        for grad, buffer, (_, _, momentum_c, mix, *_), of_member in zip(grads, buffers, rows, out, strict=True):
-            for average, g, x in _pieces(flat(buffer), flat(grad), of_member):
+        """The same for large tensors, in their elements from ``first`` on, piece by piece."""
+        for i, (_, _, momentum_c, mix, *_), of_member in zip(members, rows, out, strict=True):
+            grad = flat(self.members.grads[i])[first : first + len(of_member)]
+            for average, (g, x) in self._walk(1, i, first, grad, of_member):
                 update = self.memory("piece", g.shape, average.dtype)
                 if scale != 1.0 or g.dtype is not average.dtype:
                     g = self.memory("scaled piece", g.shape, average.dtype).copy_(g).mul_(scale)
@@ -218,7 +237,3 @@ def _of_stack(column: Sequence[float]) -> float | Tensor:
 
 def _like(weight: float | Tensor, tensor: Tensor) -> float | Tensor:
     return weight.to(tensor.dtype) if isinstance(weight, Tensor) else weight
-
-
-def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    return zip(*(tensor.split(PIECE) for tensor in tensors), strict=True)

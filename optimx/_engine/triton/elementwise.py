@@ -37,7 +37,6 @@ class TritonBucket(Bucket):
     """
 
     takes_missing = True
-    keeps_formats = True
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...triton_kernels import matrix_walk
 from ...triton_kernels.matrix_table import MatrixTable, tables
 from ..rounds import LENGTHS, MEANS, SUMS, Share, Update, together
-from ..storage import GROUP
+from ..storage import CODED, GROUP, Format
 from .elementwise import TritonBucket
 
 #: By the name of what a walk has found first.
@@ -22,6 +22,13 @@ ROUNDS = {"rows": SUMS, "columns": SUMS, "means": MEANS, "lengths": LENGTHS}
 
 class FactoredTritonBucket(TritonBucket):
     """Members that one round of launches updates; kernels of convolutions have a round of their own."""
+
+    @classmethod
+    def formats_problem(cls, variant: Any, formats: Sequence[Format], param: Tensor) -> str:
+        factored, transposed, _ = variant
+        if any(kept.kind in CODED for kept in formats) and _matrices(param.shape, factored, transposed)[2] % GROUP:
+            return f"its rows in memory, which 8-bit states have scales for, are no multiple of {GROUP} long"
+        return ""
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
