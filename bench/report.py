@@ -46,7 +46,8 @@ ratio: the baseline's median over this one's, so above 1.00x is faster; the base
 percentiles over the timed calls. B/param: bytes of memory traffic a parameter that the algorithm must cause; GB/s:
 those over the time; of copy: that bandwidth over a plain copy's in the same rounds. peak: the most a step has allocated
 at once beyond what was there before it; of params: that over the bytes of the parameters. state B/param: memory of the
-optimizer's state. kernels and syncs are counted on a GPU alone. A dash: not installed, or does not run here.
+optimizer's state; kept B/param: of parameters and state, beside what was counted by hand. kernels and syncs are counted
+on a GPU alone. A dash: not installed, or does not run here.
 Contestants take turns in one process, with a new gradient tensor for every parameter before every call.\
 """
 
