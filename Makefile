@@ -87,7 +87,7 @@ bench: .venv-bench/.installed
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_muon
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

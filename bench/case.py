@@ -18,6 +18,9 @@ LOOP = "plain loop"
 STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED, LOOP), "fastest stock"
 OURS, COPY = "optimx", "copy"
 
+#: The quantity of a target: how far bytes a parameter are from those that were counted by hand.
+KEPT_ERROR = "kept_error"
+
 BELOW, CLIPPED = 0.5 * MAX_NORM, 10 * MAX_NORM
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.case import FUSED, OURS, Case, Target
+from bench.case import FUSED, KEPT_ERROR, OURS, Case, Target
 from bench.contestants import MAX_NORM, optimx_step, package_step, torch_clip_step, torch_step
 from bench.packages import Peer
 from bench.suite import contests, model_case
@@ -130,7 +130,7 @@ def kept(optimizer: str, dtype: torch.dtype, device: str) -> Case:
         contestants=contestants,
         baseline=baseline,
         kept={name: found.expected[optimizer] for name, found in schemes.items()},
-        targets=tuple(Target(name, "kept_error", TOLERANCE) for name in schemes),
+        targets=tuple(Target(name, KEPT_ERROR, TOLERANCE) for name in schemes),
     )
 
 
