@@ -23,8 +23,8 @@ __all__ = ["scratch_bound"]
 _TEMPORARIES = 3
 #: Pieces of a factored walk: see :mod:`optimx._engine.cpu.factored`.
 _FACTORED = 4
-#: Sums over rows and columns, their means, averages and roots, and one more of each while they are worked out.
-_SUMS = 8
+#: Sums over rows and columns, their means, averages and roots, of which so many are there at a time.
+_SUMS = 5
 #: Bytes of an address or a number in a table; such words a tensor for what else is told of it; bytes for the ends of
 #: tables, which begin at multiples of 16.
 _WORD, _SPARE, _TABLES = 8, 12, 512

@@ -94,6 +94,24 @@ def test_the_bound_is_what_pieces_take(settings: str) -> None:
     assert measured(optimizer) > 0.99 * bound
 
 
+#: Stacks of small tensors; a vector, whose averages are as long as it is; a row that is longer than a piece.
+FACTORED = {"stacks": SHAPES["small"], "vector": [(1 << 22,)], "row": [(2, 1 << 20)]}
+
+
+@pytest.mark.parametrize("shapes", FACTORED.values(), ids=FACTORED)
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1e-3}], ids=["plain", "clip"])
+@pytest.mark.skipif(INTERPRETED, reason="pieces are a CPU's")
+def test_averages_and_stacks_stay_below_the_bound(shapes: list[tuple[int, ...]], settings: dict[str, Any]) -> None:
+    """And most of it is taken, so that nothing is left out."""
+    params = make_params(shapes)
+    optimizer = optimx.Adafactor(params, beta1=0.9, **settings)
+    set_grads(params, 0)
+    bound = optimx.memory(optimizer).scratch
+    assert bound is not None
+    taken = measured(optimizer)
+    assert 0.4 * bound < taken <= bound
+
+
 @pytest.mark.skipif(INTERPRETED, reason="pieces are a CPU's")
 def test_the_bound_does_not_grow_with_large_tensors() -> None:
     bounds = []
