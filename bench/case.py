@@ -18,6 +18,9 @@ LOOP = "plain loop"
 STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED, LOOP), "fastest stock"
 OURS, COPY = "optimx", "copy"
 
+#: The quantity of a target: how far bytes a parameter are from those that were counted by hand.
+KEPT_ERROR = "kept_error"
+
 BELOW, CLIPPED = 0.5 * MAX_NORM, 10 * MAX_NORM
 
 
@@ -56,6 +59,7 @@ class Case:
         loss_scale: What the gradients are multiplied with, for GradScaler to take out again.
         clock: What a call is charged with (see ``bench.timing``): "wall", "device", "host" or "cpu" time.
         traffic: Contestant -> bytes of memory traffic a parameter, counted from its algorithm, where bandwidth matters.
+        kept: Contestant -> bytes a parameter that parameters and states should take, where that is the question.
         targets: What the results are held against.
         notes: Contestant -> what one must know to read its times.
         optimizer, kwargs: The optimizer's class by name, and its arguments where they are not the defaults.
@@ -75,6 +79,7 @@ class Case:
     loss_scale: float = 1.0
     clock: str = "wall"
     traffic: dict[str, float] = field(default_factory=dict)
+    kept: dict[str, float] = field(default_factory=dict)
     targets: tuple[Target, ...] = ()
     notes: dict[str, str] = field(default_factory=dict)
     optimizer: str = "AdamW"

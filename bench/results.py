@@ -13,8 +13,9 @@ class Row:
     ``ratio`` is the baseline's median over this one's: above 1 is faster than the baseline. ``copy_fraction`` is the
     bandwidth over that of a plain copy in the same rounds. ``peak_bytes`` is what a step has allocated at most beyond
     what was there before it, ``state_bytes`` what the optimizer's state takes. ``launches`` counts kernels, and
-    ``syncs`` whether the step made the host wait for the device (0 or 1). ``missing`` says why a contestant could not
-    take part, ``error`` how it failed.
+    ``syncs`` whether the step made the host wait for the device (0 or 1). ``kept_expected`` is what parameters and
+    states should take, in bytes a parameter. ``missing`` says why a contestant could not take part, ``error`` how it
+    failed.
     """
 
     case: str
@@ -38,6 +39,7 @@ class Row:
     copy_fraction: float | None = None
     state_bytes: int | None = None
     peak_bytes: int | None = None
+    kept_expected: float | None = None
     launches: int | None = None
     syncs: int | None = None
     note: str | None = None
@@ -57,6 +59,18 @@ class Row:
     @property
     def state_per_param(self) -> float | None:
         return None if self.state_bytes is None else self.state_bytes / self.params
+
+    @property
+    def kept_per_param(self) -> float | None:
+        """Bytes a parameter of parameters and states together, where these are the question."""
+        if self.kept_expected is None or self.state_bytes is None:
+            return None
+        return (self.param_bytes + self.state_bytes) / self.params
+
+    @property
+    def kept_error(self) -> float | None:
+        """How far they are from what is expected, as a part of that."""
+        return None if self.kept_per_param is None else abs(self.kept_per_param / self.kept_expected - 1.0)
 
     @property
     def param_bytes(self) -> int:
@@ -80,7 +94,7 @@ def empty_rows(case: Case) -> dict[str, Row]:
     return {
         name: Row(
             case.name, case.call, name, case.clock, case.baseline, case.model, case.numel, len(case.shapes),
-            case.groups, dtype, note=case.notes.get(name),
+            case.groups, dtype, kept_expected=case.kept.get(name), note=case.notes.get(name),
         )
         for name in case.contestants
     }  # fmt: skip

@@ -67,10 +67,10 @@ def step_case(
     return Case(name, tensors, contestants, baseline, optimizer=optimizer, traffic=traffic or {}, **settings)
 
 
-def model_case(question: str, model: str, device: str = "cpu", **settings: Any) -> Case:
-    """Plain steps on a model of ``shapes.MODELS``, sized down on a CPU."""
-    tensors, factor = MODELS[model]
-    factor = 1 if device == "cuda" else factor
+def model_case(question: str, model: str, device: str = "cpu", factor: int = 0, **settings: Any) -> Case:
+    """Plain steps on a model of ``shapes.MODELS``, sized down on a CPU, by ``factor`` if one is given."""
+    tensors, usual = MODELS[model]
+    factor = 1 if device == "cuda" else factor or usual
     label = model if factor == 1 else f"{model} / {factor}"
     name = f"{question}-{model}" + "-gpu" * (device == "cuda")
     if device == "cuda" and len(tensors) > HOST_BOUND:

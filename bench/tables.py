@@ -52,6 +52,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "peak_bytes": ("peak", size),
     "peak_fraction": ("of params", percent),
     "state_per_param": ("state B/param", number),
+    "kept_per_param": ("kept B/param", number),
+    "kept_expected": ("expected", number),
     "launches": ("kernels", str),
     "syncs": ("syncs", str),
     "us_per_tensor": ("us/tensor", lambda us: f"{us:.3f}"),

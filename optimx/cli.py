@@ -26,6 +26,7 @@ from .config.files import read_file
 from .config.loading import load
 from .config.writing import to_toml
 from .convert import convert
+from .explain import Explanation
 from .presets import PRESETS, TREES
 from .registry import OPTIMIZERS, SCHEDULERS, matches
 
@@ -188,14 +189,23 @@ def _doctor(arguments: argparse.Namespace) -> None:
 def _explain(arguments: argparse.Namespace) -> None:
     found = build(_model(arguments.model), arguments.config, arguments.set).explain()
     _show(found.groups.table, range(6))
-    print(*found.groups.notes, "", found.backends.optimizer, sep="\n")
-    _show(found.backends.table, range(1, 4))
-    reasons = {row.reason: row.backend for row in found.backends.rows if row.reason}
-    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), sep="\n")
+    print(*found.groups.notes, "", sep="\n")
+    for of_optimizer in found.backends.members or (found.backends,):
+        _show_optimizer(of_optimizer)
     if found.scheduler:
         print(found.scheduler)
     if found.rates:
         _show(found.table, range(3))
+
+
+def _show_optimizer(found: Explanation) -> None:
+    """What its steps run on, and the memory that is taken."""
+    print(found.optimizer)
+    _show(found.table, range(1, 4))
+    reasons = {row.reason: row.backend for row in found.rows if row.reason}
+    print(*(f"{backend} because: {reason}" for reason, backend in reasons.items()), sep="\n")
+    if found.memory is not None:
+        print(*found.memory.lines(_terminal_width()), "", sep="\n")
 
 
 def _plot(arguments: argparse.Namespace) -> None:
@@ -284,5 +294,9 @@ def _model(path: str) -> nn.Module:
 
 def _show(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> None:
     """A table, the first row of which is its head; in a terminal as wide as that."""
-    terminal = sys.stdout.isatty()
-    print(*aligned(rows, numbers, shutil.get_terminal_size().columns if terminal else None), sep="\n")
+    print(*aligned(rows, numbers, _terminal_width()), sep="\n")
+
+
+def _terminal_width() -> int | None:
+    """Characters of a line; None where the output goes to no terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

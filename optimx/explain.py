@@ -1,4 +1,4 @@
-"""Which tensors are updated together, by which backend, and why not by a faster one."""
+"""Which tensors are updated together, by which backend, why not by a faster one, and what memory that takes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from itertools import chain
 from torch.optim import Optimizer
 
 from ._engine import backends
-from ._engine.placement import Placement, place_all
-from ._engine.sharding import layout_of, local_pairs
+from ._engine.sharding import layout_of
 from ._engine.step import MultiTensorStep
+from ._kept import Memory, placements_of, rows_of
 from ._table import aligned
 from .composite import Composite
 
 __all__ = ["Explanation", "explain"]
+
+#: Characters of a line, where it can be broken.
+_WIDTH = 80
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,14 @@ class Explanation:
         optimizer: Name of the class; of a member, with its name before it.
         rows: What shares launches; of a composite, those of its members one after the other.
         members: Of a composite, what was found of each member.
+        memory: How parameters and states are kept, and what that takes; None for a composite, whose members have it,
+            and for other classes than optimx's.
     """
 
     optimizer: str
     rows: tuple[ExplanationRow, ...]
     members: tuple[Explanation, ...] = ()
+    memory: Memory | None = None
 
     @property
     def table(self) -> list[tuple[str, ...]]:
@@ -75,12 +81,15 @@ class Explanation:
                 lines.append(f"  because: {self.rows[i - 1].reason}")
             if i and self.rows[i - 1].sharding:
                 lines.append(f"  parts of DTensors: {self.rows[i - 1].sharding}")
+        if self.memory is not None:
+            lines += ["", *self.memory.lines(_WIDTH)]
         return "\n".join(lines)
 
 
 def explain(optimizer: Optimizer) -> Explanation:
     """Show which parameters share a launch, and for the others why torch's own step updates them.
 
+    And how parameters and states are kept, in how many bytes a parameter (see :func:`optimx.memory`).
     A parameter without a gradient is shown as it would be with one of its own dtype. Nothing is changed.
 
     Args:
@@ -93,14 +102,10 @@ def explain(optimizer: Optimizer) -> Explanation:
         members = tuple(_of_member(optimizer, name) for name in optimizer.optimizers)
         return Explanation(type(optimizer).__name__, (*chain.from_iterable(each.rows for each in members),), members)
     rows: dict[tuple[str, str, tuple[str, ...], str, str, object], list[tuple[int, int]]] = {}
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    placements = placements_of(optimizer)
+    memory = None
     if isinstance(optimizer, MultiTensorStep):
-        grads = [param if param.grad is None else param.grad for param in params]
-        # one rank may be asked, and others not
-        shards, grads = local_pairs(params, grads, communicate=False)
-        placements = [*filter(None, place_all(optimizer, shards, grads, device_counts=optimizer._engine.device_counts))]
-    else:
-        placements = [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)
+        memory = Memory(rows_of(optimizer, placements))
     each = iter(placements)
     for g, group in enumerate(optimizer.param_groups):
         for param, (key, reason, _) in zip(group["params"], each, strict=False):
@@ -124,6 +129,7 @@ def explain(optimizer: Optimizer) -> Explanation:
             )
             for (backend, device, dtypes, reason, sharding, _), members in rows.items()
         ),
+        memory=memory,
     )
 
 
@@ -136,7 +142,7 @@ def _of_member(composite: Composite, name: str) -> Explanation:
         rows = tuple(
             replace(row, reason=f"{row.reason}; its gradients are written when they are clipped") for row in rows
         )
-    return Explanation(f"{name}: {found.optimizer}", rows)
+    return replace(found, optimizer=f"{name}: {found.optimizer}", rows=rows)
 
 
 def _dtypes(dtypes: Sequence[str]) -> str:

@@ -132,8 +132,25 @@ def test_cases_are_consistent():
             rivals = set(STOCK) if target.against == BEST_STOCK else {target.against or target.contestant}
             assert target.contestant in case.contestants
             assert rivals & case.contestants.keys()
-            quantities = {"speed", "bandwidth"} if target.against else {"us_per_tensor", "syncs", "peak_fraction"}
+            alone = {"us_per_tensor", "syncs", "peak_fraction", "kept_error"}
+            quantities = {"speed", "bandwidth"} if target.against else alone
             assert target.quantity in quantities
+
+
+KEPT = [case for case in CASES if case.kept and case.device == "cpu"]
+
+
+@pytest.mark.parametrize("case", KEPT, ids=lambda case: case.name)
+def test_what_is_kept_is_what_was_counted_by_hand(case):
+    """On one matrix that 8-bit states take; and a number that is off is a target missed."""
+    ours = {name: start for name, start in case.contestants.items() if name in case.kept}
+    small = replace(case, shapes=[(512, 1024)], contestants=ours, baseline=OURS)
+    rows = measure(small, BUDGET).rows
+    assert [(name, row.error) for name, row in rows.items()] == [(name, None) for name in case.kept]
+    assert {verdict.holds for verdict in judge(small, rows)} == {"yes"}
+    for row in rows.values():
+        row.kept_expected *= 1.03
+    assert {verdict.holds for verdict in judge(small, rows)} == {"no"}
 
 
 def test_contestants_on_a_gpu_fit_together():

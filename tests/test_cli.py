@@ -138,6 +138,19 @@ def test_explain(capsys: pytest.CaptureFixture[str], model: str) -> None:
     assert text.splitlines()[-1].split() == ["100", "0.05", "0.1"]
 
 
+def test_explain_tells_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each member of a composite in a table of its own, with why states are float32."""
+    Path("deep.py").write_text(DEEP)
+    config = {"optimizer": {"name": "muon", "adamw": {"state_dtype": "8bit"}}}
+    Path("muon.json").write_text(json.dumps(config))
+    lines = run(capsys, "explain", "muon.json", "--model", "deep:make").splitlines()
+    heads = [i for i, line in enumerate(lines) if line == "bytes a parameter"]
+    owners = [next(line for line in reversed(lines[:i]) if line.endswith((": Muon", ": AdamW"))) for i in heads]
+    assert [owner.rpartition(" ")[2] for owner in owners] == ["Muon", "AdamW"]
+    assert [lines[i + 2].split()[0] for i in heads] == ["Muon", "AdamW"]
+    assert sum("float32, because they have fewer than 4096 elements" in line for line in lines) == 1
+
+
 def test_explain_plain_torch(capsys: pytest.CaptureFixture[str]) -> None:
     sets = ("optimizer.name=torch.optim:AdamW", "schedule=null")
     text = run(capsys, "explain", "train.toml", "--model", "models_here:make", "--set", *sets)

@@ -231,7 +231,8 @@ def test_prints_a_table(case: Case, stepped: bool, device: torch.device) -> None
     assert lines[1].split() == ["backend", "tensors", "elements", "groups", "device", "dtypes"]
     assert lines[2].split()[:4] == [fast(device), "2", "1,409", "1"]
     reason = "parameter is complex64" if case.takes_complex else "parameter's memory has gaps or overlaps"
-    assert lines[-1] == f"  because: {reason}"
+    assert f"  because: {reason}" in lines
+    assert lines[-1].startswith("scratch memory of a step: ")
     # numbers end in one column
     ends = [line.index(word) + len(word) for line, word in zip(lines[1:3], ("elements", "1,409"), strict=True)]
     assert ends[0] == ends[1]
@@ -247,3 +248,30 @@ def test_mixed_dtypes_fit_too(case: Case, device: torch.device) -> None:
     assert "bfloat16" in text
     assert "state float32" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+@interpreted
+def test_tells_what_memory_is_taken(device: torch.device) -> None:
+    """As :func:`optimx.memory` does, in lines that fit; of torch's classes nothing."""
+    params = make_params([(64, 128), (5,)], device, torch.bfloat16)
+    optimizer = optimx.AdamW(params, state_dtype="stochastic")
+    found = optimx.explain(optimizer)
+    assert found.memory == optimx.memory(optimizer)
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    start = lines.index("bytes a parameter")
+    assert lines[start + 1].split()[:6] == ["optimizer", "elements", "param", "grad", "state", "scratch"]
+    assert ["AdamW", "8,197", "2", "2", "4"] in [line.split()[:5] for line in lines[start:]]
+    assert optimx.explain(torch.optim.AdamW(params)).memory is None
+
+
+@interpreted
+def test_each_member_of_a_composite_has_its_own_memory(device: torch.device) -> None:
+    a, b, c = (make_params([(64, 128)], device) for _ in range(3))
+    members = {"first": optimx.AdamW(a), "second": optimx.Lion(b), "third": torch.optim.SGD(c)}
+    found = optimx.explain(optimx.Composite(members))
+    assert found.memory is None
+    assert [None if each.memory is None else each.memory.total for each in found.members] == [
+        optimx.memory(members["first"]).total, optimx.memory(members["second"]).total, None,
+    ]  # fmt: skip
+    assert str(found).count("bytes a parameter") == 2

@@ -425,6 +425,57 @@ def test_memory(kwargs: dict[str, Any], kept: float, moved: float) -> None:
         assert sum(value.nbytes for value in states(optimizer, params[0]).values()) == row.states
 
 
+#: Settings, shapes, and what is told of states that are float32.
+FLOAT32 = {
+    "small": (
+        "AdamW",
+        {},
+        [(64, 128), (9,), (8, 16)],
+        "exp_avg, exp_avg_sq of 2 tensors: float32, because they have fewer",
+    ),
+    "rows": (
+        "AdamW",
+        {},
+        [(64, 129)],
+        "exp_avg, exp_avg_sq of 1 tensor: float32, because the length of their rows is no",
+    ),
+    "maximum": (
+        "AdamW",
+        {"amsgrad": True},
+        [(64, 128)],
+        "max_exp_avg_sq of 1 tensor: float32, because sums, maxima and",
+    ),
+    "averages": (
+        "Adafactor",
+        {"beta1": 0.9},
+        [(64, 128)],
+        "row_var, col_var of 1 tensor: float32, because averages of rows",
+    ),
+    "one": (
+        "AdamW",
+        {"state_dtype": {"exp_avg": "8bit"}},
+        [(9,)],
+        "exp_avg of 1 tensor: float32, because they have fewer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_why_states_stay_float32(name: str) -> None:
+    """As it is, and once for all parameters alike."""
+    cls, settings, shapes, told = FLOAT32[name]
+    found = optimx.memory(getattr(optimx, cls)(make_params(shapes, dtype=BF16), **{"state_dtype": "8bit", **settings}))
+    (note,) = found.notes[:-2]
+    assert note.startswith(told)
+    assert note in str(found)
+
+
+def test_nothing_stays_float32_that_was_to_be() -> None:
+    for settings in ({}, {"state_dtype": torch.float32}, {"state_dtype": "stochastic"}, {"state_dtype": "8bit"}):
+        found = optimx.memory(optimx.AdamW(make_params([(64, 128)], dtype=BF16), param_rounding="master", **settings))
+        assert not any(row.float32 for row in found.rows)
+
+
 def test_memory_of_a_config() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.Linear(64, 8))
     found = optimx.memory(model, {"optimizer": {"name": "adamw", "state_dtype": "8bit"}})
