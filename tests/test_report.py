@@ -213,6 +213,7 @@ BLOCKS = {
         "| float32 | float32 | 2.0625 (2.0000 to 2.1250) | 2.0625 (2.0000 to 2.1250) |  | yes |\n",
         "2.3125 (2.2500 to 2.3750) | +0.2500 | **no, above** (unseen); yes (seen) |\n| stochastic | 8bit |",
         "| -0.0625 | no, below |\n",
+    ],
     "kept": [
         "The 3 are within 3.0% of these.",
         "| parameters | kept | AdamW | Lion |\n",
