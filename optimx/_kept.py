@@ -205,14 +205,14 @@ def _still_float32(
         # codes have a name of their own, and companions are asked for by no name
         if wanted not in STATES or kind.dtype is not torch.float32 or kind.each > 1 or name in PARAM_COMPANIONS:
             continue
-        if kind.reduced:
-            reason = "averages of rows and columns take next to nothing"
+        if name in rule.averages:
+            reason = "averages over rows, over columns and of vectors take next to nothing"
         elif name not in rule.codes:
-            reason = "sums, maxima and averages that vectors alone have are never coded"
+            reason = "sums and maxima are never coded"
         elif whole.numel() < LEAST:
             reason = f"they have fewer than {LEAST} elements"
         else:
-            reason = f"the length of their rows is no multiple of {GROUP}, which a scale is for"
+            reason = f"the length of their rows (for Adafactor, or columns) is no multiple of {GROUP}, as of scales"
         names.setdefault(reason, []).append(name)
     return [(tuple(of_reason), reason) for reason, of_reason in names.items()]
 
