@@ -1,4 +1,4 @@
-"""A bucket on a CPU whose members are kept in given formats, without an optimizer around it."""
+"""A bucket whose members are kept in given formats, without an optimizer around it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn import Parameter
 
 from optimx._engine import backends
 from optimx._engine.bucket import WHOLE, BucketKey
-from optimx._engine.cpu import BUCKETS
 from optimx._engine.cpu.batch import BATCH
 from optimx._engine.cpu.codecs import decode, elements_each
 from optimx._engine.layout import flat
+from optimx._engine.placement import bucket_class
 from optimx._engine.states import side_by_side
 from optimx._engine.storage import MASTER, SIGNED8, UNSIGNED8, Format, Geometry, companions, tensor_names
 from tests.cases import BY_NAME
@@ -34,7 +34,7 @@ def _new_companion(kept: Format, param: Tensor) -> Tensor:
         return param.float()
     each = elements_each(kept)
     if each > 1:
-        return torch.zeros(param.numel() // each, dtype=kept.companion)
+        return torch.zeros(param.numel() // each, dtype=kept.companion, device=param.device)
     return torch.zeros_like(param, dtype=kept.companion)
 
 
@@ -49,6 +49,7 @@ class Stored:
         geometries: Of each; None: whole ones.
         seeds: Of each; None: 0.
         neighbours: Small states of one name lie one after the other.
+        backend: Which one updates them.
         kwargs: Of the optimizer.
     """
 
@@ -62,6 +63,7 @@ class Stored:
         geometries: Sequence[Geometry] | None = None,
         seeds: Sequence[int] | None = None,
         neighbours: bool = False,
+        backend: str = backends.NATIVE,
         **kwargs: Any,
     ) -> None:
         cls: Any = BY_NAME[name].cls
@@ -87,10 +89,10 @@ class Stored:
         dtypes = (self.formats[0].dtype, torch.float32, *of_states)
         are_plain = all(kept.is_plain for kept in self.formats)
         key = BucketKey(
-            backends.NATIVE, torch.device("cpu"), dtypes, variant, False, torch.float32, False,
+            backend, params[0].device, dtypes, variant, False, torch.float32, False,
             formats=() if are_plain else self.formats,
         )  # fmt: skip
-        self.bucket = BUCKETS[self.rule.walk](key, self.rule)
+        self.bucket = bucket_class(backend, self.rule.walk)(key, self.rule)
         for i, param in enumerate(self.params):
             self.bucket.add(
                 i if positions is None else positions[i], 0, param.shape,
@@ -120,8 +122,8 @@ class Stored:
 
     def role(self, i: int, role: int) -> Tensor:
         """The values of a parameter (0) or of a state of the ``i``-th, in float32, flat."""
-        tensors = [flat(t) for n, t in self.states[i].items() if n not in self.rule.scalars]
-        own = flat(self.params[i]) if role == 0 else tensors[role - 1]
+        tensors = [flat(t).cpu() for n, t in self.states[i].items() if n not in self.rule.scalars]
+        own = flat(self.params[i]).cpu() if role == 0 else tensors[role - 1]
         kept, companion = self.formats[role], None
         if kept.companion is not None:
             companion = tensors[self.n_states + companions(self.formats).index(role)]
