@@ -81,11 +81,12 @@ def bring_to_formats(
     made = Maker(param, shard, kinds)
     of_param = formats[0] if formats else Format(0, shard.dtype)
     wanted = names("", of_param.kind)
-    found = _found_values(state, shard)
-    if wanted and found is not None and (wanted[0] not in state or local(state[wanted[0]]).dtype != of_param.companion):
-        companion = made.new(wanted[0])
-        encode_(of_param, found, shard.detach(), companion)
-        state[wanted[0]] = made.laid_out(wanted[0], companion)
+    if wanted and (wanted[0] not in state or local(state[wanted[0]]).dtype != of_param.companion):
+        found = _found_values(state, shard)
+        if found is not None:
+            companion = made.new(wanted[0])
+            encode_(of_param, found, shard.detach(), companion)
+            state[wanted[0]] = made.laid_out(wanted[0], companion)
     for name in PARAM_COMPANIONS - {*wanted}:
         state.pop(name, None)
     for i, name in enumerate(rule.state_names(rule.variant_for(group, param, shard)), 1):

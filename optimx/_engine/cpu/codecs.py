@@ -57,12 +57,12 @@ def encode(
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; may be wrong about large numbers."""
-    return math.isfinite(values.sum().item())
+    """Whether there is neither NaN nor infinity; may be wrong about large numbers, and where asking would wait."""
+    return values.device.type == "cpu" and math.isfinite(values.sum().item())
 
 
 def _nans(values: Tensor) -> Tensor | None:
-    """Which are NaN; None where none is."""
+    """Which are NaN; None where none is known to be."""
     return None if _is_finite(values) else values.isnan()
 
 
