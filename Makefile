@@ -118,7 +118,7 @@ gpu-setup:
 
 gpu-smoke: gpu-setup
 	@status=0; $(PYTHON) -m tests.gpu_smoke --out $(RESULTS) || status=1; \
-	$(GPU_PYTEST) --junitxml=$(RESULTS)/smoke-tests.xml tests/test_kernels.py tests/test_gpu.py || status=1; exit $$status
+	$(GPU_PYTEST) --junitxml=$(RESULTS)/smoke-tests.xml tests/test_kernels.py tests/test_storage_kernels.py tests/test_gpu.py || status=1; exit $$status
 
 gpu-test: gpu-setup
 	$(GPU_PYTEST) --junitxml=$(RESULTS)/tests.xml tests --ignore tests/audit
