@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from ._checks import check_number, one_of, within
 from ._engine.matrices import Block, MatrixVariant, as_split, blocks_of, equalized, row_squares
-from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_
+from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_, safe
 from ._engine.optimizer import evaluated
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.sharding import gathered, like, local, scattered
@@ -157,18 +157,21 @@ def iterations_of(group: dict[str, Any]) -> Iterations:
     """What the settings of a group say of the iterations.
 
     Raises:
-        ValueError: There are 100 of them or more, not three coefficients, or the Gram form in bfloat16.
+        ValueError: There are 100 of them or more, not three coefficients, some of one's own with which singular values
+            run away, or the Gram form in bfloat16.
     """
     coefficients, gram = group.get("coefficients"), gram_of(group)
     if isinstance(coefficients, str):
         return NAMED[one_of("coefficients", coefficients, NAMED)]._replace(gram=gram)
+    of_ones_own = coefficients
     if coefficients is None:
         if group["ns_steps"] >= 100:
             raise ValueError("Number of steps must be less than 100 for computational efficiency")
         coefficients = (group["ns_coefficients"],) * group["ns_steps"]
     if any(len(each) != 3 for each in coefficients):
         raise ValueError("Coefficients must be a tuple of exactly 3 values")
-    return Iterations(tuple((float(a), float(b), float(c)) for a, b, c in coefficients), gram=gram)
+    numbers = tuple((float(a), float(b), float(c)) for a, b, c in coefficients)
+    return (Iterations(numbers) if of_ones_own is None else safe(numbers))._replace(gram=gram)
 
 
 def gram_of(group: dict[str, Any]) -> bool:

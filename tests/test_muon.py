@@ -372,6 +372,16 @@ def test_gram_form_in_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
+def test_coefficients_of_ones_own_are_scaled(name: str) -> None:
+    """As much as those of the same name, or refused where nothing helps."""
+    (group,) = optimx.Muon(make_params([(2, 3)]), coefficients=NAMED[name].coefficients).param_groups
+    safety = optimx.Muon.rule.group_variant(group).iterations.safety
+    assert 1.0 <= safety <= NAMED[name].safety
+    with pytest.raises(ValueError, match="coefficients should bring singular values from 0 to 1 between 0 and 2"):
+        optimx.Muon(make_params([(2, 3)]), coefficients=[(4.0, -1.0, 1.0)] * 3)
+
+
+@pytest.mark.parametrize("name", NAMED)
 def test_coefficients(device: torch.device, name: str) -> None:
     """In float32, as the float64 reference does it."""
     iterations = NAMED[name]

@@ -16,6 +16,7 @@ DeepSeek-V4.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -68,6 +69,29 @@ NAMED = {
     # 1.000 to 1.001
     "deepseek-v4": Iterations((STANDARD,) * 8 + ((2.0, -1.5, 0.5),) * 2),
 }
+
+#: Factors that are tried for coefficients of one's own.
+_SAFETIES = (1.0, 1.01, 1.02, 1.05)
+#: What rounding may bring a singular value to that is the norm, in bfloat16 with some to spare.
+_LARGEST = 1.02
+
+
+@lru_cache(maxsize=64)
+def safe(coefficients: tuple[tuple[float, float, float], ...]) -> Iterations:
+    """Iterations with coefficients of one's own, with the least of a few scalings under which none runs away.
+
+    Raises:
+        ValueError: With none of them all singular values end between 0 and 2.
+    """
+    for safety in _SAFETIES:
+        x = torch.linspace(0.0, _LARGEST / safety, 4097, dtype=torch.float64, device="cpu")[1:]
+        for a, b, c in coefficients:
+            square = x * x
+            x = x * (a + square * (b + square * c))
+        if bool(((x > 0.0) & (x < 2.0)).all()):
+            return Iterations(coefficients, safety)
+    raise ValueError(f"coefficients should bring singular values from 0 to 1 between 0 and 2 but are: {coefficients}")
+
 
 #: Gives memory of a shape and a dtype, by name; what it held is of no use.
 Memory = Callable[[str, tuple[int, ...], torch.dtype], Tensor]
