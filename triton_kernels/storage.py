@@ -99,7 +99,7 @@ def constants(dtypes: Sequence[torch.dtype], formats: Formats, size: LaunchSize)
     """Constexprs of a kernel that reads and writes roles.
 
     ``EACH`` is :attr:`Formats.elements_each`, ``FORMATS`` what :func:`~.device.read` says, ``NOISE`` what
-    :func:`~.device.chunk_noise` does.
+    :func:`~.device.load_noise` does.
     """
     each, of_elements = formats.elements_each, formats.of_elements(dtypes)
     widest = max(dtype.itemsize for dtype in of_elements)
