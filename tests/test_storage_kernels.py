@@ -39,7 +39,7 @@ from optimx._engine.triton import elementwise  # noqa: E402
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = Format(NEAREST, FP32)
 #: One chunk and several, of one block and several.
-SIZES = [LaunchSize(512, 512), LaunchSize(1024, 256), LaunchSize(4096, 1024)]
+SIZES = [LaunchSize(1024, 256), LaunchSize(4096, 1024)]
 #: Edges of what a remainder has.
 EDGES = [0, 1, 2, 0x7E, 0x7F, 0x80, 0x81, 0xFF, 0x100, 0x7F80, 0x7FFF, 0x8000, 0x8001, 0xFF7F, 0xFFFF]
 
@@ -123,7 +123,7 @@ def test_tiles_change_no_byte(
     )
     shapes = [(33, 128), (4, 2048)]
     results = []
-    for launch_size in SIZES:
+    for launch_size in (*SIZES, LaunchSize(512, 512)) if not INTERPRETED else SIZES:
         monkeypatch.setattr(elementwise, "launch_size", launch_size)
         ours = on_triton("adamw", [param, *kinds], values_of(shapes, 0, triton_backend), lr=1e-2)
         if shift:
@@ -135,7 +135,7 @@ def test_tiles_change_no_byte(
         for step in (1, 2):
             ours.step(values_of(shapes, step, triton_backend))
         results.append(ours.bytes())
-    assert results[0] == results[1] == results[2]
+    assert all(result == results[0] for result in results[1:])
 
 
 @pytest.mark.parametrize("kind", [REMAINDER8, REMAINDER16])
