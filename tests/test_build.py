@@ -349,6 +349,23 @@ def test_rules_set_the_optimizers_own_options() -> None:
     assert build.config.groups.rules[0]["lr"] == 0.5
 
 
+def test_rules_say_how_numbers_are_kept() -> None:
+    """Also where the optimizer's own table does not."""
+    rule = {"match": "0.*", "state_dtype": {"exp_avg": "8bit"}, "param_rounding": "master", "rounding_seed": 1}
+    build = optimx.build(linear(), {"groups": {"rules": [rule]}})
+    matched = {"0.weight", "0.bias"}
+    for group in build.optimizer.param_groups:
+        for key in rule.keys() - {"match"}:
+            assert group.get(key) == (rule[key] if matched & {*group["param_names"]} else None)
+    for wrong, told in (
+        ({"state_dtype": "8bits"}, r"groups.rules[0].state_dtype (value: '8bits') is refused: state_dtype should be"),
+        ({"state_dtype": {"exp": "8bit"}}, r"groups.rules[0].state_dtype (value: {'exp': '8bit'}) is refused: state_"),
+        ({"param_rounding": "up"}, r"groups.rules[0].param_rounding (value: 'up') is refused: param_rounding should"),
+    ):
+        (problem,) = problems(linear(), {"groups": {"rules": [{"match": "0.*", **wrong}]}})
+        assert problem.startswith(told)
+
+
 @pytest.mark.parametrize("section", [{"lr": 0.5}, {}], ids=["lr", "default"])
 def test_batch_scaling(section: dict) -> None:
     build = optimx.build(linear(), {"optimizer": section, "batch_scaling": {"batch": 32, "reference": 256}})
