@@ -487,7 +487,19 @@ def test_refused_states() -> None:
         without.load_state_dict(with_one.state_dict())
     with pytest.raises(ValueError, match=r"should have 'optimizer' and 'scheduler' but has: \['optimizer'\]"):
         without.load_state_dict({"optimizer": {}})
-    # a scheduler that refuses its part leaves the optimizer as it was
+    # a scheduler that refuses its part leaves the optimizer as it was, also its codes
+    codes = {"name": "adamw", "state_dtype": "8bit"}
+    large = nn.Sequential(nn.Linear(3, 128), nn.Linear(128, 64))
+    coded = optimx.build(large, {"optimizer": codes, "schedule": {"name": "linear", "total": 10}})
+    train(coded, 2)
+    wrong, before = copy.deepcopy(coded.state_dict()), copy.deepcopy(coded.optimizer.state_dict(compressed=True))
+    wrong["scheduler"] = {}
+    wrong["optimizer"]["param_groups"][0] |= {"lr": 1.0, "state_dtype": "stochastic"}
+    with pytest.raises(ValueError, match="state_dict should have"):
+        coded.load_state_dict(wrong)
+    after = coded.optimizer.state_dict(compressed=True)
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
     other = optimx.build(linear(), {"schedule": {"name": "linear", "total": 20}})
     train(other, 3)
     with pytest.raises(ValueError, match="checkpoint"):
