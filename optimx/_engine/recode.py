@@ -82,12 +82,11 @@ def bring_to_formats(
     of_param = formats[0] if formats else Format(0, shard.dtype)
     wanted = names("", of_param.kind)
     found = _found_values(state, shard)
-    if wanted and found is not None and (wanted[0] not in state or local(state[wanted[0]]).dtype != of_param.companion):
+    _drop_companions(state, of_param)
+    if wanted and found is not None and wanted[0] not in state:
         companion = made.new(wanted[0])
         encode_(of_param, found, shard.detach(), companion)
         state[wanted[0]] = made.laid_out(wanted[0], companion)
-    for name in PARAM_COMPANIONS - {*wanted}:
-        state.pop(name, None)
     for i, name in enumerate(rule.state_names(rule.variant_for(group, param, shard)), 1):
         codes, scales = names(name, SIGNED8)
         is_coded = codes in kinds
@@ -123,19 +122,46 @@ def _is_recoded(state: State) -> bool:
     return any(state_of(name) != name or name in PARAM_COMPANIONS for name in state)
 
 
+def _drop_companions(state: State, of_param: Format) -> None:
+    """Leave no companion but one that a parameter's format has."""
+    for name in PARAM_COMPANIONS & state.keys():
+        if name not in names("", of_param.kind) or local(state[name]).dtype is not of_param.companion:
+            del state[name]
+
+
 def _found_values(state: State, shard: Tensor) -> Tensor | None:
-    """What a parameter's companion says its values are; None without one."""
-    if isinstance(master := state.get(MASTER_NAME), Tensor):
+    """What a parameter's companion says its values are.
+
+    Returns:
+        None without one, or with one that is no longer the parameter's: torch's class rounds it when it loads it, and
+        then trains without it, and ``module.to`` leaves no bfloat16 parameter.
+    """
+    if isinstance(master := state.get(MASTER_NAME), Tensor) and master.dtype is torch.float32:
         return local(master)
-    if isinstance(remainder := state.get(REMAINDER_NAME), Tensor):
-        remainder = local(remainder)
-        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, remainder)
+    remainder = state.get(REMAINDER_NAME)
+    if isinstance(remainder, Tensor) and remainder.dtype in _OF_REMAINDERS and shard.dtype is torch.bfloat16:
+        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, local(remainder))
     return None
 
 
 def _decoded_codes(codes: Tensor, scales: Tensor) -> Tensor:
     codes, scales = local(codes), local(scales)
     return decoded(Format(_OF_CODES[codes.dtype], codes.dtype), codes, scales)
+
+
+def check_complete(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a state dict has nothing in place of codes.
+
+    DCP takes out of flattened ones what has the names of the optimizer's states, and makes empty dicts of what is not
+    there.
+    """
+    for key, state in state_dict["state"].items():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if state_of(name) != name and not isinstance(value, Tensor):
+                raise ValueError(
+                    f"state_dict['state'][{key!r}][{name!r}] should be a tensor (flatten_optimizer_state_dict=True "
+                    f"loses states of 8 bits: get and set them without it) but is: {value}"
+                )
 
 
 def with_float32(optimizer: EngineOptimizer, state: dict[Any, Any]) -> dict[Any, Any]:
@@ -200,13 +226,16 @@ def set_master_weights(optimizer: EngineOptimizer, tensors: Sequence[Tensor]) ->
         for (param, group), tensor in zip(members, tensors, strict=True):
             shard, values = local(param), local(tensor)
             formats, kinds = kept(optimizer.rule, param, shard, group, optimizer.defaults)
-            wanted = names("", formats[0].kind) if formats else ()
+            of_param = formats[0] if formats else Format(0, shard.dtype)
+            wanted = names("", of_param.kind)
+            state = optimizer.state[param] if wanted else optimizer.state.get(param, {})
+            # of a setting that has changed since the last step
+            _drop_companions(state, of_param)
             if not wanted:
                 param.copy_(tensor)
                 continue
             made, (name,) = Maker(param, shard, kinds), wanted
-            state = optimizer.state[param]
             companion = local(state[name]) if name in state else made.new(name)
-            encode_(formats[0], values.to(shard.device), shard.detach(), companion)
+            encode_(of_param, values.to(shard.device), shard.detach(), companion)
             state[name] = state.get(name, made.laid_out(name, companion))
             torch.autograd.graph.increment_version([param])

@@ -192,6 +192,8 @@ def _formats(
     asked = group.get("state_dtype")
     if isinstance(asked, Mapping):
         for name in asked:
+            if not kinds:
+                raise ValueError(told("state_dtype", "should name no state where there is none", name))
             one_of("state_dtype", name, kinds)
     kind = NEAREST
     if whole.dtype in (torch.bfloat16, torch.float16):
