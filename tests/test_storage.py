@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 import optimx
 from optimx._engine.recode import bring_to_formats, master_weights, set_master_weights
+from optimx._engine.storage import named
 from tests.cases import CASES, make_params, set_grads
 from tests.conftest import INTERPRETED
 
@@ -522,7 +523,7 @@ def test_a_checkpoint_without_settings_leaves_them(device: torch.device, kept: s
     assert kinds[0] == kinds[1]
     other = optimx.AdamW(params, param_rounding="remainder8")
     other.load_state_dict(deepcopy(optimizer.state_dict()))
-    assert FORMATS[kept].items() <= other.param_groups[0].items()
+    assert {name: named(value) for name, value in FORMATS[kept].items()}.items() <= other.param_groups[0].items()
     assert {"param_rounding", "state_dtype"} & other.param_groups[0].keys() == FORMATS[kept].keys()
 
 
@@ -627,6 +628,21 @@ def test_distributed_checkpoints(kept: str) -> None:
         set_optimizer_state_dict(models[1], second, flattened, options=options)
     assert all(map(torch.equal, master_weights(second), weights))
     torch.testing.assert_close(second.state_dict(compressed=True)["state"], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        (BF16, "bfloat16"),
+        ("8bit", "8bit"),
+        ({"exp_avg": BF16, "exp_avg_sq": "stochastic"}, {"exp_avg": "bfloat16", "exp_avg_sq": "stochastic"}),
+    ],
+)
+def test_checkpoints_name_dtypes(asked: Any, written: Any) -> None:
+    """DCP gathers numbers, texts and containers of them."""
+    optimizer = optimx.AdamW(make_params([(2, 3)]), state_dtype=asked)
+    assert optimizer.state_dict()["param_groups"][0]["state_dtype"] == written
+    assert optimizer.param_groups[0]["state_dtype"] == asked
 
 
 def test_no_states_have_no_dtypes() -> None:

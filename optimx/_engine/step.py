@@ -25,7 +25,7 @@ from .grad_norm import SKIP
 from .optimizer import EngineOptimizer, evaluated
 from .recode import check_complete, with_float32
 from .states import own_states, settle_scalars
-from .storage import SETTINGS, is_set, kept, warn_of_freezing
+from .storage import SETTINGS, is_set, kept, named, warn_of_freezing
 from .storage import check as check_storage
 
 
@@ -257,8 +257,8 @@ class MultiTensorStep(EngineOptimizer):
             settle_scalars(names, away, torch.device("cpu"))
         if compressed:
             return super().state_dict()
-        # before others' hooks, which know no codes
-        plain = self.register_state_dict_post_hook(_without_codes, prepend=True)
+        # before others' hooks, which know no codes; DCP takes no dtypes where it gathers groups
+        plain = self.register_state_dict_post_hook(_for_others, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -307,8 +307,12 @@ def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
     optimizer._engine.step(optimizer)
 
 
-def _without_codes(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return {**state_dict, "state": with_float32(optimizer, state_dict["state"])}
+def _for_others(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = [
+        {**group, "state_dtype": named(group["state_dtype"])} if "state_dtype" in group else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": with_float32(optimizer, state_dict["state"]), "param_groups": groups}
 
 
 def _is_data(value: Any) -> bool:
