@@ -645,6 +645,20 @@ def test_checkpoints_name_dtypes(asked: Any, written: Any) -> None:
     assert optimizer.param_groups[0]["state_dtype"] == asked
 
 
+def test_checkpoints_have_remainders_that_ranks_send() -> None:
+    """Neither NCCL nor Gloo sends 16-bit integers, which full state dicts of DCP need."""
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.AdamW(params, **FORMATS["remainder16"])
+    step(optimizer, 0)
+    saved, compressed = (deepcopy(optimizer.state_dict(compressed=c)["state"][0]) for c in (False, True))
+    assert saved["param_remainder"].dtype is torch.int32
+    assert compressed["param_remainder"].dtype is torch.int16
+    again = optimx.AdamW(params, **FORMATS["remainder16"])
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert torch.equal(again.state[params[0]]["param_remainder"], compressed["param_remainder"])
+    assert again.state[params[0]]["param_remainder"].dtype is torch.int16
+
+
 def test_no_states_have_no_dtypes() -> None:
     with pytest.raises(ValueError, match="state_dtype should name no state where there is none but is: 'momentum_buf"):
         optimx.SGD(make_params([(2, 3)]), state_dtype={"momentum_buffer": BF16})

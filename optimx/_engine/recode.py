@@ -165,7 +165,7 @@ def check_complete(state_dict: dict[str, Any]) -> None:
 
 
 def with_float32(optimizer: EngineOptimizer, state: dict[Any, Any]) -> dict[Any, Any]:
-    """A state dict's ``state`` with float32 averages in place of codes: what every class takes, ours and torch's."""
+    """A state dict's ``state`` with float32 averages in place of codes: what every class and every tool takes."""
     params = dict(enumerate(param for param, _ in _params(optimizer)))
     return {key: _with_float32(params[key], of_param) if key in params else of_param for key, of_param in state.items()}
 
@@ -179,7 +179,8 @@ def _with_float32(param: Tensor, state: Any) -> Any:
         if role != name:
             result[role] = like(param, _decoded_codes(value, state[names(role, SIGNED8)[1]]))
         elif name.removesuffix("_scales") + "_codes" not in state:
-            result[name] = value
+            # neither NCCL nor Gloo sends 16-bit integers to other ranks
+            result[name] = value.to(torch.int32) if getattr(value, "dtype", None) is torch.int16 else value
     return result
 
 

@@ -228,6 +228,7 @@ class MultiTensorStep(EngineOptimizer):
             for name in saved.keys() - {*self.rule.scalars}:
                 # what is kept otherwise than torch does stays as it was saved
                 dtype = saved[name].dtype if is_set(group) else getattr(kinds.get(name), "dtype", None)
+                dtype = torch.int16 if dtype is torch.int32 else dtype
                 if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
                     state[name] = saved[name].detach().to(param.device, dtype)
         others = {
