@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ._checks import check_instance
 from ._table import aligned
-from .composite import Composite
+from .composite import Composite, all_or_none
 from .config import Config, ScheduleConfig
 from .config.errors import Problems
 from .config.loading import load
@@ -110,15 +110,10 @@ class Build:
         if set(state_dict) != {"optimizer", "scheduler"}:
             raise ValueError(f"state_dict should have 'optimizer' and 'scheduler' but has: {sorted(state_dict)}")
         self._check_scheduler(state_dict)
-        before = self.optimizer.state_dict()
-        self.optimizer.load_state_dict(dict(state_dict["optimizer"]))
-        if self.scheduler is not None:
-            try:
+        with all_or_none(self.optimizer):
+            self.optimizer.load_state_dict(dict(state_dict["optimizer"]))
+            if self.scheduler is not None:
                 self.scheduler.load_state_dict(dict(state_dict["scheduler"]))
-            # both or none
-            except BaseException:
-                self.optimizer.load_state_dict(before)
-                raise
 
     def _check_scheduler(self, state_dict: Mapping[str, Any]) -> None:
         has, needs = state_dict["scheduler"] is not None, self.scheduler is not None

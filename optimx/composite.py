@@ -290,15 +290,9 @@ class Composite(Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         parts = self._parts(state_dict)
-        # a load puts others in the place of these, and leaves these as they are
-        before = [(own, {"state": own.state, "param_groups": own.param_groups}) for own in self.optimizers.values()]
-        try:
+        with all_or_none(self):
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(parts[name])
-        except BaseException:
-            for optimizer, was in before:
-                optimizer.__setstate__(was)
-            raise
 
     def _parts(self, state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """What of a state dict is each member's."""
@@ -379,6 +373,20 @@ class _States(MutableMapping[Any, Any]):
 
     def pop(self, key: Any, *default: Any) -> Any:
         return default[0] if default and key not in self else self._of_owner(key).pop(key)
+
+
+@contextmanager
+def all_or_none(optimizer: Optimizer) -> Iterator[None]:
+    """Where loading fails, leave the optimizer, or all members of a composite, as before."""
+    members = [*optimizer.optimizers.values()] if isinstance(optimizer, Composite) else [optimizer]
+    # a load puts others in the place of these, and leaves these as they are
+    before = [(own, {"state": own.state, "param_groups": own.param_groups}) for own in members]
+    try:
+        yield
+    except BaseException:
+        for own, was in before:
+            own.__setstate__(was)
+        raise
 
 
 def _params_of(optimizer: Optimizer) -> list[Tensor]:

@@ -349,6 +349,23 @@ def test_rules_set_the_optimizers_own_options() -> None:
     assert build.config.groups.rules[0]["lr"] == 0.5
 
 
+def test_rules_say_how_numbers_are_kept() -> None:
+    """Also where the optimizer's own table does not."""
+    rule = {"match": "0.*", "state_dtype": {"exp_avg": "8bit"}, "param_rounding": "master", "rounding_seed": 1}
+    build = optimx.build(linear(), {"groups": {"rules": [rule]}})
+    matched = {"0.weight", "0.bias"}
+    for group in build.optimizer.param_groups:
+        for key in rule.keys() - {"match"}:
+            assert group.get(key) == (rule[key] if matched & {*group["param_names"]} else None)
+    for wrong, told in (
+        ({"state_dtype": "8bits"}, r"groups.rules[0].state_dtype (value: '8bits') is refused: state_dtype should be"),
+        ({"state_dtype": {"exp": "8bit"}}, r"groups.rules[0].state_dtype (value: {'exp': '8bit'}) is refused: state_"),
+        ({"param_rounding": "up"}, r"groups.rules[0].param_rounding (value: 'up') is refused: param_rounding should"),
+    ):
+        (problem,) = problems(linear(), {"groups": {"rules": [{"match": "0.*", **wrong}]}})
+        assert problem.startswith(told)
+
+
 @pytest.mark.parametrize("section", [{"lr": 0.5}, {}], ids=["lr", "default"])
 def test_batch_scaling(section: dict) -> None:
     build = optimx.build(linear(), {"optimizer": section, "batch_scaling": {"batch": 32, "reference": 256}})
@@ -470,7 +487,19 @@ def test_refused_states() -> None:
         without.load_state_dict(with_one.state_dict())
     with pytest.raises(ValueError, match=r"should have 'optimizer' and 'scheduler' but has: \['optimizer'\]"):
         without.load_state_dict({"optimizer": {}})
-    # a scheduler that refuses its part leaves the optimizer as it was
+    # a scheduler that refuses its part leaves the optimizer as it was, also its codes
+    codes = {"name": "adamw", "state_dtype": "8bit"}
+    large = nn.Sequential(nn.Linear(3, 128), nn.Linear(128, 64))
+    coded = optimx.build(large, {"optimizer": codes, "schedule": {"name": "linear", "total": 10}})
+    train(coded, 2)
+    wrong, before = copy.deepcopy(coded.state_dict()), copy.deepcopy(coded.optimizer.state_dict(compressed=True))
+    wrong["scheduler"] = {}
+    wrong["optimizer"]["param_groups"][0] |= {"lr": 1.0, "state_dtype": "stochastic"}
+    with pytest.raises(ValueError, match="state_dict should have"):
+        coded.load_state_dict(wrong)
+    after = coded.optimizer.state_dict(compressed=True)
+    assert after["param_groups"] == before["param_groups"]
+    torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0)
     other = optimx.build(linear(), {"schedule": {"name": "linear", "total": 20}})
     train(other, 3)
     with pytest.raises(ValueError, match="checkpoint"):

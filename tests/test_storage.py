@@ -9,10 +9,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn import Parameter
 
 import optimx
 from optimx._engine.recode import bring_to_formats, master_weights, set_master_weights
+from optimx._engine.storage import named
 from tests.cases import CASES, make_params, set_grads
 from tests.conftest import INTERPRETED
 
@@ -499,3 +505,160 @@ def test_memory_of_a_config() -> None:
     assert "exp_avg_codes int8" in str(found)
     with pytest.raises(TypeError, match="memory should be given a model and a config, or an optimizer alone"):
         optimx.memory(model)
+
+
+@pytest.mark.parametrize("kept", FORMATS)
+def test_a_checkpoint_without_settings_leaves_them(device: torch.device, kept: str) -> None:
+    """Torch's says nothing of how things are kept; one that does is believed."""
+    params = make_params(LARGE[:1], device, BF16)
+    stock = torch.optim.AdamW(params)
+    step(stock, 0)
+    optimizer = optimx.AdamW([{"params": params, **FORMATS[kept]}])
+    optimizer.load_state_dict(deepcopy(stock.state_dict()))
+    assert FORMATS[kept].items() <= optimizer.param_groups[0].items()
+    fresh = optimx.AdamW(params, **FORMATS[kept])
+    step(fresh, 0)
+    step(optimizer, 1)
+    kinds = [{name: value.dtype for name, value in states(o, params[0]).items()} for o in (optimizer, fresh)]
+    assert kinds[0] == kinds[1]
+    other = optimx.AdamW(params, param_rounding="remainder8")
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert {name: named(value) for name, value in FORMATS[kept].items()}.items() <= other.param_groups[0].items()
+    assert {"param_rounding", "state_dtype"} & other.param_groups[0].keys() == FORMATS[kept].keys()
+
+
+@pytest.mark.parametrize("rounding", ["remainder8", "remainder16", "master"])
+def test_what_torch_has_trained_goes_on(rounding: str) -> None:
+    """Torch rounds the companions that it loads, and trains the parameters without them: they are out of date then."""
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.AdamW(params, param_rounding=rounding)
+    step(optimizer, 0)
+    stock = torch.optim.AdamW(params, lr=0.1)
+    stock.load_state_dict(deepcopy(optimizer.state_dict()))
+    step(stock, 1)
+    again = optimx.AdamW(params, lr=0.0, param_rounding=rounding)
+    again.load_state_dict(deepcopy(stock.state_dict()))
+    again.param_groups[0]["lr"] = 0.0
+    visible = params[0].detach().clone()
+    assert torch.equal(master_weights(again)[0], visible.float())
+    step(again, 2)
+    assert torch.equal(params[0], visible)
+    assert torch.equal(master_weights(again)[0], visible.float())
+
+
+@pytest.mark.parametrize("rounding", ["remainder8", "remainder16", "master"])
+def test_parameters_of_another_dtype_have_no_companions(rounding: str) -> None:
+    """As ``module.float()`` leaves them."""
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.AdamW(params, param_rounding=rounding, state_dtype=F32)
+    step(optimizer, 0)
+    params[0].data = params[0].data.float()
+    params[0].grad = None
+    twins = [Parameter(params[0].detach().clone())]
+    twin = optimx.AdamW(twins)
+    twin.load_state_dict(deepcopy(optimizer.state_dict()))
+    step(optimizer, 1)
+    step(twin, 1)
+    assert states(optimizer, params[0]).keys() == {"exp_avg", "exp_avg_sq"}
+    assert torch.equal(params[0], twins[0])
+    assert torch.equal(master_weights(optimizer)[0], params[0])
+
+
+@pytest.mark.parametrize("before", ["remainder8", "remainder16", "master"])
+@pytest.mark.parametrize("after", ["nearest", "remainder8", "remainder16", "master"])
+def test_weights_are_set_by_the_setting_of_now(before: str, after: str) -> None:
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.AdamW(params, param_rounding=before)
+    step(optimizer, 0)
+    optimizer.param_groups[0]["param_rounding"] = after
+    exact = torch.randn(LARGE[0], generator=torch.Generator().manual_seed(0))
+    set_master_weights(optimizer, [exact])
+    close = {"nearest": 2**-8, "remainder8": 2**-16}.get(after, 0.0)
+    torch.testing.assert_close(master_weights(optimizer)[0], exact, rtol=close, atol=0)
+    bring(optimizer)
+    torch.testing.assert_close(master_weights(optimizer)[0], exact, rtol=close, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kept", FORMATS)
+def test_compiled_steps_keep_formats(device: torch.device, kept: str) -> None:
+    """The stock formulas, which ``torch.compile`` is given otherwise, do not know them."""
+    torch._dynamo.reset()
+    params, twins = make_params(LARGE[:2], device, BF16), make_params(LARGE[:2], device, BF16)
+    optimizer, twin = optimx.AdamW(params, **FORMATS[kept]), optimx.AdamW(twins, **FORMATS[kept])
+    compiled = torch.compile(optimizer.step, backend="eager")
+    for number in range(2):
+        set_grads(params, number)
+        compiled()
+        step(twin, number)
+    assert all(map(torch.equal, params, twins))
+    for param, other in zip(params, twins, strict=True):
+        torch.testing.assert_close(states(optimizer, param), states(twin, other), rtol=0, atol=0)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kept", FORMATS)
+def test_distributed_checkpoints(kept: str) -> None:
+    """DCP makes states by a step, reads into them, and sets them again; in flattened ones it does not find codes."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    models = [torch.nn.Linear(128, 40, dtype=BF16) for _ in range(2)]
+    first, second = (optimx.AdamW(model.parameters(), **FORMATS[kept]) for model in models)
+    for number in range(2):
+        step(first, number)
+    with torch.no_grad():
+        for param, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            other.copy_(param)
+    saved, place = (deepcopy(get_optimizer_state_dict(m, o)) for m, o in zip(models, (first, second), strict=True))
+    for name, state in place["state"].items():
+        for key, value in state.items():
+            value.copy_(saved["state"][name][key])
+    set_optimizer_state_dict(models[1], second, place)
+    weights = master_weights(second)
+    assert all(map(torch.equal, master_weights(first), weights))
+    plain = [o.state_dict()["state"] for o in (first, second)]
+    # what is encoded again, of the same scales
+    torch.testing.assert_close(plain[0], plain[1], rtol=1e-6, atol=1e-7)
+    flattened = get_optimizer_state_dict(models[0], first, options=options)
+    step(second, 2)
+    weights, before = master_weights(second), deepcopy(second.state_dict(compressed=True)["state"])
+    if kept != "8bit":
+        set_optimizer_state_dict(models[1], second, flattened, options=options)
+        return
+    with pytest.raises(ValueError, match=r"\['exp_avg_codes'\] should be a tensor \(flatten_optimizer_state_dict=True"):
+        set_optimizer_state_dict(models[1], second, flattened, options=options)
+    assert all(map(torch.equal, master_weights(second), weights))
+    torch.testing.assert_close(second.state_dict(compressed=True)["state"], before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "written"),
+    [
+        (BF16, "bfloat16"),
+        ("8bit", "8bit"),
+        ({"exp_avg": BF16, "exp_avg_sq": "stochastic"}, {"exp_avg": "bfloat16", "exp_avg_sq": "stochastic"}),
+    ],
+)
+def test_checkpoints_name_dtypes(asked: Any, written: Any) -> None:
+    """DCP gathers numbers, texts and containers of them."""
+    optimizer = optimx.AdamW(make_params([(2, 3)]), state_dtype=asked)
+    assert optimizer.state_dict()["param_groups"][0]["state_dtype"] == written
+    assert optimizer.param_groups[0]["state_dtype"] == asked
+
+
+def test_checkpoints_have_remainders_that_ranks_send() -> None:
+    """Neither NCCL nor Gloo sends 16-bit integers, which full state dicts of DCP need."""
+    params = make_params(LARGE[:1], dtype=BF16)
+    optimizer = optimx.AdamW(params, **FORMATS["remainder16"])
+    step(optimizer, 0)
+    saved, compressed = (deepcopy(optimizer.state_dict(compressed=c)["state"][0]) for c in (False, True))
+    assert saved["param_remainder"].dtype is torch.int32
+    assert compressed["param_remainder"].dtype is torch.int16
+    again = optimx.AdamW(params, **FORMATS["remainder16"])
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    assert torch.equal(again.state[params[0]]["param_remainder"], compressed["param_remainder"])
+    assert again.state[params[0]]["param_remainder"].dtype is torch.int16
+
+
+def test_no_states_have_no_dtypes() -> None:
+    with pytest.raises(ValueError, match="state_dtype should name no state where there is none but is: 'momentum_buf"):
+        optimx.SGD(make_params([(2, 3)]), state_dtype={"momentum_buffer": BF16})

@@ -81,14 +81,13 @@ def bring_to_formats(
     made = Maker(param, shard, kinds)
     of_param = formats[0] if formats else Format(0, shard.dtype)
     wanted = names("", of_param.kind)
-    if wanted and (wanted[0] not in state or local(state[wanted[0]]).dtype != of_param.companion):
-        found = _found_values(state, shard)
-        if found is not None:
-            companion = made.new(wanted[0])
-            encode_(of_param, found, shard.detach(), companion)
-            state[wanted[0]] = made.laid_out(wanted[0], companion)
-    for name in PARAM_COMPANIONS - {*wanted}:
-        state.pop(name, None)
+    is_there = bool(wanted) and wanted[0] in state and local(state[wanted[0]]).dtype is of_param.companion
+    found = None if is_there or not wanted else _found_values(state, shard)
+    _drop_companions(state, of_param)
+    if found is not None:
+        companion = made.new(wanted[0])
+        encode_(of_param, found, shard.detach(), companion)
+        state[wanted[0]] = made.laid_out(wanted[0], companion)
     for i, name in enumerate(rule.state_names(rule.variant_for(group, param, shard)), 1):
         codes, scales = names(name, SIGNED8)
         is_coded = codes in kinds
@@ -124,13 +123,25 @@ def _is_recoded(state: State) -> bool:
     return any(state_of(name) != name or name in PARAM_COMPANIONS for name in state)
 
 
+def _drop_companions(state: State, of_param: Format) -> None:
+    """Leave no companion but one that a parameter's format has."""
+    for name in PARAM_COMPANIONS & state.keys():
+        if name not in names("", of_param.kind) or local(state[name]).dtype is not of_param.companion:
+            del state[name]
+
+
 def _found_values(state: State, shard: Tensor) -> Tensor | None:
-    """What a parameter's companion says its values are; None without one."""
-    if isinstance(master := state.get(MASTER_NAME), Tensor):
+    """What a parameter's companion says its values are.
+
+    Returns:
+        None without one, or with one that is no longer the parameter's: torch's class rounds it when it loads it, and
+        then trains without it, and ``module.to`` leaves no bfloat16 parameter.
+    """
+    if isinstance(master := state.get(MASTER_NAME), Tensor) and master.dtype is torch.float32:
         return local(master)
-    if isinstance(remainder := state.get(REMAINDER_NAME), Tensor):
-        remainder = local(remainder)
-        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, remainder)
+    remainder = state.get(REMAINDER_NAME)
+    if isinstance(remainder, Tensor) and remainder.dtype in _OF_REMAINDERS and shard.dtype is torch.bfloat16:
+        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, local(remainder))
     return None
 
 
@@ -139,8 +150,23 @@ def _decoded_codes(codes: Tensor, scales: Tensor) -> Tensor:
     return decoded(Format(_OF_CODES[codes.dtype], codes.dtype), codes, scales)
 
 
+def check_complete(state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a state dict has nothing in place of codes.
+
+    DCP takes out of flattened ones what has the names of the optimizer's states, and makes empty dicts of what is not
+    there.
+    """
+    for key, state in state_dict["state"].items():
+        for name, value in state.items() if isinstance(state, dict) else ():
+            if state_of(name) != name and not isinstance(value, Tensor):
+                raise ValueError(
+                    f"state_dict['state'][{key!r}][{name!r}] should be a tensor (flatten_optimizer_state_dict=True "
+                    f"loses states of 8 bits: get and set them without it) but is: {value}"
+                )
+
+
 def with_float32(optimizer: EngineOptimizer, state: dict[Any, Any]) -> dict[Any, Any]:
-    """A state dict's ``state`` with float32 averages in place of codes: what every class takes, ours and torch's."""
+    """A state dict's ``state`` with float32 averages in place of codes: what every class and every tool takes."""
     params = dict(enumerate(param for param, _ in _params(optimizer)))
     return {key: _with_float32(params[key], of_param) if key in params else of_param for key, of_param in state.items()}
 
@@ -154,7 +180,8 @@ def _with_float32(param: Tensor, state: Any) -> Any:
         if role != name:
             result[role] = like(param, _decoded_codes(value, state[names(role, SIGNED8)[1]]))
         elif name.removesuffix("_scales") + "_codes" not in state:
-            result[name] = value
+            # neither NCCL nor Gloo sends 16-bit integers to other ranks
+            result[name] = value.to(torch.int32) if getattr(value, "dtype", None) is torch.int16 else value
     return result
 
 
@@ -201,13 +228,16 @@ def set_master_weights(optimizer: EngineOptimizer, tensors: Sequence[Tensor]) ->
         for (param, group), tensor in zip(members, tensors, strict=True):
             shard, values = local(param), local(tensor)
             formats, kinds = kept(optimizer.rule, param, shard, group, optimizer.defaults)
-            wanted = names("", formats[0].kind) if formats else ()
+            of_param = formats[0] if formats else Format(0, shard.dtype)
+            wanted = names("", of_param.kind)
+            state = optimizer.state[param] if wanted else optimizer.state.get(param, {})
+            # of a setting that has changed since the last step
+            _drop_companions(state, of_param)
             if not wanted:
                 param.copy_(tensor)
                 continue
             made, (name,) = Maker(param, shard, kinds), wanted
-            state = optimizer.state[param]
             companion = local(state[name]) if name in state else made.new(name)
-            encode_(formats[0], values.to(shard.device), shard.detach(), companion)
+            encode_(of_param, values.to(shard.device), shard.detach(), companion)
             state[name] = state.get(name, made.laid_out(name, companion))
             torch.autograd.graph.increment_version([param])

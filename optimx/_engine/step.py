@@ -23,9 +23,9 @@ from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .optimizer import EngineOptimizer, evaluated
-from .recode import with_float32
+from .recode import check_complete, with_float32
 from .states import own_states, settle_scalars
-from .storage import SETTINGS, is_set, kept, warn_of_freezing
+from .storage import REMAINDER_NAME, SETTINGS, is_set, kept, named, warn_of_freezing
 from .storage import check as check_storage
 
 
@@ -182,26 +182,39 @@ class MultiTensorStep(EngineOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps.
 
-        But tensors that are states of this optimizer already, into which DCP has loaded, stay what they are.
+        But tensors that are states of this optimizer already, into which DCP has loaded, stay what they are. How things
+        are kept is a setting of the checkpoint's groups; where they have none, as torch's, that of ours stays.
+
+        Raises:
+            ValueError: States of 8 bits are missing, as DCP leaves them out of flattened state dicts; nothing is
+                changed then.
         """
+        check_complete(state_dict)
+        settings = [{name: group[name] for name in SETTINGS if name in group} for group in self.param_groups]
         own = {id(value) for state in self.state.values() if isinstance(state, dict) for value in state.values()}
         # hooks may load something else than was given, and are to find the states where they stay
         loaded: list[dict[str, Any]] = []
         before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        after = self.register_load_state_dict_post_hook(lambda _: self._take_over(loaded[0], own), prepend=True)
+        after = self.register_load_state_dict_post_hook(
+            lambda _: self._take_over(loaded[0], own, settings), prepend=True
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
 
-    def _take_over(self, state_dict: dict[str, Any], own: set[int]) -> None:
+    def _take_over(self, state_dict: dict[str, Any], own: set[int], settings: Sequence[dict[str, Any]]) -> None:
         """Give what has been loaded its own memory, and the exact values where torch rounds.
 
         Args:
             state_dict: What has been loaded.
             own: Ids of what was in the state before.
+            settings: How groups said before that things are kept.
         """
+        for group, chosen in zip(self.param_groups, settings, strict=True):
+            if not group.keys() & SETTINGS.keys():
+                group.update(chosen)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = ((param, group) for group in self.param_groups for param in group["params"])
         for (param, group), saved_id in zip(params, saved_ids, strict=False):
@@ -215,6 +228,9 @@ class MultiTensorStep(EngineOptimizer):
             for name in saved.keys() - {*self.rule.scalars}:
                 # what is kept otherwise than torch does stays as it was saved
                 dtype = saved[name].dtype if is_set(group) else getattr(kinds.get(name), "dtype", None)
+                if name == REMAINDER_NAME and dtype is torch.int32:
+                    # as `_for_others` has it
+                    dtype = torch.int16
                 if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
                     state[name] = saved[name].detach().to(param.device, dtype)
         others = {
@@ -244,8 +260,8 @@ class MultiTensorStep(EngineOptimizer):
             settle_scalars(names, away, torch.device("cpu"))
         if compressed:
             return super().state_dict()
-        # before others' hooks, which know no codes
-        plain = self.register_state_dict_post_hook(_without_codes, prepend=True)
+        # before others' hooks, which know no codes; DCP takes no dtypes where it gathers groups
+        plain = self.register_state_dict_post_hook(_for_others, prepend=True)
         try:
             return super().state_dict()
         finally:
@@ -281,8 +297,8 @@ class MultiTensorStep(EngineOptimizer):
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)
-        elif not self.needs_norm:
-            # under torch.compile the stock formulas become one graph
+        elif not self.needs_norm and not any(map(is_set, self.param_groups)):
+            # under torch.compile the stock formulas, which know no formats, become one graph
             self._stock_step()
         else:
             _step_outside_of_the_graph(self)
@@ -294,8 +310,12 @@ def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
     optimizer._engine.step(optimizer)
 
 
-def _without_codes(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    return {**state_dict, "state": with_float32(optimizer, state_dict["state"])}
+def _for_others(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+    groups = [
+        {**group, "state_dtype": named(group["state_dtype"])} if "state_dtype" in group else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "state": with_float32(optimizer, state_dict["state"]), "param_groups": groups}
 
 
 def _is_data(value: Any) -> bool:

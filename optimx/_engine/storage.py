@@ -185,6 +185,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 
 
+def named(asked: StateDtype) -> StateDtype:
+    """``state_dtype`` with names in place of dtypes."""
+    if isinstance(asked, Mapping):
+        return {name: str(kept).removeprefix("torch.") if kept in DTYPES else kept for name, kept in asked.items()}
+    return str(asked).removeprefix("torch.") if asked in DTYPES else asked
+
+
 def _formats(
     rule: UpdateRule, whole: Tensor, variant: Any, group: dict[str, Any], kinds: Mapping[str, StateKind]
 ) -> tuple[Format, ...]:
@@ -192,6 +199,8 @@ def _formats(
     asked = group.get("state_dtype")
     if isinstance(asked, Mapping):
         for name in asked:
+            if not kinds:
+                raise ValueError(told("state_dtype", "should name no state where there is none", name))
             one_of("state_dtype", name, kinds)
     kind = NEAREST
     if whole.dtype in (torch.bfloat16, torch.float16):

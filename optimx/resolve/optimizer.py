@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._engine.rule import UpdateRule
 from .._engine.step import MultiTensorStep
+from .._engine.storage import SETTINGS as STORAGE
 from ..composite import Composite
 from ..config import AdamWConfig, OptimizerConfig
 from ..config.errors import Problems, join
@@ -60,7 +61,7 @@ class OptimizerRecipe:
         named, takes_any = parameters_of(self.factory)
         rule = getattr(self.factory, "rule", None)
         # some are in no group where nobody chooses them
-        more = rule.optional_settings if isinstance(rule, UpdateRule) else ()
+        more = (*STORAGE, *rule.optional_settings) if isinstance(rule, UpdateRule) else ()
         return {key for key in (*self.defaults, *more) if takes_any or key in named}
 
     def check(self, options: dict[str, Any], path: str) -> None:
