@@ -360,9 +360,10 @@ def _direction(g, root, eps):
 
 
 @triton.jit
-def _take_step(block, u, decay, beta1_c, FACTORED: tl.constexpr, MOMENT: tl.constexpr):
+def _take_step(block, u, size, decay, beta1_c, FACTORED: tl.constexpr, MOMENT: tl.constexpr):
     """The first moment, if any, and the parameter; ``block`` as for :func:`~.device.read`."""
     p = read(block, 0, u.dtype)
+    u *= size
     if MOMENT:
         u = lerp(read(block, 2 + FACTORED, u.dtype), u, beta1_c)
         write(block, 2 + FACTORED, u)
@@ -420,6 +421,8 @@ def _adafactor_update_kernel(
         of_columns *= inverse
         eps *= inverse
     means_ptr += tl.load(shape_ptr + 6)
+    # not before: what is held for long takes registers
+    average_ptr = _pointer(fixed_ptr, tensor * (len(DTYPES) - 1) + 1, DTYPES[2], 1)
     if not MEASURE:
         size = (tl.load(sizes_ptr + 2 * index) * tl.load(row_ptr)).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
@@ -432,7 +435,7 @@ def _adafactor_update_kernel(
         g = load(pointers[1] + offsets, mask, COMPUTE)
         root = of_columns[:, None, :]
         if FACTORED:
-            root = _row_roots(pointers[2], means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
+            root = _row_roots(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
         u = _direction(g, root, eps)
         if MEASURE:
             squares += u * u
@@ -440,7 +443,7 @@ def _adafactor_update_kernel(
             groups = _groups(shape, matrices, rows, block, FORMATS, TILE)
             runs = _runs(shape, matrices, rows, block, NOISE, TILE)
             _take_step(
-                (pointers, offsets, mask, groups, runs, noise, FORMATS), u * size, decay, beta1_c, FACTORED, MOMENT
+                (pointers, offsets, mask, groups, runs, noise, FORMATS), u, size, decay, beta1_c, FACTORED, MOMENT
             )
     if MEASURE:
         tl.store(lengths_ptr + 2 * tl.program_id(0) + 1, tl.sum(tl.ravel(squares), axis=0).to(tl.float64))

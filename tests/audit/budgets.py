@@ -69,7 +69,7 @@ def instructions(kernel: str, target: GPUTarget, dtypes: Iterable[torch.dtype]) 
 #: What a thread executes to keep an element otherwise, a fifth more than it does: of the parameter, and of a state.
 CODECS = {
     "cuda": {"nearest": 0, "float32": 0, "bfloat16": 0, "stochastic": 20, "float16": 25, "remainder8": 14,
-             "remainder16": 11, "master": 2, "8bit": 20},
+             "remainder16": 11, "master": 2, "8bit": 22},
     "hip": {"nearest": 0, "float32": 0, "bfloat16": 0, "stochastic": 20, "float16": 35, "remainder8": 14,
             "remainder16": 11, "master": 2, "8bit": 25},
 }  # fmt: skip

@@ -27,7 +27,8 @@ unaligned variants and the kernels without blocks of elements (`*_prepare`, `lam
 widen.
 **Bold**: past a limit of the audit.
 
-Every variant of Adam is here; of the other algorithms, those that `tests/audit/variants.py` says are enough.
+Every variant of Adam is here; of the other algorithms, those that `tests/audit/variants.py` says are enough. How roles
+are kept is named as its settings are: `stochastic-8bit` is `param_rounding="stochastic"`, `state_dtype="8bit"`.
 """
 REGISTERS = """Registers of a thread at most (Adafactor: where accesses are aligned); in parentheses those of float64.
 """
@@ -111,7 +112,8 @@ def _lines(results: Results) -> Iterator[str]:
     yield f"| kernel | variant | {' | '.join(TARGETS)} |"
     yield "|---" * (2 + len(TARGETS)) + "|"
     for variant in variants():
-        cells = [_cell(*results[f"{variant.kernel}-{architecture}-{variant.options}"]) for architecture in TARGETS]
+        names = (f"{variant.kernel}-{architecture}-{variant.options}" for architecture in TARGETS)
+        cells = [_cell(*results[name]) if name in results else "" for name in names]
         yield f"| {variant.kernel} | {variant.options} | {' | '.join(cells)} |"
 
 

@@ -57,6 +57,7 @@ def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) ->
             assert values == set(TRITON_DTYPE.values()), (kernel, name)
         elif name == "DTYPES":
             for role in zip(*(dtypes[:3] for dtypes in values), strict=False):
-                assert set(role) == set(TRITON_DTYPE.values()), (kernel, name)
+                # and of codes
+                assert set(role) >= set(TRITON_DTYPE.values()), (kernel, name)
         elif name == "ALIGNMENT":
             assert values == {1, 16}, (kernel, name)

@@ -130,6 +130,7 @@ class Variant:
         shared: See :class:`.assembly.Limits`.
         counted: Whether to count instructions.
         scheme: How roles are kept, where these are no plain tensors.
+        architectures: Those that it is compiled for; empty: all.
         position: Which of the launches it is, where the launcher makes several.
     """
 
@@ -142,6 +143,7 @@ class Variant:
     shared: int = 0
     counted: bool = False
     scheme: str = ""
+    architectures: tuple[str, ...] = ()
     position: int = 0
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
@@ -203,9 +205,14 @@ def _update_variants() -> Iterator[Variant]:
 #: Schemes that are compiled for an algorithm; Adam has all. What control and counts on a device do is the same for all.
 IN_SCHEMES = {
     "adam": [*((name, False) for name in SCHEMES), ("stochastic-8bit", True)],
-    "lion": [(name, False) for name in MANY_SCHEMES],
-    "sgd": [(name, False) for name in MANY_SCHEMES],
+    "lion": [(name, False) for name in SCHEMES],
+    "sgd": [(name, False) for name in SCHEMES],
 }
+
+
+def _architectures(kernel: str, name: str) -> tuple[str, ...]:
+    """Adam's schemes are compiled for all; of others' each codec is, and what is put together of them for one."""
+    return () if kernel == "adam" or name in MANY_SCHEMES else ("sm_90",)
 
 
 def _storage_variants() -> Iterator[Variant]:
@@ -227,6 +234,7 @@ def _storage_variants() -> Iterator[Variant]:
             yield Variant(
                 algorithm.name, _name(name, control=control), call, [*kept.reads(roles), BF16], kept.writes(roles),
                 threads=THREADS_STORAGE, shared=SHARED_SCALES, counted=not control, scheme=name,
+                architectures=_architectures(algorithm.name, name),
             )  # fmt: skip
 
 
@@ -248,7 +256,7 @@ def _storage_lamb_variants() -> Iterator[Variant]:
 
 
 def _storage_adafactor_variants() -> Iterator[Variant]:
-    choices = [(name, "", moment) for name in MANY_SCHEMES for moment in (False, True)]
+    choices = [(name, "", moment) for name in SCHEMES for moment in (False, True)]
     choices += [("stochastic-stochastic", kind, True) for kind in ("convolutions", "vectors", "crooked")]
     shapes = {"": (1, 2048, 2048), "crooked": (1, 2048, 2048), "convolutions": (4096, 3, 3), "vectors": (1, 1, 4096)}
     for name, kind, moment in choices:
@@ -264,6 +272,7 @@ def _storage_adafactor_variants() -> Iterator[Variant]:
         wide = not kind
         common: dict[str, Any] = {
             "threads": THREADS_STORAGE, "shared": SHARED_COLUMNS, "counted": wide, "scheme": name,
+            "architectures": _architectures("adafactor", name),
         }  # fmt: skip
         roles = [0, len(kept.roles) - 1] if moment else [0]
         options = _name(name, kind, moment=moment)
@@ -621,5 +630,5 @@ def cases() -> dict[str, tuple[Variant, str]]:
     return {
         f"{variant.kernel}-{architecture}-{variant.options}": (variant, architecture)
         for variant in variants()
-        for architecture in TARGETS
+        for architecture in variant.architectures or TARGETS
     }
