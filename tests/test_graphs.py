@@ -313,3 +313,28 @@ def test_clip_grad_norm(norm_type: float, warm: bool) -> None:
         # and without the graph
         fill(step)
         torch.testing.assert_close(optimx.clip_grad_norm_(params, 0.5, norm_type).cpu(), expected)
+
+
+def test_errors_under_capture_of_random_bits() -> None:
+    """A graph would repeat those that it has recorded where nobody counts on the device."""
+    params = make_params(device="cuda", dtype=torch.bfloat16)
+    optimizer = optimx.SGD(params, lr=0.1, capturable=True, param_rounding="stochastic")
+    set_grads(params, 0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match=r"a CUDA graph would repeat the random bits .* SGD counts no steps"):
+        captured_step(optimizer)
+
+
+def test_graph_replay_rounds_anew() -> None:
+    """Counts on the device go on, and random bits with them."""
+    params, twin = (make_params([(64, 128)], "cuda", torch.bfloat16) for _ in range(2))
+    kwargs: dict[str, Any] = {"lr": 1e-2, "capturable": True, "param_rounding": "stochastic", "state_dtype": "8bit"}
+    captured, eager = optimx.AdamW(params, **kwargs), optimx.AdamW(twin, **kwargs)
+    fill = filler(params, twin)
+    warm_up((captured, eager), fill)
+    graph = captured_step(captured)
+    for step in range(3, 6):
+        fill(step)
+        graph.replay()
+        eager.step()
+    assert torch.equal(*params, *twin)

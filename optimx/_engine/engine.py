@@ -254,6 +254,11 @@ def _number_noise(optimizer: EngineOptimizer, buckets: Sequence[Bucket]) -> int 
     rounded = [bucket for bucket in buckets if any(kept.kind == STOCHASTIC for kept in bucket.key.formats)]
     if not rounded:
         return None
+    if _compat.is_capturing():
+        raise RuntimeError(
+            f"a CUDA graph would repeat the random bits of the step that it records: {type(optimizer).__name__} counts "
+            "no steps on the device, so param_rounding and state_dtype should not be 'stochastic' there"
+        )
     step: int = 1 + max(group.get("rounding_step", 0) for group in optimizer.param_groups)
     for bucket in rounded:
         bucket.noise_step = step

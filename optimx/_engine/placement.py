@@ -122,7 +122,7 @@ def place(
         _formats_problem(rule, variant, formats, cut, whole, param, backend)
         or _states_problem(kinds, states, param)
         or _dtypes_problem(dtypes)
-        or (on_triton and _capture_problem(rule, formats, capturable))
+        or (on_triton and _capture_problem(capturable))
         or reason
         or _values_problem(values, param.device)
     )
@@ -255,14 +255,12 @@ def _dtypes_problem(dtypes: tuple[torch.dtype, ...]) -> str:
     return ""
 
 
-def _capture_problem(rule: UpdateRule, formats: Sequence[Format], capturable: bool) -> str:
+def _capture_problem(capturable: bool) -> str:
     """Why a CUDA graph that is being recorded can't have our launches."""
     if not _compat.is_capturing():
         return ""
     if not capturable:
         return "capture without capturable=True"
-    if not rule.scalars and any(kept.kind == storage.STOCHASTIC for kept in formats):
-        return f"a CUDA graph would round as it was recorded: {type(rule).__name__} counts no steps on the device"
     return "" if _compat.graphs_keep_pinned_memory() else f"CUDA graphs need torch 2.11, this is {torch.__version__}"
 
 
