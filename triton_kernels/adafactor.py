@@ -101,10 +101,16 @@ def _every(shape, matrices, rows, block, N: tl.constexpr, TILE: tl.constexpr):
     return tl.reshape(offsets, (offsets.numel,)), tl.reshape(inside, (offsets.numel,))
 
 
+@triton.constexpr_function
+def _has_codes(FORMATS):
+    """Whether a first moment, the last role, is kept in codes."""
+    return len(FORMATS) > 0 and FORMATS[len(FORMATS) - 1][0] >= SIGNED8.value
+
+
 @triton.jit
 def _groups(shape, matrices, rows, block, FORMATS: tl.constexpr, TILE: tl.constexpr):
-    """What :func:`~.device.read` has to know of the groups of a block; only a first moment, the last role, has any."""
-    if len(FORMATS) == 0 or FORMATS[len(FORMATS) - 1][0] < SIGNED8:
+    """What :func:`~.device.read` has to know of the groups of a block."""
+    if not _has_codes(FORMATS):
         return ()
     else:
         firsts, mask = _every(shape, matrices, rows, block, GROUP, TILE)
@@ -122,15 +128,24 @@ def _runs(shape, matrices, rows, block, NOISE: tl.constexpr, TILE: tl.constexpr)
 
 
 @triton.jit
-def _pointers(fixed_ptr, grads_ptr, tensor, DTYPES: tl.constexpr, N_AVERAGES: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Of parameter, gradient, states and companions; averages and scales are of any length."""
+def _pointers(
+    fixed_ptr,
+    grads_ptr,
+    tensor,
+    DTYPES: tl.constexpr,
+    FORMATS: tl.constexpr,
+    N_AVERAGES: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Of parameter, gradient, states and companions; averages, and scales, which come last, begin anywhere."""
     N_ROLES: tl.constexpr = len(DTYPES) - 1
+    N_ALIGNED: tl.constexpr = N_ROLES - 1 if _has_codes(FORMATS) else N_ROLES
     pointers = (
         _pointer(fixed_ptr, tensor * N_ROLES, DTYPES[0], ALIGNMENT),
         _pointer(grads_ptr, tensor, DTYPES[1], ALIGNMENT),
     )
     for i in tl.static_range(1, N_ROLES):
-        if i <= N_AVERAGES:
+        if i <= N_AVERAGES or i >= N_ALIGNED:
             pointers = pointers + (_pointer(fixed_ptr, tensor * N_ROLES + i, DTYPES[1 + i], 1),)
         else:
             pointers = pointers + (_pointer(fixed_ptr, tensor * N_ROLES + i, DTYPES[1 + i], ALIGNMENT),)
@@ -178,7 +193,7 @@ def _adafactor_sums_kernel(
         return
     _, shape_ptr, shape, block, strip, matrices, columns = _share(program_tensor_ptr, shapes_ptr, TILE, N_DIVISOR)
     n_matrices, n_rows, n_columns = shape
-    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, 1 + FACTORED, ALIGNMENT)
+    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, FORMATS, 1 + FACTORED, ALIGNMENT)
     row_sums_ptr += tl.load(shape_ptr + 4) + block * n_matrices * n_rows
     column_sums_ptr += tl.load(shape_ptr + 5) + strip * n_matrices * n_columns
     scale = tl.full((), 1.0, COMPUTE)
@@ -408,7 +423,7 @@ def _adafactor_update_kernel(
     n_matrices, _, n_columns = shape
     row_ptr = hyper_ptr + tl.load(rows_ptr + tensor) * _N_COLUMNS
     eps = tl.load(row_ptr + _EPS).to(COMPUTE)
-    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, 1 + FACTORED, ALIGNMENT)
+    pointers = _pointers(fixed_ptr, grads_ptr, tensor, DTYPES, FORMATS, 1 + FACTORED, ALIGNMENT)
     column_ptr = pointers[3 if FACTORED else 2]
     inside = (matrices[:, None] < n_matrices) & (columns[None, :] < n_columns)
     of_columns = tl.load(column_ptr + matrices[:, None] * n_columns + columns[None, :], mask=inside, other=1.0)
