@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optimx._engine import backends
+from optimx._engine import backends, storage
 from optimx._engine.cpu.codecs import decode, encode
 from optimx._engine.storage import (
     GROUP,
@@ -28,13 +28,9 @@ from tests.reference import codecs as reference
 from tests.storing import Stored, format_of
 
 pytestmark = pytest.mark.interpreted
-pytest.importorskip("triton")
-
-from optimx.triton_kernels import codecs  # noqa: E402
-from optimx.triton_kernels.tensor_table import LaunchSize  # noqa: E402
-
-from optimx._engine import storage  # noqa: E402
-from optimx._engine.triton import elementwise  # noqa: E402
+codecs = pytest.importorskip("optimx.triton_kernels.codecs")
+elementwise = pytest.importorskip("optimx._engine.triton.elementwise")
+LaunchSize = pytest.importorskip("optimx.triton_kernels.tensor_table").LaunchSize
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 PLAIN = Format(NEAREST, FP32)
