@@ -52,6 +52,17 @@ def filler(params: list[Parameter], twin: list[Parameter]) -> Callable[[int], No
     return fill
 
 
+def replay_beside(captured: torch.optim.Optimizer, eager: torch.optim.Optimizer) -> None:
+    """Three steps of a graph, and the same without one."""
+    fill = filler(params_of(captured), params_of(eager))
+    warm_up((captured, eager), fill)
+    graph = captured_step(captured)
+    for step in range(3, 6):
+        fill(step)
+        graph.replay()
+        eager.step()
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0], ids=["plain", "clipping"])
 @each_row
 def test_graph_replay_equals_eager(case: Case, kwargs: dict, max_grad_norm: float | None) -> None:
@@ -84,13 +95,7 @@ def test_graph_replay_equals_eager(case: Case, kwargs: dict, max_grad_norm: floa
 def test_graph_replay_normalizes() -> None:
     params, twin = make_params(device="cuda"), make_params(device="cuda")
     captured, eager = (optimx.LAMB(some, normalize_grads=True, capturable=True) for some in (params, twin))
-    fill = filler(params, twin)
-    warm_up((captured, eager), fill)
-    graph = captured_step(captured)
-    for step in range(3, 6):
-        fill(step)
-        graph.replay()
-        eager.step()
+    replay_beside(captured, eager)
     assert_same(captured, eager)
     torch.testing.assert_close(captured.grad_norm, eager.grad_norm)
 
@@ -330,11 +335,5 @@ def test_graph_replay_rounds_anew() -> None:
     params, twin = (make_params([(64, 128)], "cuda", torch.bfloat16) for _ in range(2))
     kwargs: dict[str, Any] = {"lr": 1e-2, "capturable": True, "param_rounding": "stochastic", "state_dtype": "8bit"}
     captured, eager = optimx.AdamW(params, **kwargs), optimx.AdamW(twin, **kwargs)
-    fill = filler(params, twin)
-    warm_up((captured, eager), fill)
-    graph = captured_step(captured)
-    for step in range(3, 6):
-        fill(step)
-        graph.replay()
-        eager.step()
+    replay_beside(captured, eager)
     assert torch.equal(*params, *twin)
