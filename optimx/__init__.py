@@ -11,6 +11,8 @@ from torch.optim import *  # noqa: F403
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
 from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from ._engine.bad_gradients import BadStep
+from ._engine.guards import AutoClip, Spikes, ZClip
 from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
@@ -22,6 +24,7 @@ from .adam import Adam
 from .adamax import Adamax
 from .adamw import AdamW
 from .asgd import ASGD
+from .bad_steps import last_bad
 from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .composite import Composite
@@ -46,6 +49,8 @@ __version__ = "0.1.0"
 __all__ = sorted(
     {
         *_torch.__all__,
+        "AutoClip",
+        "BadStep",
         "Build",
         "Composite",
         "Config",
@@ -55,14 +60,17 @@ __all__ = sorted(
         "LAMB",
         "Lion",
         "MultiTensorStep",
+        "Spikes",
         "StateKind",
         "UpdateRule",
+        "ZClip",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",
         "explain",
         "get_total_norm",
+        "last_bad",
         "list_optimizers",
         "list_schedulers",
         "lr_scheduler",

@@ -14,6 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import _compat
 from ._checks import one_of, within
+from ._engine.guards import Clipping, Spikes
 from ._engine.layout import memory_order
 from ._engine.optimizer import evaluated
 from ._engine.rule import StateKind, UpdateRule, new_state
@@ -223,6 +224,10 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are torch's own).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting or even
             reading them once more (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        skip_nonfinite: Skip steps with infinite or NaN gradients (default: False).
+        skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
+            None).
+        max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -280,7 +285,10 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         decay_rate: float | None = None,
         state_dtype: StateDtype = None,
         capturable: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Clipping | None = None,
+        skip_nonfinite: bool = False,
+        skip_spikes: Spikes | bool | None = None,
+        max_skips: int | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         rounding_seed: int = 0,
@@ -307,8 +315,9 @@ class Adafactor(MultiTensorStep, AdafactorLoop):
         self.defaults.update(extras)
         self._fill_groups()
         self._init_step(
-            max_grad_norm, capturable=capturable, norm_group=norm_group, param_rounding=param_rounding,
-            state_dtype=state_dtype, rounding_seed=rounding_seed,
+            max_grad_norm, capturable=capturable, norm_group=norm_group, skip_nonfinite=skip_nonfinite,
+            skip_spikes=skip_spikes, max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
+            rounding_seed=rounding_seed,
         )  # fmt: skip
 
     def _fill_groups(self) -> None:

@@ -10,6 +10,7 @@ from torch.optim import ASGD as TorchASGD
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.guards import Clipping, Spikes
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
@@ -68,8 +69,13 @@ class ASGD(MultiTensorStep, TorchASGD):
     """ASGD, a drop-in for :class:`torch.optim.ASGD`: same arguments, state and numbers.
 
     Args beyond torch's:
-        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
+            :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
+            :attr:`grad_norm` then holds the norm before clipping.
+        skip_nonfinite: Skip steps with infinite or NaN gradients (default: False).
+        skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
+            None).
+        max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -99,7 +105,10 @@ class ASGD(MultiTensorStep, TorchASGD):
         differentiable: bool = False,
         capturable: bool = False,
         *,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Clipping | None = None,
+        skip_nonfinite: bool = False,
+        skip_spikes: Spikes | bool | None = None,
+        max_skips: int | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -109,6 +118,7 @@ class ASGD(MultiTensorStep, TorchASGD):
             self, params, lr, lambd, alpha, t0, weight_decay, foreach, maximize, differentiable, capturable
         )  # fmt: skip
         self._init_step(
-            max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
+            max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
+            max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
             rounding_seed=rounding_seed,
         )  # fmt: skip

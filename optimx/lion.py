@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.guards import Clipping, Spikes
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
 from ._engine.step import MultiTensorStep
@@ -92,8 +93,13 @@ class Lion(MultiTensorStep, LionLoop):
         weight_decay: Decoupled weight decay (default: 0).
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
-        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
+            :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
+            :attr:`grad_norm` then holds the norm before clipping.
+        skip_nonfinite: Skip steps with infinite or NaN gradients (default: False).
+        skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
+            None).
+        max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -119,7 +125,10 @@ class Lion(MultiTensorStep, LionLoop):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Clipping | None = None,
+        skip_nonfinite: bool = False,
+        skip_spikes: Spikes | bool | None = None,
+        max_skips: int | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -130,6 +139,6 @@ class Lion(MultiTensorStep, LionLoop):
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
-            param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
+            param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
         )  # fmt: skip

@@ -32,17 +32,20 @@ FLOORS = [
         f"optimx._engine.{name}"
         for name in (
             "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "storage", "sharding", "exchange",
-            "rounds", "optimizer",
+            "rounds", "guards", "optimizer",
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
-    [f"optimx._engine.{name}" for name in ("placement", "recode", "states", "plan", "grad_norm", "fallback")],
+    [
+        f"optimx._engine.{name}"
+        for name in ("placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback")
+    ],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
-        "optimx.composite",
+        "optimx.composite", "optimx.bad_steps",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],

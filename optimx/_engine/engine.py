@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends
+from .bad_gradients import BadGradients, check_skips
 from .bucket import Bucket
 from .fallback import run_stock
 from .grad_norm import Amp, Found, measure
+from .guards import Clipping
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
 from .sharding import gathered
@@ -31,7 +33,7 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 _PLANS_KEPT = 4
 
 #: Settings of the whole optimizer; in a group they would mean something else.
-WHOLE = ("max_grad_norm", "normalize_grads", "norm_group")
+WHOLE = ("max_grad_norm", "normalize_grads", "norm_group", "skip_nonfinite", "skip_spikes", "max_skips")
 
 
 def check_group(group: Any, optimizer: EngineOptimizer, loaded: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -61,6 +63,8 @@ class Engine:
         device_counts: Steps are counted on the device: whether one counts, only it knows (GradScaler).
         control: Of the last step, see :mod:`optimx._engine.grad_norm`; None without clipping and GradScaler.
         deferred_found_inf: Left by GradScaler, to be written by the coming step.
+        verdict: The ``control`` of the coming step, where a composite has decided about it.
+        bad: Which gradients were infinite or NaN, where rules look for them.
     """
 
     def __init__(self) -> None:
@@ -69,6 +73,8 @@ class Engine:
         self.device_counts = False
         self.control: Tensor | None = None
         self.deferred_found_inf: Tensor | None = None
+        self.verdict: Tensor | None = None
+        self.bad = BadGradients()
         self._settings: list[Any] = []
         self._n_group_keys = 0
 
@@ -82,12 +88,16 @@ class Engine:
             _compat.set_grad_enabled(records)
 
     def _step(self, optimizer: EngineOptimizer) -> None:
+        if optimizer.max_skips is not None:
+            check_skips(optimizer, self.bad)
         self.read_groups(optimizer)
         inputs = StepInputs(optimizer, self.values, self.device_counts)
         amp = self._amp(optimizer)
         total_norm = self._given_norm(optimizer)
         plan = self._plan(optimizer, inputs)
-        if amp.found_inf is not None and optimizer.rule.scalars and not self.device_counts and plan.on_triton:
+        rules = optimizer.rules
+        may_skip = amp.found_inf is not None or self.verdict is not None or (rules is not None and rules.skips)
+        if may_skip and optimizer.rule.scalars and not self.device_counts and plan.on_triton:
             plan.release()
             self.device_counts = inputs.device_counts = True
             self._forget_plans()
@@ -103,7 +113,7 @@ class Engine:
                     # once: other ranks may have nothing to compile again
                     self._measure(optimizer, plan, inputs, amp, total_norm)
                     is_measured = True
-                self._update(optimizer, plan, inputs, amp, noise_step)
+                self._update(optimizer, plan, inputs, noise_step, may_skip=may_skip)
                 return
             except backends.CompileError as failed:
                 backends.give_up(failed, _described(failed, optimizer, plan))
@@ -144,8 +154,7 @@ class Engine:
 
     def note_found_inf(self, optimizer: EngineOptimizer, found_inf: Sequence[Tensor]) -> None:
         """GradScaler has looked for infinite gradients, and may not call the step."""
-        device = found_inf[0].device
-        found = torch.stack([found.to(device, torch.float32) for found in found_inf]).sum()
+        found = torch.stack([found.to(found_inf[0].device, torch.float32) for found in found_inf]).sum()
         unknown = torch.full_like(found, torch.nan)
         self.control = torch.stack([unknown, torch.ones_like(found), found])
         if optimizer.needs_norm:
@@ -205,23 +214,39 @@ class Engine:
         # what other ranks have counts, too, and all of them have to come together
         found = Found(plan.buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)
         takes_part = bool(plan.buckets or others or plan.reduction or total_norm is not None)
-        self.control = None
+        self.control, self.verdict = self.verdict, None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
+        if self.control is not None:
+            return
         if needs_norm and not takes_part:
             optimizer.grad_norm = torch.zeros((), device="cpu")
         elif (needs_norm or amp != Amp()) and takes_part:
+            rules = optimizer.rules
             # normalizing is clipping to 1 that also lengthens
             max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
+            if rules is not None or isinstance(max_norm, Clipping):
+                max_norm = None
             device = inputs.shards[0].device
-            norm, self.control = measure(found, max_norm, amp, device, clamp=not optimizer.normalize_grads)
-            optimizer.grad_norm = norm if needs_norm else None
+            measured = measure(found, max_norm, amp, device, needed=needs_norm, clamp=not optimizer.normalize_grads)
+            self.control = measured.control
+            optimizer.grad_norm = measured.norm if needs_norm else None
+            if rules is not None:
+                with backends.compiling(*(bucket.kernel_key for bucket, _ in measured.partials)):
+                    optimizer._judge(self.control)
+                self.bad.note(optimizer, inputs.grads, measured)
         if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found
             self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
 
     def _update(
-        self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp, noise_step: int | None
+        self,
+        optimizer: EngineOptimizer,
+        plan: StepPlan,
+        inputs: StepInputs,
+        noise_step: int | None,
+        *,
+        may_skip: bool,
     ) -> None:
         """Compile, and update: with torch's step what is left to it, the buckets together."""
         control, buckets = self.control, plan.buckets
@@ -232,7 +257,7 @@ class Engine:
         # torch's step goes first: where it raises, nothing has been changed
         if plan.leftovers:
             whole_grads = [inputs.whole_grads[position] for position, _ in plan.leftovers]
-            run_stock(optimizer, plan.leftovers, whole_grads, control, amp)
+            run_stock(optimizer, plan.leftovers, whole_grads, control, may_skip=may_skip)
         for group in optimizer.param_groups if noise_step is not None else ():
             group["rounding_step"] = noise_step
         updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
@@ -243,7 +268,7 @@ class Engine:
             torch.autograd.graph.increment_version(bucket.updated(bucket.members.params))
             if bucket.key.cut is not None:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
-        if plan.is_first and control is not None and amp.found_inf is not None:
+        if plan.is_first and control is not None and may_skip:
             plan.take_back_first(inputs.params, optimizer.state, control)
 
 
@@ -286,7 +311,7 @@ def _described(failed: backends.CompileError, optimizer: EngineOptimizer, plan: 
     return f"{n_tensors} tensor{'s' * (n_tensors != 1)} of {type(optimizer).__name__} ({', '.join(where)})"
 
 
-def flat_shards_message(max_grad_norm: float | None) -> str:
+def flat_shards_message(max_grad_norm: float | Clipping | None) -> str:
     """Why gradients cannot be clipped in the step where FSDP1 keeps flat shards, and how they can."""
     return (
         "norm_group should be the process group over which FullyShardedDataParallel keeps flat parameters, for "

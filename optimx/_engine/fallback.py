@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import _compat
 from . import sharding
-from .grad_norm import FACTOR, SKIP, Amp
+from .grad_norm import FACTOR, SKIP
 from .optimizer import EngineOptimizer
 from .placement import Placement
 
@@ -22,10 +22,14 @@ def run_stock(
     leftovers: Sequence[tuple[int, Placement]],
     grads: Sequence[Any],
     control: Tensor | None,
-    amp: Amp,
+    *,
+    may_skip: bool,
 ) -> None:
-    """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says."""
-    if control is not None and amp.found_inf is not None and bool(control[SKIP] != 0):
+    """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says.
+
+    Where ``may_skip``, this waits to see whether it says that the step is skipped.
+    """
+    if control is not None and may_skip and bool(control[SKIP] != 0):
         return
     positions = [position for position, _ in leftovers]
     scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[FACTOR])

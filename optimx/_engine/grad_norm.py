@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,9 +129,23 @@ class Found:
         return norms
 
 
+class Measurement(NamedTuple):
+    """What was measured of the gradients of a step, on the device of the first Triton bucket, else of the first one.
+
+    Attributes:
+        norm: Before clipping, a scalar.
+        control: See above.
+        partials: For each Triton bucket that was measured its partial results, float64 ``[2, n_chunks]``.
+    """
+
+    norm: Tensor
+    control: Tensor
+    partials: Sequence[tuple[Any, Tensor]] = ()
+
+
 def measure(
-    found: Found, max_norm: float | None, amp: Amp, device: torch.device, *, clamp: bool = True
-) -> tuple[Tensor, Tensor]:
+    found: Found, max_norm: float | None, amp: Amp, device: torch.device, *, needed: bool, clamp: bool = True
+) -> Measurement:
     """Norm and ``control`` of a step.
 
     Args:
@@ -139,18 +153,16 @@ def measure(
         max_norm: Clip to this 2-norm; None: do not.
         amp: From GradScaler.
         device: Of the results, where there is no gradient.
+        needed: Somebody wants to know the norm.
         clamp: Leave gradients below ``max_norm`` as they are; False: scale them up to it.
-
-    Returns:
-        The norm before clipping, a scalar, and ``control``. Both on the device of the first Triton bucket, else of
-        the first gradient.
     """
+    needed = needed or max_norm is not None or amp.check
     if found.on(backends.TRITON):
-        return _measure_triton(found, max_norm, amp, clamp)
+        return _measure_triton(found, max_norm, amp, clamp, needed)
     grads = found.grads
     device = grads[0].device if grads else device
     inverse = None if amp.grad_scale is None else amp.grad_scale.to(device, widest(device)).reciprocal()
-    norm, bad = _measure_with_torch(found, max_norm is not None or amp.check, amp, device, inverse)
+    norm, bad = _measure_with_torch(found, needed, amp, device, inverse)
     if amp.check and amp.found_inf is not None and bad is not None:
         amp.found_inf.copy_(bad)
     scale = torch.ones((), dtype=widest(device), device=device)
@@ -163,7 +175,7 @@ def measure(
     if amp.found_inf is not None:
         skip = (amp.found_inf if bad is None else bad).to(device, widest(device))
     control = torch.stack([skip if norm is None else norm, scale, skip])
-    return control[NORM].to(result_dtype(grad.dtype for grad in grads)), control
+    return Measurement(control[NORM].to(result_dtype(grad.dtype for grad in grads)), control)
 
 
 def _measure_with_torch(
@@ -207,16 +219,17 @@ def _maybe_infinite(norm: Tensor) -> bool:
     return norm.device.type != "cpu" or not bool(norm.isfinite())
 
 
-def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool) -> tuple[Tensor, Tensor]:
+def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool, needed: bool) -> Measurement:
     from ..triton_kernels.grad_norm import finish_
 
     buckets, reduction = found.on(backends.TRITON), found.reduction
     home = buckets[0].key.device
     found_inf = _on(amp.found_inf, home)
+    of_buckets: list[tuple[Any, Tensor]] = []
     if found.total_norm is not None:
         partials = _as_partials(torch.as_tensor(found.total_norm), amp, home)[:, None]
     else:
-        partials, cuts = _partials(found, buckets, amp, home, needed=max_norm is not None or amp.check)
+        partials, cuts, of_buckets = _partials(found, buckets, amp, home, needed=needed)
         if reduction:
             sums = reduction.new(home, torch.float64)
             for cut, first, end in cuts:
@@ -236,29 +249,33 @@ def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool)
         )  # fmt: skip
     if amp.check and amp.found_inf is not None and found_inf is not None and found_inf is not amp.found_inf:
         amp.found_inf.copy_(found_inf, non_blocking=True)
-    return norm, control
+    return Measurement(norm, control, of_buckets)
 
 
 def _partials(
     found: Found, buckets: Sequence[Any], amp: Amp, home: torch.device, *, needed: bool
-) -> tuple[Tensor, list[tuple[Cut | None, int, int]]]:
-    """Squares of unscaled gradients and marks of bad ones, float64 ``[2, n]``, and which columns are spread how."""
+) -> tuple[Tensor, list[tuple[Cut | None, int, int]], list[tuple[Any, Tensor]]]:
+    """Squares of unscaled gradients and marks of bad ones, float64 ``[2, n]``, which columns are spread how, and what
+    is each bucket's."""
     if not needed:
-        return torch.empty(2, 0, dtype=torch.float64, device=home), []
+        return torch.empty(2, 0, dtype=torch.float64, device=home), [], []
     others = found.torch_norms(wide=amp.grad_scale is not None)
     here = [bucket for bucket in buckets if bucket.key.device == home]
     away = [bucket for bucket in buckets if bucket.key.device != home]
     columns = sum(bucket.n_partials for bucket in here) + len(away) + sum(map(len, others.values()))
     partials = torch.empty(2, columns, dtype=torch.float64, device=home)
     cuts: list[tuple[Cut | None, int, int]] = []
+    of_buckets: list[tuple[Any, Tensor]] = []
     offset = 0
     for bucket in here:
         bucket.measure(partials, offset, _on(amp.grad_scale, home))
+        of_buckets.append((bucket, partials[:, offset : offset + bucket.n_partials]))
         cuts.append((bucket.key.cut, offset, offset + bucket.n_partials))
         offset += bucket.n_partials
     for bucket in away:
         there = torch.empty(2, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
         bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
+        of_buckets.append((bucket, there))
         partials[:, offset] = there.sum(1).to(home, non_blocking=True)
         cuts.append((bucket.key.cut, offset, offset + 1))
         offset += 1
@@ -267,7 +284,7 @@ def _partials(
         for norm in norms:
             partials[:, offset] = _as_partials(norm, amp, home)
             offset += 1
-    return partials, cuts
+    return partials, cuts, of_buckets
 
 
 def _as_partials(norm: Tensor, amp: Amp, home: torch.device) -> Tensor:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _compat
+from .guards import Guarded
 from .rule import UpdateRule
 
 
-class EngineOptimizer(_compat.GraphCaptureCheck):
+class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     """An optimizer with a rule, and with settings that hold for all of its groups."""
 
     rule: ClassVar[UpdateRule]
@@ -20,10 +21,6 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     #: Torch's own step, or the loop that stands for one, without the step hooks.
     _stock_step: ClassVar[Callable[..., Any]]
 
-    #: Clip the gradients of all groups to this 2-norm inside the step; None: do not. May be changed between steps.
-    #: The norm is that of the parameters this optimizer has, on all ranks: DTensors (FSDP2, tensor parallel) tell where
-    #: the rest of them is; for other shards see :attr:`norm_group`.
-    max_grad_norm: float | None = None
     #: A process group, each rank of which has other parameters, or other parts of them, that are no DTensors: flat
     #: parameters of FSDP1, partitions of a ZeroRedundancyOptimizer, stages of a pipeline. Their squared norms are added
     #: up, and all skip a step that one has to skip. None: parameters that are no DTensors are alike on all ranks.
@@ -32,20 +29,13 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     #: or communicated. A scalar tensor, a number, or a DTensor, of which all parts are gathered first.
     total_norm: Tensor | float | None = None
     #: Norm of all gradients before clipping in the last step, a scalar tensor on their device that nobody waits for
-    #: (float32; float64 where a gradient is); None without ``max_grad_norm``. Under GradScaler it is of the unscaled
+    #: (float32; float64 where a gradient is); None where nobody asks for it. Under GradScaler it is of the unscaled
     #: gradients, and not finite where the step was skipped.
     grad_norm: Tensor | None = None
-    #: Divide the gradients of all groups by their common 2-norm inside the step.
-    normalize_grads: bool = False
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
     loop_keeps_dtypes: ClassVar[bool] = False
-
-    @property
-    def needs_norm(self) -> bool:
-        """Whether the step measures the norm of the gradients."""
-        return self.max_grad_norm is not None or self.normalize_grads
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

@@ -8,8 +8,8 @@ an :class:`UpdateRule`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat
-from .._checks import above
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
+from .guards import Clipping, Spikes
 from .optimizer import EngineOptimizer, evaluated
 from .recode import check_complete, with_float32
 from .states import own_states, settle_scalars
@@ -52,42 +52,48 @@ class MultiTensorStep(EngineOptimizer):
         params: ParamsT,
         defaults: dict[str, Any],
         *,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Clipping | None = None,
         capturable: bool = False,
         norm_group: Any = None,
-        **storage: Any,
+        **settings: Any,
     ) -> None:
         """As :class:`torch.optim.Optimizer`: a subclass may pass over its base class's own ``__init__``.
 
         Args:
             params: Parameters, or groups of them.
             defaults: Settings of groups that do not have their own.
-            max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None).
+            max_grad_norm: See :attr:`max_grad_norm` (default: None).
             capturable: The step may be recorded in a CUDA graph (default: False).
             norm_group: See :attr:`norm_group` (default: None).
-            storage: ``param_rounding``, ``state_dtype`` and ``rounding_seed``, how parameters and states are kept
+            settings: ``skip_nonfinite``, ``skip_spikes`` and ``max_skips``, which steps are not taken (default: all
+                are); ``param_rounding``, ``state_dtype`` and ``rounding_seed``, how parameters and states are kept
                 (default: as torch keeps them).
 
         Raises:
-            ValueError: ``max_grad_norm`` is not > 0, or nothing can be kept like that.
+            ValueError: ``max_grad_norm`` is not > 0, another setting is out of range, or nothing can be kept like that.
         """
         Optimizer.__init__(self, params, defaults)
-        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group, **storage)
+        self._init_step(max_grad_norm, capturable=capturable, norm_group=norm_group, **settings)
 
     def _init_step(
-        self, max_grad_norm: float | None, *, capturable: bool = False, norm_group: Any = None, **storage: Any
+        self,
+        max_grad_norm: float | Clipping | None,
+        *,
+        capturable: bool = False,
+        norm_group: Any = None,
+        skip_nonfinite: bool = False,
+        skip_spikes: Spikes | Mapping[str, Any] | bool | None = None,
+        max_skips: int | None = None,
+        **storage: Any,
     ) -> None:
         """To be called at the end of a subclass's ``__init__``."""
         self._set_storage(storage)
+        self._set_rules(max_grad_norm, skip_nonfinite, skip_spikes, max_skips)
         if norm_group is not None:
             self.norm_group = norm_group
-        if max_grad_norm is not None:
-            above(0).check("max_grad_norm", max_grad_norm)
-            if norm_group is None and any(
-                map(_compat.is_flat_shard, chain.from_iterable(group["params"] for group in self.param_groups))
-            ):
+        if self.needs_norm and norm_group is None:
+            if any(map(_compat.is_flat_shard, chain.from_iterable(group["params"] for group in self.param_groups))):
                 raise ValueError(flat_shards_message(max_grad_norm))
-            self.max_grad_norm = max_grad_norm
         if capturable:
             self.capturable = capturable
         self._is_set_up = True
@@ -212,6 +218,9 @@ class MultiTensorStep(EngineOptimizer):
             own: Ids of what was in the state before.
             settings: How groups said before that things are kept.
         """
+        guard_state = state_dict.get("guard_state")
+        if guard_state is not None:
+            self.guard_state = {name: one.detach().clone() for name, one in guard_state.items()}
         for group, chosen in zip(self.param_groups, settings, strict=True):
             if not group.keys() & SETTINGS.keys():
                 group.update(chosen)
@@ -258,18 +267,16 @@ class MultiTensorStep(EngineOptimizer):
                 and any(state[name].device.type != "cpu" for name in names)
             ]  # fmt: skip
             settle_scalars(names, away, torch.device("cpu"))
-        if compressed:
-            return super().state_dict()
         # before others' hooks, which know no codes; DCP takes no dtypes where it gathers groups
-        plain = self.register_state_dict_post_hook(_for_others, prepend=True)
+        saved = self.register_state_dict_post_hook(partial(_as_saved, compressed=compressed), prepend=True)
         try:
             return super().state_dict()
         finally:
-            plain.remove()
+            saved.remove()
 
     @property
     def step_was_skipped(self) -> Tensor:
-        """Whether the last step changed nothing because GradScaler found an infinite or NaN gradient: a bool scalar.
+        """Whether the last step changed nothing, as GradScaler or the optimizer's own rules wanted: a bool scalar.
 
         It is on the gradients' device; only looking at its value (``if opt.step_was_skipped``) waits. Without
         ``fused=True`` torch's GradScaler does not call a step that it skips, and this tells of the last one called.
@@ -310,20 +317,26 @@ def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
     optimizer._engine.step(optimizer)
 
 
-def _for_others(optimizer: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
-    groups = [
-        {**group, "state_dtype": named(group["state_dtype"])} if "state_dtype" in group else group
-        for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "state": with_float32(optimizer, state_dict["state"]), "param_groups": groups}
+def _as_saved(optimizer: Any, state_dict: dict[str, Any], *, compressed: bool) -> dict[str, Any]:
+    saved = dict(state_dict)
+    if not compressed:
+        saved["state"] = with_float32(optimizer, state_dict["state"])
+        saved["param_groups"] = [
+            {**group, "state_dtype": named(group["state_dtype"])} if "state_dtype" in group else group
+            for group in state_dict["param_groups"]
+        ]
+    if optimizer.guard_state is not None:
+        # under a key of its own, which stock classes pass over
+        saved["guard_state"] = {name: vector.clone() for name, vector in optimizer.guard_state.items()}
+    return saved
 
 
 def _is_data(value: Any) -> bool:
-    """Whether an attribute can go wherever the optimizer is sent: numbers, texts, tensors and containers of them."""
+    """Whether an attribute can go wherever the optimizer is sent: numbers, texts, tensors, rules, lists of them."""
     if isinstance(value, dict):
         return all(map(_is_data, chain.from_iterable(value.items())))
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_data, value))
     return value is None or isinstance(
-        value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device)
+        value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, Clipping, Spikes)
     )
