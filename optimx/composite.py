@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import _compat
-from ._checks import above, check_instance, one_of
+from ._checks import check_instance, one_of
+from ._engine.bad_gradients import BadGradients, check_skips
 from ._engine.engine import flat_shards_message
+from ._engine.grad_norm import FACTOR, SKIP, Measurement, widest
+from ._engine.guards import SETTINGS, Clipping, Guarded, Spikes
 from ._engine.optimizer import evaluated
 from ._engine.step import MultiTensorStep
 from .clip_grad import clip_grads_with_norm_, norm_of
@@ -23,7 +26,7 @@ from .clip_grad import clip_grads_with_norm_, norm_of
 __all__ = ["Composite"]
 
 
-class Composite(Optimizer):
+class Composite(Guarded, Optimizer):
     """Several optimizers, its *members*, as one :class:`torch.optim.Optimizer`. Torch has no class of this name.
 
     ``composite["muon"]`` is a member. ``param_groups`` lists the very dicts of the members, so schedulers and edits
@@ -38,26 +41,34 @@ class Composite(Optimizer):
             alone; the gradients of others are scaled in place. May be changed between steps.
         norm_group: A process group, each rank of which has other parameters that are no DTensors, as for every
             optimizer of optimx (default: None).
+        skip_nonfinite, skip_spikes, max_skips: As for every optimizer of optimx, of all members together (default: no
+            step is skipped). A member of another library waits for the device to know whether to step.
 
     Attributes:
         optimizers: The members by name.
-        grad_norm: The norm before clipping in the last step, a scalar tensor that nobody waits for; None without
-            ``max_grad_norm``. Not finite where our GradScaler skipped the step.
+        grad_norm: The norm before clipping in the last step, a scalar tensor that nobody waits for; None where nobody
+            asks for it. Not finite where our GradScaler skipped the step.
 
     Raises:
         TypeError: ``optimizers`` is no mapping, or a member no :class:`torch.optim.Optimizer`.
         ValueError: There is no member; a parameter is in two of them; a step needs a closure, as LBFGS's does; a member
-            is a composite; or with ``max_grad_norm`` a member has its own, normalizes its gradients, or has another
-            ``norm_group``.
+            is a composite; or with ``max_grad_norm``, or a rule about skipping, a member has its own, normalizes its
+            gradients, or has another ``norm_group``.
     """
 
     optimizers: dict[str, Optimizer]
-    max_grad_norm: float | None
     norm_group: Any
     grad_norm: Tensor | None
 
     def __init__(
-        self, optimizers: Mapping[str, Optimizer], max_grad_norm: float | None = None, norm_group: Any = None
+        self,
+        optimizers: Mapping[str, Optimizer],
+        max_grad_norm: float | Clipping | None = None,
+        norm_group: Any = None,
+        *,
+        skip_nonfinite: bool = False,
+        skip_spikes: Spikes | bool | None = None,
+        max_skips: int | None = None,
     ) -> None:
         check_instance("optimizers", optimizers, Mapping, "a dict of optimizers by name")
         for name, optimizer in optimizers.items():
@@ -70,8 +81,7 @@ class Composite(Optimizer):
                 )
         if not optimizers:
             raise ValueError("optimizers should be one or more but are: {}")
-        if max_grad_norm is not None:
-            above(0).check("max_grad_norm", max_grad_norm)
+        self._set_rules(max_grad_norm, skip_nonfinite, skip_spikes, max_skips)
         of_all = set.intersection(*(set(optimizer.defaults) for optimizer in optimizers.values()))
         first = next(iter(optimizers.values()))
         # torch's __init__ would put an empty list and an empty dict in the place of groups and states
@@ -80,7 +90,6 @@ class Composite(Optimizer):
                 # CyclicLR and OneCycleLR ask here whether groups have betas, or momentum
                 "defaults": {name: value for name, value in first.defaults.items() if name in of_all},
                 "optimizers": dict(optimizers),
-                "max_grad_norm": max_grad_norm,
                 "grad_norm": None,
             }
         )
@@ -91,12 +100,14 @@ class Composite(Optimizer):
             raise ValueError(self._conflict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: vars(self)[name] for name in ("defaults", "optimizers", "max_grad_norm", "grad_norm", "_places")}
+        names = ("defaults", "optimizers", "grad_norm", "_places", *SETTINGS, "guard_state")
+        return {name: vars(self)[name] for name in names if name in vars(self)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # ranks are no data
         self.norm_group = None
-        self._found_inf: Tensor | None = None
+        self._skipped: Tensor | None = None
+        self._bad = BadGradients()
         self._places: list[tuple[str, int]] = []
         super().__setstate__(state)
 
@@ -125,8 +136,8 @@ class Composite(Optimizer):
 
     @property
     def step_was_skipped(self) -> Tensor:
-        """Whether :class:`optimx.GradScaler` skipped the last step: a bool scalar; only looking at its value waits."""
-        return torch.tensor(False, device="cpu") if self._found_inf is None else self._found_inf != 0
+        """Whether :class:`optimx.GradScaler`, or a rule, skipped the last step: a bool scalar; looking at it waits."""
+        return torch.tensor(False, device="cpu") if self._skipped is None else self._skipped != 0
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step each member once.
@@ -140,19 +151,49 @@ class Composite(Optimizer):
         Raises:
             RuntimeError: A member has got a setting that does not go with ``max_grad_norm``.
         """
+        if self.max_skips is not None:
+            check_skips(self, self._bad)
         loss = evaluated(closure)
-        self._found_inf = None
+        self._skipped = None
         if self._conflict is not None:
             raise RuntimeError(self._conflict)
-        self.grad_norm = None
-        if self.max_grad_norm is not None:
+        self.grad_norm = verdict = None
+        if self.needs_norm:
             params = [*chain.from_iterable(map(_params_of, self.optimizers.values()))]
             grads = [param.grad for param in params if param.grad is not None]
             self.grad_norm = norm_of(grads, params, group=self.norm_group)
+            if self.rules is not None:
+                verdict = self._verdict(self.grad_norm, params)
         for optimizer in self.optimizers.values():
-            with self._clipping(optimizer):
-                optimizer.step()
+            if verdict is None:
+                with self._clipping(optimizer):
+                    optimizer.step()
+            else:
+                self._step_as_told(optimizer, verdict)
         return loss
+
+    def _verdict(self, norm: Tensor, params: Sequence[Tensor]) -> Tensor:
+        """What the rules make of a step with gradients of this norm: ``control`` of all members."""
+        wide = norm.to(widest(norm.device))
+        verdict = torch.stack([wide, torch.ones_like(wide), torch.zeros_like(wide)])
+        self._judge(verdict)
+        self._bad.note(self, [param.grad for param in params], Measurement(norm, verdict))
+        self._skipped = verdict[SKIP]
+        return verdict
+
+    def _step_as_told(self, optimizer: Optimizer, verdict: Tensor) -> None:
+        """Step a member as the rules want it: skip it, or clip its gradients, inside its step if it is optimx's."""
+        if isinstance(optimizer, MultiTensorStep):
+            optimizer._engine.verdict = verdict
+            optimizer.step()
+            return
+        assert self.rules is not None
+        if self.rules.skips and bool(verdict[SKIP] != 0):
+            return
+        if self.rules.max_norm is not None:
+            # the norm to which this factor clips to 1
+            clip_grads_with_norm_(_params_of(optimizer), 1.0, 1.0 / verdict[FACTOR] - 1e-6)
+        optimizer.step()
 
     @_compat.disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -222,15 +263,15 @@ class Composite(Optimizer):
 
     @property
     def _conflict(self) -> str | None:
-        """Why the members cannot be clipped together, if so."""
-        if self.max_grad_norm is None:
+        """Why the members cannot be clipped, or skipped, together, if so."""
+        if not self.needs_norm:
             return None
         for name, own in self.optimizers.items():
             if isinstance(own, MultiTensorStep):
                 if own.needs_norm:
-                    which = "max_grad_norm" if own.max_grad_norm is not None else "normalize_grads"
-                    return f"{which} of {name!r} should be unset beside the composite's max_grad_norm but is: " + str(
-                        getattr(own, which)
+                    ours, theirs = (next(s for s in SETTINGS if getattr(one, s)) for one in (self, own))
+                    return f"{theirs} of {name!r} should be unset beside the composite's {ours} but is: " + str(
+                        getattr(own, theirs)
                     )
                 if own.norm_group is not None and own.norm_group is not self.norm_group:
                     return f"norm_group should be that of {name!r} but is: {self.norm_group}"
@@ -241,7 +282,7 @@ class Composite(Optimizer):
     @contextmanager
     def _clipping(self, optimizer: Optimizer) -> Iterator[None]:
         """Clip a member's gradients by the norm of all: inside its step if it is optimx's, else in place."""
-        if self.max_grad_norm is None or self.grad_norm is None:
+        if self.max_grad_norm is None or isinstance(self.max_grad_norm, Clipping) or self.grad_norm is None:
             yield
         elif isinstance(optimizer, MultiTensorStep):
             optimizer.max_grad_norm, optimizer.total_norm = self.max_grad_norm, self.grad_norm
@@ -256,9 +297,9 @@ class Composite(Optimizer):
     def _note_found_inf(self, found_inf: Sequence[Tensor]) -> None:
         """GradScaler has looked for infinite gradients, and may not call the step."""
         device = found_inf[0].device
-        self._found_inf = torch.stack([found.to(device, torch.float32) for found in found_inf]).sum()
-        if self.max_grad_norm is not None:
-            self.grad_norm = torch.full_like(self._found_inf, torch.nan)
+        self._skipped = torch.stack([found.to(device, torch.float32) for found in found_inf]).sum()
+        if self.needs_norm:
+            self.grad_norm = torch.full_like(self._skipped, torch.nan)
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, MultiTensorStep):
                 optimizer._note_found_inf(found_inf)
@@ -286,6 +327,8 @@ class Composite(Optimizer):
             name: {key: value for key, value in part.items() if key not in packed}
             for name, part in parts.items() if part.keys() > packed.keys()
         }  # fmt: skip
+        if self.guard_state is not None:
+            packed["guard_state"] = {name: vector.clone() for name, vector in self.guard_state.items()}
         return packed | ({"optimizers": more} if more else {})
 
     def _load(self, state_dict: dict[str, Any]) -> None:
@@ -293,6 +336,8 @@ class Composite(Optimizer):
         with all_or_none(self):
             for name, optimizer in self.optimizers.items():
                 optimizer.load_state_dict(parts[name])
+        if "guard_state" in state_dict:
+            self.guard_state = {name: vector.detach().clone() for name, vector in state_dict["guard_state"].items()}
 
     def _parts(self, state_dict: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """What of a state dict is each member's."""

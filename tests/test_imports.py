@@ -31,14 +31,14 @@ FLOORS = [
     [
         f"optimx._engine.{name}"
         for name in (
-            "layout", "rule", "backends", "scalars", "newton_schulz", "matrices", "storage", "sharding", "exchange",
-            "rounds", "guards", "optimizer",
+            "layout", "rule", "backends", "scalars", "measured", "newton_schulz", "matrices", "storage", "sharding",
+            "exchange", "rounds", "guards", "optimizer",
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [
         f"optimx._engine.{name}"
-        for name in ("placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback")
+        for name in ("placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder")
     ],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [

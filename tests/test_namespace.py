@@ -147,12 +147,13 @@ def test_adamw_is_an_adam() -> None:
 
 
 #: Beyond torch's arguments; ``capturable`` where torch's class has none.
-EXTRA = {case.name: ["max_grad_norm", "norm_group"] for case in TORCHS}
-EXTRA["sgd"] = EXTRA["adagrad"] = ["max_grad_norm", "norm_group", "capturable"]
+WHOLE = ["max_grad_norm", "skip_nonfinite", "skip_spikes", "max_skips", "norm_group"]
+EXTRA = {case.name: WHOLE for case in TORCHS}
+EXTRA["sgd"] = EXTRA["adagrad"] = [*WHOLE, "capturable"]
 # what makes it transformers' has tests of its own
 EXTRA["adafactor"] = [
     "variant", "beta1", "scale_parameter", "relative_step", "warmup_init", "clip_threshold", "decay_rate",
-    "state_dtype", "capturable", "max_grad_norm", "norm_group",
+    "state_dtype", "capturable", *WHOLE,
 ]  # fmt: skip
 
 
@@ -163,7 +164,13 @@ def test_signature(case: Case) -> None:
     assert [(p.name, p.kind, p.default) for p in ours[: len(torchs)]] == [(p.name, p.kind, p.default) for p in torchs]
     extra = ours[len(torchs) :]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
-    values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
+    values = {
+        "capturable": False,
+        "variant": "torch",
+        "scale_parameter": True,
+        "warmup_init": False,
+        "skip_nonfinite": False,
+    }
     assert {p.name: p.default for p in extra} == {**{name: values.get(name) for name in EXTRA[case.name]}, **SETTINGS}
 
 
@@ -175,7 +182,7 @@ def test_signature_of_our_own(case: Case) -> None:
     torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
     assert positional == torchs
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
-    assert list(parameters)[-6:] == ["capturable", "max_grad_norm", "norm_group", *SETTINGS]
+    assert list(parameters)[-len(WHOLE) - 4 :] == ["capturable", *WHOLE, *SETTINGS]
     assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
 
 
@@ -212,7 +219,7 @@ def test_defaults_and_repr(case: Case) -> None:
 def test_defaults_and_repr_of_our_own(case: Case) -> None:
     """Settings of the whole optimizer are on the optimizer, all others in its groups."""
     ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
-    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads", *SETTINGS}
+    whole = {"params", "capturable", "normalize_grads", *WHOLE, *SETTINGS}
     parameters = inspect.signature(case.cls).parameters
     assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]

@@ -337,7 +337,7 @@ def read_states(block, N_STATES: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def write(block, role: tl.constexpr, value):
-    """Keep a role of a block, rounded once; ``block`` as for :func:`read`."""
+    """Keep a role of a block, rounded once; ``block`` as for :func:`read`. Returns what is kept, but for codes."""
     pointers, offsets, mask = block[0], block[1], block[2]
     FORMATS: tl.constexpr = block[6]
     OWN: tl.constexpr = 1 + role if role else 0
@@ -345,21 +345,27 @@ def write(block, role: tl.constexpr, value):
     own = pointers[OWN] + offsets
     if KIND == STOCHASTIC:
         bits = random_bits(block[5], role, offsets, block[4])
-        tl.store(own, stochastic(value.to(tl.float32), bits, own.dtype.element_ty), mask=mask)
+        rounded = stochastic(value.to(tl.float32), bits, own.dtype.element_ty)
+        tl.store(own, rounded, mask=mask)
+        return rounded.to(value.dtype)
     elif KIND < STOCHASTIC:
         store(own, value, mask)
+        return value.to(own.dtype.element_ty).to(value.dtype)
     elif KIND == MASTER:
         store(own, value, mask)
         store(pointers[FORMATS[role][1]] + offsets, value, mask)
+        return value
     elif KIND < MASTER:
         companion = pointers[FORMATS[role][1]] + offsets
         visible, remainder = split_remainder(value, companion.dtype.element_ty)
         tl.store(own, visible, mask=mask)
         tl.store(companion, remainder, mask=mask)
+        return join_remainder(visible, remainder).to(value.dtype)
     else:
         codes, scales = encode8(value.to(tl.float32), KIND == SIGNED8)
         tl.store(own, codes.to(own.dtype.element_ty), mask=mask)
         _store_scales(pointers[FORMATS[role][1]], scales, block[3])
+        return value
 
 
 @triton.jit
@@ -376,6 +382,12 @@ def _store_scales(pointer, scales, groups):
         tl.store(pointer + groups[0], scales)
     else:
         tl.store(pointer + groups[0], scales, mask=groups[1])
+
+
+@triton.jit
+def fold(values):
+    """Sums of four neighbours, which a thread has; a carry of as many numbers as a block has would take registers."""
+    return tl.sum(tl.reshape(values, (values.numel // 4, 4)), axis=1)
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .device import (
     chunk,
     chunk_pointer,
     compute_dtype,
+    fold,
     for_each_block,
     launch,
     load,
@@ -34,9 +35,12 @@ from .tensor_table import LaunchSize, TensorTable
 
 
 @triton.jit
-def _norm_block(carry, pointers, inv_scale, first, offsets, mask, NORM_TYPE: tl.constexpr):
-    """Adds a block of gradients to a norm, and to the mark whether any is infinite or NaN."""
-    total, any_bad = carry
+def _norm_block(carry, pointers, inv_scale, first, offsets, mask, CONSTANTS: tl.constexpr):
+    """Adds a block of gradients to a norm, and to the mark whether any is infinite or NaN.
+
+    With ``CONSTANTS[1]`` also to the largest one, and to the number of those that are 0.
+    """
+    NORM_TYPE: tl.constexpr = CONSTANTS[0]
     g = load(pointers[0] + offsets, mask, inv_scale.dtype)
     bad = (g != g) | (tl.abs(g) == float("inf"))
     g *= inv_scale
@@ -44,7 +48,13 @@ def _norm_block(carry, pointers, inv_scale, first, offsets, mask, NORM_TYPE: tl.
         power = g * g
     else:
         power = tl.abs(g)
-    return _combine(total, power, NORM_TYPE), any_bad | bad
+    found = (_combine(carry[0], power, NORM_TYPE), carry[1] | bad)
+    if CONSTANTS[1]:
+        is_zero = g == 0.0
+        if mask is not None:
+            is_zero = is_zero & mask
+        found = found + (_combine(carry[2], tl.abs(g), 0), carry[3] + fold(is_zero.to(tl.float32)))
+    return found
 
 
 @triton.jit(do_not_specialize=["n_partials"], do_not_specialize_on_alignment=["grad_scale_ptr", "partials_ptr"])
@@ -60,6 +70,7 @@ def _norm_kernel(
     COMPUTE: tl.constexpr,
     NORM_TYPE: tl.constexpr,  # 1, 2, or 0 for infinity
     HAS_SCALE: tl.constexpr,
+    WATCHED: tl.constexpr,  # two more rows of partials_ptr: the largest one, and how many are 0
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -70,12 +81,17 @@ def _norm_kernel(
         inv_scale = (1.0 / tl.load(grad_scale_ptr).to(tl.float64)).to(COMPUTE)
 
     nothing = tl.zeros((BLOCK_SIZE,), COMPUTE), tl.zeros((BLOCK_SIZE,), tl.int1)
-    total, any_bad = for_each_block(
-        _norm_block, NORM_TYPE, nothing, (g_ptr,), inv_scale, remaining, CHUNK_SIZE, BLOCK_SIZE
+    if WATCHED:
+        nothing = nothing + (tl.zeros((BLOCK_SIZE,), COMPUTE), tl.zeros((BLOCK_SIZE // 4,), tl.float32))
+    found = for_each_block(
+        _norm_block, (NORM_TYPE, WATCHED), nothing, (g_ptr,), inv_scale, remaining, CHUNK_SIZE, BLOCK_SIZE
     )
     pid = tl.program_id(0)
-    tl.store(partials_ptr + pid, _reduce(total, NORM_TYPE).to(tl.float64))
-    tl.store(partials_ptr + n_partials + pid, tl.max(any_bad.to(tl.int32), axis=0).to(tl.float64))
+    tl.store(partials_ptr + pid, _reduce(found[0], NORM_TYPE).to(tl.float64))
+    tl.store(partials_ptr + n_partials + pid, tl.max(found[1].to(tl.int32), axis=0).to(tl.float64))
+    if WATCHED:
+        tl.store(partials_ptr + 2 * n_partials + pid, _reduce(found[2], 0).to(tl.float64))
+        tl.store(partials_ptr + 3 * n_partials + pid, tl.sum(found[3], axis=0).to(tl.float64))
 
 
 @triton.jit
@@ -187,6 +203,7 @@ def norm_(
     *,
     dtype: torch.dtype,
     norm_type: float,
+    watched: bool = False,
     warmup: bool = False,
 ) -> None:
     """Write one partial result a chunk to ``partials[:, offset : offset + table.n_chunks]``.
@@ -199,22 +216,26 @@ def norm_(
         offset: Column to begin at.
         dtype: Of the gradients.
         norm_type: A key of :data:`NORM_TYPES`.
+        watched: ``partials`` has two more rows, for the largest element and the number of zeros.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
     launch(
-        _norm_launcher(dtype, norm_type, table.size, grad_scale is not None), table.n_chunks,
+        _norm_launcher(dtype, norm_type, table.size, grad_scale is not None, watched), table.n_chunks,
         grads, table.numels, table.chunk_tensor, table.chunk_start, partials if grad_scale is None else grad_scale,
         partials[0, offset:], partials.shape[1], warmup=warmup,
     )  # fmt: skip
 
 
 @cache
-def _norm_launcher(dtype: torch.dtype, norm_type: float, size: LaunchSize, has_scale: bool) -> Launcher:
+def _norm_launcher(
+    dtype: torch.dtype, norm_type: float, size: LaunchSize, has_scale: bool, watched: bool = False
+) -> Launcher:
     return Launcher(
         _norm_kernel, G_DTYPE=TRITON_DTYPE[dtype], COMPUTE=compute_dtype(dtype), NORM_TYPE=NORM_TYPES[norm_type],
-        HAS_SCALE=has_scale, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size, num_warps=size.num_warps,
+        HAS_SCALE=has_scale, WATCHED=watched, CHUNK_SIZE=size.chunk_size, BLOCK_SIZE=size.block_size,
+        num_warps=size.num_warps,
     )  # fmt: skip
 
 

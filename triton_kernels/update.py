@@ -19,20 +19,24 @@ the gradient, 1 or -1) and ``RAW``.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .codecs import GROUP
 from .device import (
     FACTOR,
     SKIP,
+    TRITON_DTYPE,
     Launcher,
     chunk,
+    chunk_pointer,
     chunk_pointers,
     compute_dtype,
+    fold,
     for_each_block,
     groups_of,
     launch,
@@ -42,10 +46,38 @@ from .device import (
     read,
     read_states,
     runs_of,
+    store,
     write,
 )
 from .storage import PLAIN, Formats, Storage, constants
 from .tensor_table import LaunchSize, TensorTable
+
+#: Sums over a tensor: squares of the new parameter, of its change, and of the first moment before; and of products of
+#: that and the gradient.
+PARAM_SQ, UPDATE_SQ, MOMENT_SQ, GRAD_MOMENT = (tl.constexpr(i) for i in range(4))
+
+
+class Riders(NamedTuple):
+    """What rides along with an update that reads every number anyway.
+
+    Attributes:
+        sums: Which sums over each chunk are written, from ``PARAM_SQ`` on.
+        moment: Which state is the first moment.
+        partials: float32 ``[len(sums), n_chunks]``, written; what stands there stays where a step is skipped.
+        averages: int64 ``[n_tensors]``, addresses of averages of the parameters, which move; None: there are none.
+        average_dtype: Of these.
+        weight: float64 scalar, what the new parameter counts in them.
+    """
+
+    sums: tuple[int, ...] = ()
+    moment: int = 0
+    partials: Tensor | None = None
+    averages: Tensor | None = None
+    average_dtype: torch.dtype | None = None
+    weight: Tensor | None = None
+
+
+NO_RIDERS = Riders()
 
 
 def _named_after(function: str) -> Any:
@@ -62,22 +94,52 @@ def _named_after(function: str) -> Any:
 def _update_block(carry, pointers, args, first, offsets, mask, CONSTANTS: tl.constexpr):
     groups = groups_of(first, offsets, mask, CONSTANTS[3])
     runs = runs_of(first, offsets, mask, CONSTANTS[5])
-    _update((pointers, offsets, mask, groups, runs, args[2], CONSTANTS[4]), args, CONSTANTS)
-    return carry
+    return _update((pointers, offsets, mask, groups, runs, args[2], CONSTANTS[4]), args, carry, CONSTANTS)
 
 
 @triton.jit
-def _update(block, args, CONSTANTS: tl.constexpr):
+def _update(block, args, carry, CONSTANTS: tl.constexpr):
     UPDATE: tl.constexpr = CONSTANTS[0]
-    scale, hyper, _ = args
+    SUMS: tl.constexpr = CONSTANTS[6]
+    scale, hyper = args[0], args[1]
     p = read(block, 0, scale.dtype)
     g = load(block[0][1] + block[1], block[2], scale.dtype) * scale
     # all loads come first, because nothing tells the compiler that the stores write elsewhere
     states = read_states(block, CONSTANTS[2], scale.dtype)
-    write(block, 0, UPDATE(p, g, states, hyper, CONSTANTS[1], block))
+    if CONSTANTS[8]:
+        average_ptr = block[0][len(block[0]) - 1] + block[1]
+        average = load(average_ptr, block[2], scale.dtype)
+    kept = write(block, 0, UPDATE(p, g, states, hyper, CONSTANTS[1], block))
+    if CONSTANTS[8]:
+        store(average_ptr, moved(average, kept, args[3]), block[2])
+    found = ()
+    for i in tl.static_range(len(SUMS)):
+        if SUMS[i] == PARAM_SQ:
+            term = kept * kept
+        elif SUMS[i] == UPDATE_SQ:
+            term = (kept - p) * (kept - p)
+        elif SUMS[i] == MOMENT_SQ:
+            term = states[CONSTANTS[7]] * states[CONSTANTS[7]]
+        else:
+            term = states[CONSTANTS[7]] * g
+        if block[2] is not None:
+            # past the end 0 / 0 may have come out
+            term = tl.where(block[2], term, 0.0)
+        found = found + (carry[i] + fold(term),)
+    return found
 
 
-@triton.jit(repr=_named_after("UPDATE"), do_not_specialize_on_alignment=["steps_ptr"])
+@triton.jit
+def moved(average, value, weight):
+    """An average that has moved towards a value, as ``torch.lerp``: the value itself for a weight of 1."""
+    away = value - average
+    return tl.where(weight < 0.5, average + weight * away, value - away * (1.0 - weight))
+
+
+@triton.jit(
+    repr=_named_after("UPDATE"), do_not_specialize=["n_partials"],
+    do_not_specialize_on_alignment=["steps_ptr", "weight_ptr", "sums_ptr"],
+)  # fmt: skip
 def _update_kernel(
     fixed_ptr,  # int64 [n_tensors, 1 + n_states + n_companions]: params, then each state, then each companion
     grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
@@ -89,6 +151,10 @@ def _update_kernel(
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     noise_ptr,  # int64 [n_tensors, 5], see Noise
     steps_ptr,  # int64 [n_tensors], see Noise
+    averages_ptr,  # int64 [n_tensors]: averages of the parameters
+    weight_ptr,  # float64 scalar: what the new parameter counts in these
+    sums_ptr,  # float32 [n_sums, n_partials], written: a column a program
+    n_partials,
     UPDATE: tl.constexpr,  # the algorithm
     VARIANT: tl.constexpr,  # its variant: a tuple of bools
     N_STATES: tl.constexpr,
@@ -96,6 +162,9 @@ def _update_kernel(
     EACH: tl.constexpr,  # see storage.constants, as the next two
     FORMATS: tl.constexpr,
     NOISE: tl.constexpr,
+    SUMS: tl.constexpr,  # which are written, see Riders
+    MOMENT: tl.constexpr,  # which state they are of
+    AVERAGE: tl.constexpr,  # dtype of the averages, None: they are left alone
     COMPUTE: tl.constexpr,
     N_COLUMNS: tl.constexpr,
     HAS_CONTROL: tl.constexpr,
@@ -112,10 +181,23 @@ def _update_kernel(
     scale, hyper = load_row(hyper_ptr, tl.load(rows_ptr + tensor), N_COLUMNS, COMPUTE)
     if HAS_CONTROL:
         scale *= tl.load(control_ptr + FACTOR).to(COMPUTE)
-    for_each_block(
-        _update_block, (UPDATE, VARIANT, N_STATES, EACH, FORMATS, NOISE), (), pointers, (scale, hyper, noise),
-        remaining, CHUNK_SIZE, BLOCK_SIZE, is_straight,
+    weight = scale
+    if AVERAGE is not None:
+        pointers = pointers + (chunk_pointer(averages_ptr, tensor, start, AVERAGE),)
+        weight = tl.load(weight_ptr).to(COMPUTE)
+    nothing = ()
+    for _ in tl.static_range(len(SUMS)):
+        nothing = nothing + (tl.zeros((BLOCK_SIZE // 4,), COMPUTE),)
+    sums = for_each_block(
+        _update_block, (UPDATE, VARIANT, N_STATES, EACH, FORMATS, NOISE, SUMS, MOMENT, AVERAGE is not None), nothing,
+        pointers, (scale, hyper, noise, weight), remaining, CHUNK_SIZE, BLOCK_SIZE, is_straight,
     )  # fmt: skip
+    for i in tl.static_range(len(SUMS)):
+        total = tl.sum(sums[i], axis=0)
+        if SUMS[i] == GRAD_MOMENT:
+            # of gradients before clipping
+            total = total / tl.abs(scale)
+        tl.store(sums_ptr + i * n_partials + tl.program_id(0), total.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
@@ -212,6 +294,7 @@ def update_(
     variant: tuple[bool, ...],
     dtypes: tuple[torch.dtype, ...],
     storage: Storage = PLAIN,
+    riders: Riders = NO_RIDERS,
     warmup: bool = False,
 ) -> None:
     """Update every tensor of ``table`` in place.
@@ -225,14 +308,20 @@ def update_(
         variant: The variant of the algorithm, the last arguments of its ``update``.
         dtypes: Of params, grads, each state and each companion.
         storage: How they are kept.
+        riders: What rides along.
         warmup: Compile, launch nothing.
     """
     if table.n_chunks == 0:
         return
-    launcher = _update_launcher(algorithm, variant, dtypes, storage.formats, table.size, control is not None)
+    launcher = _update_launcher(
+        algorithm, variant, dtypes, storage.formats, table.size, control is not None, riders.sums, riders.moment,
+        riders.average_dtype,
+    )  # fmt: skip
     launch(
         launcher, table.n_chunks, table.fixed, grads, table.numels, table.rows, hyper, table.chunk_tensor,
-        table.chunk_start, hyper if control is None else control, *storage.noise_of(table), warmup=warmup,
+        table.chunk_start, hyper if control is None else control, *storage.noise_of(table),
+        grads if riders.averages is None else riders.averages, hyper if riders.weight is None else riders.weight,
+        hyper if riders.partials is None else riders.partials, table.n_chunks, warmup=warmup,
     )  # fmt: skip
 
 
@@ -244,9 +333,16 @@ def _update_launcher(
     formats: Formats,
     size: LaunchSize,
     has_control: bool,
+    sums: tuple[int, ...] = (),
+    moment: int = 0,
+    average_dtype: torch.dtype | None = None,
 ) -> Launcher:
+    storage = constants(dtypes, formats, size)
+    if average_dtype is not None:
+        # its accesses are as wide as others'
+        storage["BLOCK_SIZE"] = min(storage["BLOCK_SIZE"], max(GROUP.value, size.block([average_dtype])))
     return Launcher(
-        _update_kernel, UPDATE=algorithm.update, VARIANT=variant, **constants(dtypes, formats, size),
-        COMPUTE=compute_dtype(dtypes[0]), N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control,
-        CHUNK_SIZE=size.chunk_size, num_warps=size.num_warps,
+        _update_kernel, UPDATE=algorithm.update, VARIANT=variant, **storage, SUMS=sums, MOMENT=moment,
+        AVERAGE=None if average_dtype is None else TRITON_DTYPE[average_dtype], COMPUTE=compute_dtype(dtypes[0]),
+        N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, num_warps=size.num_warps,
     )  # fmt: skip

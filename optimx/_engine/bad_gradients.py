@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from .. import _compat
 from .grad_norm import NORM, Measurement
 from .guards import COUNTERS, IN_A_ROW, RECENT, STEPS
-from .optimizer import EngineOptimizer
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,13 @@ class _Record:
         measured: What was measured of them.
     """
 
-    def __init__(self, optimizer: EngineOptimizer, n_params: int, measured: Measurement) -> None:
+    def __init__(self, optimizer: Any, n_params: int, measured: Measurement) -> None:
         self.n_params = n_params
         self.buckets = [bucket for bucket, _ in measured.partials]
         self._marks = [torch.zeros_like(partials[1]) for _, partials in measured.partials]
         self._counters = torch.zeros_like(_counters_of(optimizer))
 
-    def note(self, optimizer: EngineOptimizer, measured: Measurement) -> None:
+    def note(self, optimizer: Any, measured: Measurement) -> None:
         """Keep what was found, if it is bad."""
         is_bad = ~measured.control[NORM].isfinite()
         found = [_counters_of(optimizer), *(partials[1] for _, partials in measured.partials)]
@@ -81,7 +80,7 @@ class _Record:
         """What is kept; this waits."""
         positions = set()
         for bucket, marks in zip(self.buckets, self._marks, strict=True):
-            members = bucket.table.chunk_tensor[marks != 0].unique().tolist()
+            members = bucket.member_of_partial[marks != 0].unique().tolist()
             positions |= {bucket.positions[i] for i in members}
         return _bad_step(self._counters.tolist(), sorted(positions), self.n_params, names)
 
@@ -95,7 +94,7 @@ class BadGradients:
         self._known: BadStep | None = None
         self._arriving: tuple[Tensor, Any] | None = None
 
-    def note(self, optimizer: EngineOptimizer, grads: Sequence[Any], measured: Measurement) -> None:
+    def note(self, optimizer: Any, grads: Sequence[Any], measured: Measurement) -> None:
         """Take note of a step about which the rules have decided.
 
         Args:
@@ -118,7 +117,7 @@ class BadGradients:
         found = [self._known, *(record.read(names) for record in self._records)]
         return max((one for one in found if one is not None), key=lambda one: one.step, default=None)
 
-    def skips_in_a_row(self, optimizer: EngineOptimizer) -> int:
+    def skips_in_a_row(self, optimizer: Any) -> int:
         """How many steps were skipped in a row, as far as it is known here: of a device a step or some late."""
         if optimizer.guard_state is None or _compat.is_capturing():
             return 0
@@ -138,7 +137,7 @@ class BadGradients:
         return n_skips
 
 
-def check_skips(optimizer: EngineOptimizer, bad: BadGradients) -> None:
+def check_skips(optimizer: Any, bad: BadGradients) -> None:
     """Raise RuntimeError where as many steps were skipped in a row as the optimizer allows; then counting begins anew.
 
     Args:
@@ -164,7 +163,7 @@ def names_of(optimizer: Optimizer) -> list[str]:
     return names
 
 
-def _counters_of(optimizer: EngineOptimizer) -> Tensor:
+def _counters_of(optimizer: Any) -> Tensor:
     assert optimizer.guard_state is not None
     return optimizer.guard_state["counters"]
 

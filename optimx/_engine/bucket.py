@@ -7,7 +7,7 @@ at once, and whatever lies there instead is what the next step uses. :meth:`Buck
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, compress, count
 from operator import itemgetter, not_
@@ -109,10 +109,12 @@ class Bucket:
         n_roles: The parameter and the states.
         state_names: Of the states' tensors and companions.
         takes_missing: A member may lack its gradient: then it is left as it is, whatever stands in ``members.grads``.
+        watches_grads: Measuring the norm can tell of the largest gradients and of zeros, too.
         kernel_key: What tells its kernels from those of others; None where nothing is compiled.
     """
 
     takes_missing = False
+    watches_grads = False
     kernel_key: Any = None
 
     @classmethod
@@ -280,6 +282,14 @@ class Bucket:
     def matches(self) -> bool:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""
         return self._addresses_of_scalars() == self._scalar_addresses
+
+    def carry(self, sums: Sequence[str]) -> bool:
+        """Let sums ride along with the coming update, if they can: names of the engine's recorder."""
+        return False
+
+    def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
+        """What rode along, float64 ``[n_names, n_members]``; NaN where the step was skipped."""
+        yield from ()
 
     def update(self, control: Tensor | None) -> Update:
         """Update all members in place, with the hyperparameters :meth:`send` was given.

@@ -20,10 +20,12 @@ from . import backends
 from .bad_gradients import BadGradients, check_skips
 from .bucket import Bucket
 from .fallback import run_stock
-from .grad_norm import Amp, Found, measure
+from .grad_norm import NORM, Amp, Found, Measurement, measure
+from .guards import SETTINGS as GUARDS
 from .guards import Clipping
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
+from .recorder import Recorder, Row
 from .sharding import gathered
 from .storage import SETTINGS, STOCHASTIC
 
@@ -33,7 +35,7 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 _PLANS_KEPT = 4
 
 #: Settings of the whole optimizer; in a group they would mean something else.
-WHOLE = ("max_grad_norm", "normalize_grads", "norm_group", "skip_nonfinite", "skip_spikes", "max_skips")
+WHOLE = (*GUARDS, "norm_group")
 
 
 def check_group(group: Any, optimizer: EngineOptimizer, loaded: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -65,6 +67,7 @@ class Engine:
         deferred_found_inf: Left by GradScaler, to be written by the coming step.
         verdict: The ``control`` of the coming step, where a composite has decided about it.
         bad: Which gradients were infinite or NaN, where rules look for them.
+        recorder: Measures some steps; None: nobody watches.
     """
 
     def __init__(self) -> None:
@@ -75,6 +78,8 @@ class Engine:
         self.deferred_found_inf: Tensor | None = None
         self.verdict: Tensor | None = None
         self.bad = BadGradients()
+        self.recorder: Recorder | None = None
+        self._row: Row | None = None
         self._settings: list[Any] = []
         self._n_group_keys = 0
 
@@ -102,6 +107,7 @@ class Engine:
             self.device_counts = inputs.device_counts = True
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
+        is_watched = self.recorder is not None and self.recorder.begin()
         is_measured = False
         while True:
             try:
@@ -111,7 +117,7 @@ class Engine:
                     bucket.send(self.values)
                 if not is_measured:
                     # once: other ranks may have nothing to compile again
-                    self._measure(optimizer, plan, inputs, amp, total_norm)
+                    self._measure(optimizer, plan, inputs, amp, total_norm, is_watched=is_watched)
                     is_measured = True
                 self._update(optimizer, plan, inputs, noise_step, may_skip=may_skip)
                 return
@@ -203,7 +209,14 @@ class Engine:
             plan.is_retired = True
 
     def _measure(
-        self, optimizer: EngineOptimizer, plan: StepPlan, inputs: StepInputs, amp: Amp, total_norm: Any
+        self,
+        optimizer: EngineOptimizer,
+        plan: StepPlan,
+        inputs: StepInputs,
+        amp: Amp,
+        total_norm: Any,
+        *,
+        is_watched: bool,
     ) -> None:
         """Find out the norm, and whether to skip the step, if that matters; ranks find it out together."""
         needs_norm = optimizer.needs_norm
@@ -217,24 +230,30 @@ class Engine:
         self.control, self.verdict = self.verdict, None
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
-        if self.control is not None:
-            return
+        measured = None if self.control is None else Measurement(self.control[NORM], self.control)
         if needs_norm and not takes_part:
             optimizer.grad_norm = torch.zeros((), device="cpu")
-        elif (needs_norm or amp != Amp()) and takes_part:
+        elif measured is None and takes_part and (needs_norm or is_watched or amp != Amp()):
             rules = optimizer.rules
             # normalizing is clipping to 1 that also lengthens
             max_norm = 1.0 if optimizer.normalize_grads else optimizer.max_grad_norm
             if rules is not None or isinstance(max_norm, Clipping):
                 max_norm = None
             device = inputs.shards[0].device
-            measured = measure(found, max_norm, amp, device, needed=needs_norm, clamp=not optimizer.normalize_grads)
+            measured = measure(
+                found, max_norm, amp, device, needed=needs_norm or is_watched, clamp=not optimizer.normalize_grads,
+                watched=is_watched,
+            )  # fmt: skip
             self.control = measured.control
             optimizer.grad_norm = measured.norm if needs_norm else None
             if rules is not None:
                 with backends.compiling(*(bucket.kernel_key for bucket, _ in measured.partials)):
                     optimizer._judge(self.control)
                 self.bad.note(optimizer, inputs.grads, measured)
+        self._row = None
+        if is_watched and measured is not None and self.recorder is not None:
+            self._row = Row(self.recorder, plan, inputs, optimizer.state)
+            self._row.of_grads(measured, amp)
         if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found
             self.control = torch.stack([torch.zeros_like(amp.found_inf), torch.ones_like(amp.found_inf), amp.found_inf])
@@ -250,6 +269,8 @@ class Engine:
     ) -> None:
         """Compile, and update: with torch's step what is left to it, the buckets together."""
         control, buckets = self.control, plan.buckets
+        if self._row is not None:
+            self._row.before_update()
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
         _compile(buckets, on_device)
         if plan.on_triton and _compat.is_capturing():
@@ -268,6 +289,10 @@ class Engine:
             torch.autograd.graph.increment_version(bucket.updated(bucket.members.params))
             if bucket.key.cut is not None:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
+        if self._row is not None and self.recorder is not None and control is not None:
+            self._row.after_update()
+            self.recorder.send(self._row.numbers, control, optimizer.capturable)
+            self._row = None
         if plan.is_first and control is not None and may_skip:
             plan.take_back_first(inputs.params, optimizer.state, control)
 

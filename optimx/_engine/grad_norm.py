@@ -135,7 +135,8 @@ class Measurement(NamedTuple):
     Attributes:
         norm: Before clipping, a scalar.
         control: See above.
-        partials: For each Triton bucket that was measured its partial results, float64 ``[2, n_chunks]``.
+        partials: For each Triton bucket that was measured its partial results, float64 ``[2, n_chunks]``, or
+            ``[4, n_chunks]`` of a watched step.
     """
 
     norm: Tensor
@@ -144,7 +145,14 @@ class Measurement(NamedTuple):
 
 
 def measure(
-    found: Found, max_norm: float | None, amp: Amp, device: torch.device, *, needed: bool, clamp: bool = True
+    found: Found,
+    max_norm: float | None,
+    amp: Amp,
+    device: torch.device,
+    *,
+    needed: bool,
+    clamp: bool = True,
+    watched: bool = False,
 ) -> Measurement:
     """Norm and ``control`` of a step.
 
@@ -155,10 +163,11 @@ def measure(
         device: Of the results, where there is no gradient.
         needed: Somebody wants to know the norm.
         clamp: Leave gradients below ``max_norm`` as they are; False: scale them up to it.
+        watched: Kernels find more than the norm needs, where they can.
     """
     needed = needed or max_norm is not None or amp.check
     if found.on(backends.TRITON):
-        return _measure_triton(found, max_norm, amp, clamp, needed)
+        return _measure_triton(found, max_norm, amp, clamp, needed, watched)
     grads = found.grads
     device = grads[0].device if grads else device
     inverse = None if amp.grad_scale is None else amp.grad_scale.to(device, widest(device)).reciprocal()
@@ -219,7 +228,9 @@ def _maybe_infinite(norm: Tensor) -> bool:
     return norm.device.type != "cpu" or not bool(norm.isfinite())
 
 
-def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool, needed: bool) -> Measurement:
+def _measure_triton(
+    found: Found, max_norm: float | None, amp: Amp, clamp: bool, needed: bool, watched: bool
+) -> Measurement:
     from ..triton_kernels.grad_norm import finish_
 
     buckets, reduction = found.on(backends.TRITON), found.reduction
@@ -229,11 +240,11 @@ def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool,
     if found.total_norm is not None:
         partials = _as_partials(torch.as_tensor(found.total_norm), amp, home)[:, None]
     else:
-        partials, cuts, of_buckets = _partials(found, buckets, amp, home, needed=needed)
+        partials, cuts, of_buckets = _partials(found, buckets, amp, home, needed=needed, watched=watched)
         if reduction:
             sums = reduction.new(home, torch.float64)
             for cut, first, end in cuts:
-                squares, bad = partials[:, first:end].sum(1)
+                squares, bad = partials[:2, first:end].sum(1)
                 reduction.add(sums, cut, squares, bad)
             if not amp.check and found_inf is not None:
                 sums[0, 1] += found_inf
@@ -253,7 +264,7 @@ def _measure_triton(found: Found, max_norm: float | None, amp: Amp, clamp: bool,
 
 
 def _partials(
-    found: Found, buckets: Sequence[Any], amp: Amp, home: torch.device, *, needed: bool
+    found: Found, buckets: Sequence[Any], amp: Amp, home: torch.device, *, needed: bool, watched: bool
 ) -> tuple[Tensor, list[tuple[Cut | None, int, int]], list[tuple[Any, Tensor]]]:
     """Squares of unscaled gradients and marks of bad ones, float64 ``[2, n]``, which columns are spread how, and what
     is each bucket's."""
@@ -263,7 +274,8 @@ def _partials(
     here = [bucket for bucket in buckets if bucket.key.device == home]
     away = [bucket for bucket in buckets if bucket.key.device != home]
     columns = sum(bucket.n_partials for bucket in here) + len(away) + sum(map(len, others.values()))
-    partials = torch.empty(2, columns, dtype=torch.float64, device=home)
+    rows = 4 if watched else 2
+    partials = torch.empty(rows, columns, dtype=torch.float64, device=home)
     cuts: list[tuple[Cut | None, int, int]] = []
     of_buckets: list[tuple[Any, Tensor]] = []
     offset = 0
@@ -273,16 +285,16 @@ def _partials(
         cuts.append((bucket.key.cut, offset, offset + bucket.n_partials))
         offset += bucket.n_partials
     for bucket in away:
-        there = torch.empty(2, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
+        there = torch.empty(rows, bucket.n_partials, dtype=torch.float64, device=bucket.key.device)
         bucket.measure(there, 0, _on(amp.grad_scale, bucket.key.device))
         of_buckets.append((bucket, there))
-        partials[:, offset] = there.sum(1).to(home, non_blocking=True)
+        partials[:2, offset] = there[:2].sum(1).to(home, non_blocking=True)
         cuts.append((bucket.key.cut, offset, offset + 1))
         offset += 1
     for cut, norms in others.items():
         cuts.append((cut, offset, offset + len(norms)))
         for norm in norms:
-            partials[:, offset] = _as_partials(norm, amp, home)
+            partials[:2, offset] = _as_partials(norm, amp, home)
             offset += 1
     return partials, cuts, of_buckets
 

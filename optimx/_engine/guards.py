@@ -26,6 +26,9 @@ STEPS, SKIPPED, CLIPPED, NONFINITE, IN_A_ROW = range(len(COUNTERS))
 #: Norms that reports tell of.
 RECENT = 8
 
+#: Names of the settings that an optimizer has.
+SETTINGS = ("max_grad_norm", "normalize_grads", "skip_nonfinite", "skip_spikes", "max_skips")
+
 #: A spread of log-norms below this is taken for this: norms that hardly differ are all the same.
 LEAST_SPREAD = 0.01
 

@@ -304,7 +304,7 @@ class MultiTensorStep(EngineOptimizer):
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)
-        elif not self.needs_norm and not any(map(is_set, self.param_groups)):
+        elif not self.needs_norm and self._engine.recorder is None and not any(map(is_set, self.param_groups)):
             # under torch.compile the stock formulas, which know no formats, become one graph
             self._stock_step()
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,8 +12,9 @@ from torch import Tensor
 from ... import _compat
 from ...triton_kernels.grad_norm import norm_
 from ...triton_kernels.storage import Formats, Noise, Storage
+from ...triton_kernels.tensor_sums import tensor_sums_
 from ...triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
-from ...triton_kernels.update import prepare_, update_
+from ...triton_kernels.update import NO_RIDERS, prepare_, update_
 from .. import backends
 from ..bucket import Bucket
 from ..rounds import Update
@@ -21,6 +22,12 @@ from ..storage import MOST_ROLES
 
 #: Where an empty gradient lies: its tensor takes the step, and nobody reads.
 _NOWHERE = 16
+
+#: Names of sums that an update can write, in the order of the kernel's, and those that are of a first moment.
+SUMS = ("param_sq", "update_sq", "moment_sq", "grad_moment")
+OF_MOMENTS = SUMS[2:]
+#: States that are a first moment.
+MOMENTS = ("exp_avg", "momentum_buffer")
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -37,6 +44,9 @@ class TritonBucket(Bucket):
     """
 
     takes_missing = True
+    watches_grads = True
+    #: Whether the update is one launch that others can ride along with.
+    takes_riders = True
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
@@ -45,7 +55,7 @@ class TritonBucket(Bucket):
         params, _, states, scalars = self.members
         self.table = TensorTable([param.numel() for param in params], [params, *states], range(n), device, launch_size)
         self._empty = [i for i, param in enumerate(params) if not param.numel()]
-        self._compiled: set[tuple[bool, ...]] = set()
+        self._compiled: set[tuple[Any, ...]] = set()
         if self.key.on_device:
             addresses = torch.tensor(
                 [[*map(Tensor.data_ptr, role)] for role in scalars], dtype=torch.int64, device="cpu"
@@ -55,6 +65,7 @@ class TritonBucket(Bucket):
             self._raw_values: Sequence[tuple[Any, ...]] = []
         formats = Formats((*(kept.kind for kept in self.key.formats),), self.key.on_device and bool(scalars))
         self.storage = Storage(formats)
+        self._riders = NO_RIDERS
         if formats.is_random:
             of_members = zip(self.seeds, self.positions, self.geometries, strict=True)
             rows = [(seed, position * MOST_ROLES, *geometry) for seed, position, geometry in of_members]
@@ -110,16 +121,51 @@ class TritonBucket(Bucket):
         """How many results :meth:`measure` writes."""
         return self.table.n_chunks
 
+    @property
+    def member_of_partial(self) -> Tensor:
+        """Of which member each of these results is."""
+        return self.table.chunk_tensor
+
     def measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
-        """Write squared norms, of gradients divided by ``grad_scale``, and marks of bad ones; see ``norm_``."""
+        """Write squared norms, of gradients divided by ``grad_scale``, and marks of bad ones; see ``norm_``.
+
+        Where ``partials`` has four rows, also the largest ones and numbers of zeros, if it ``watches_grads``.
+        """
         with backends.compiling(self.kernel_key):
             self._measure(partials, offset, grad_scale)
 
     def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
         norm_(
             self.table, self.grads, grad_scale, partials, offset,
-            dtype=self.key.dtypes[1], norm_type=2.0,
+            dtype=self.key.dtypes[1], norm_type=2.0, watched=len(partials) == 4,
         )  # fmt: skip
+
+    def sums_of(self, partials: Tensor) -> Tensor:
+        """What :meth:`measure` has written, for each member: float64 ``[4, n_members]``."""
+        sums = torch.empty(len(partials), len(self.positions), dtype=torch.float64, device=self.key.device)
+        tensor_sums_(partials, self.table.first_chunk, sums, maxima=(False, True, True, False))
+        return sums
+
+    def carry(self, sums: Sequence[str]) -> bool:
+        names = [name for name in SUMS if name in sums]
+        moment = next((i for i, name in enumerate(self.state_names) if name in MOMENTS), None)
+        if moment is None:
+            names = [name for name in names if name not in OF_MOMENTS]
+        if not self.takes_riders or not names:
+            return self.takes_riders
+        shape = len(names), self.table.n_chunks
+        partials = torch.full(shape, torch.nan, dtype=torch.float32, device=self.key.device)
+        which = tuple(SUMS.index(name) for name in names)
+        self._riders = self._riders._replace(sums=which, moment=moment or 0, partials=partials)
+        return True
+
+    def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
+        which, partials = self._riders.sums, self._riders.partials
+        if partials is not None:
+            self._riders = self._riders._replace(sums=(), moment=0, partials=None)
+            sums = torch.empty(len(which), len(self.positions), dtype=torch.float64, device=self.key.device)
+            tensor_sums_(partials, self.table.first_chunk, sums, maxima=(False,) * len(which))
+            yield [SUMS[i] for i in which], sums
 
     def compile(self, control: Tensor | None) -> None:
         """Compile what :meth:`update` will launch.
@@ -135,9 +181,9 @@ class TritonBucket(Bucket):
                     pass
             self._compiled.add(needed)
 
-    def _needs(self, control: Tensor | None) -> tuple[bool, ...]:
+    def _needs(self, control: Tensor | None) -> tuple[Any, ...]:
         """What tells the kernels of a step from those of others of this bucket."""
-        return (control is not None,)
+        return control is not None, self._riders.sums
 
     def update(self, control: Tensor | None) -> Update:
         if not self.key.on_device:
@@ -154,7 +200,7 @@ class TritonBucket(Bucket):
         """What follows when hyperparameter rows are there."""
         update_(
             self.rule.kernels, self.table, self.grads, self._rows, control,
-            variant=self.key.variant, dtypes=self.key.dtypes, storage=self.storage, warmup=warmup,
+            variant=self.key.variant, dtypes=self.key.dtypes, storage=self.storage, riders=self._riders, warmup=warmup,
         )  # fmt: skip
         yield from ()
 

@@ -23,6 +23,9 @@ ROUNDS = {"rows": SUMS, "columns": SUMS, "means": MEANS, "lengths": LENGTHS}
 class FactoredTritonBucket(TritonBucket):
     """Members that one round of launches updates; kernels of convolutions have a round of their own."""
 
+    takes_riders = False
+    watches_grads = False
+
     @classmethod
     def formats_problem(cls, variant: Any, formats: Sequence[Format], param: Tensor) -> str:
         factored, transposed, _ = variant
@@ -58,12 +61,16 @@ class FactoredTritonBucket(TritonBucket):
     def n_partials(self) -> int:
         return sum(table.n_programs for table in self._matrices)
 
+    @property
+    def member_of_partial(self) -> Tensor:
+        return torch.cat([table.tensor[table.program_tensor] for table in self._matrices])
+
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         super().send(values)
         self._measured, self._grad_scale = False, None
         self._aligned = not any(address % 16 for address in self.addresses)
 
-    def _needs(self, control: Tensor | None) -> tuple[bool, ...]:
+    def _needs(self, control: Tensor | None) -> tuple[Any, ...]:
         return *super()._needs(control), self._aligned, self._measured, self._grad_scale is not None
 
     def _measure(self, partials: Tensor, offset: int, grad_scale: Tensor | None) -> None:
@@ -76,7 +83,7 @@ class FactoredTritonBucket(TritonBucket):
         self._sums = [matrix_walk.Sums.of(table, dtype, factored) for table in self._matrices]
         first = 0
         for table, sums in zip(self._matrices, self._sums, strict=True):
-            norms, bad = partials[:, first : first + table.n_programs]
+            norms, bad = partials[:2, first : first + table.n_programs]
             matrix_walk.sums_(
                 self.table, table, self.grads, grad_scale, control, sums, norms, bad, factored=factored,
                 dtypes=self.key.dtypes, storage=self.storage, aligned=self._aligned and table.aligned, warmup=warmup,

@@ -58,6 +58,8 @@ class OrthogonalTritonBucket(TritonBucket):
     Their variant is a :class:`~..matrices.MatrixVariant`.
     """
 
+    takes_riders = False
+
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self.memory = Scratch(self.key.device)

@@ -15,6 +15,8 @@ from .elementwise import TritonBucket
 class TrustRatioTritonBucket(TritonBucket):
     """Members that three launches update: norms, ratios, the step."""
 
+    takes_riders = False
+
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         kernels: Any = self.rule.kernels
         for lengths in lamb_(

@@ -1,0 +1,243 @@
+"""What is measured of a watched step, on the device, and how it gets to the host without waiting.
+
+Where a kernel reads every number anyway, sums over its chunks ride along (elementwise walks on the Triton backend);
+elsewhere torch's operators measure, with a copy of the parameters for the time of the step. Parameters and states are
+the same bits with and without.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from .. import _compat
+from .cpu.sums import integers, maxima, products, squares, zeros
+from .grad_norm import FACTOR, NORM, SKIP, Amp, Measurement
+from .measured import Measured
+from .plan import StepInputs, StepPlan
+from .sharding import all_reduced, cutting, is_here
+
+#: What is measured of gradients, and of what the update reads and writes.
+OF_GRADS = ("grad_sq", "grad_max", "grad_zeros")
+OF_UPDATES = ("param_sq", "update_sq", "moment_sq", "grad_moment")
+#: What the host learns of a step besides.
+TOTALS = ("step", "grad_norm", "clip_factor", "skipped")
+#: States that are a first moment.
+MOMENTS = ("exp_avg", "momentum_buffer")
+#: Steps that a CUDA graph may take before somebody asks for its rows; older ones are lost.
+SLOTS = 64
+
+
+class _Arrival(NamedTuple):
+    """A row on its way to the host.
+
+    Attributes:
+        numbers: float64 ``[4 + n_sums * n_params]``, see :data:`TOTALS`; pinned where it comes from a device.
+        event: Of its arrival; None: it is there.
+    """
+
+    numbers: Tensor
+    event: Any = None
+
+
+class Recorder:
+    """Measures some steps of an optimizer.
+
+    Args:
+        every: Every so many steps, from the first on; in a CUDA graph all of them.
+        sums: Names of what is measured, of :data:`OF_GRADS` and :data:`OF_UPDATES`.
+        receive: Called with what was measured, in the order of steps, from a later step or :meth:`flush`.
+
+    Attributes:
+        n_steps: Steps that have begun. Of a graph's this knows after :meth:`flush`.
+    """
+
+    def __init__(self, every: int, sums: Sequence[str], receive: Callable[[Measured], None]) -> None:
+        self.every = every
+        self.sums = [name for name in (*OF_GRADS, *OF_UPDATES) if name in sums]
+        self.n_steps = 0
+        self._receive = receive
+        self._arriving: deque[_Arrival] = deque()
+        # of graphs: rows, and how many steps there were, on the device
+        self._ring: Tensor | None = None
+        self._count: Tensor | None = None
+        self._last_step = 0
+
+    def begin(self) -> bool:
+        """A step begins: hand over what has arrived, and say whether the step is measured."""
+        if _compat.is_capturing():
+            return True
+        self.n_steps += 1
+        self._hand_over(wait=False)
+        return (self.n_steps - 1) % self.every == 0
+
+    def flush(self) -> None:
+        """Hand over all rows; this waits for the device."""
+        self._hand_over(wait=True)
+        if self._ring is not None:
+            rows = self._ring.cpu()
+            for row in rows[rows[:, 0].argsort()]:
+                if row[0] > self._last_step:
+                    self._deliver(row)
+            self.n_steps = max(self.n_steps, self._last_step)
+
+    def send(self, row: Tensor, control: Tensor, capturable: bool) -> None:
+        """Send what was measured, ``[n_sums, n_params]``, to the host; nobody waits."""
+        control = control.to(row.device, torch.float64)
+        factor = torch.where(control[SKIP] != 0, 1.0, control[FACTOR])
+        totals = torch.stack([control[NORM], factor, (control[SKIP] != 0).double()])
+        numbers = torch.cat([totals.new_zeros(1), totals, row.reshape(-1)])
+        if capturable and numbers.device.type == "cuda" and self._ring is None and not _compat.is_capturing():
+            self._ring = numbers.new_zeros(SLOTS, len(numbers))
+            self._count = torch.zeros(1, dtype=torch.int64, device=numbers.device)
+        if _compat.is_capturing():
+            if self._ring is None or self._count is None:
+                raise RuntimeError("a watched step should be taken once before a CUDA graph records one")
+            numbers[0] = self._count[0] + 1
+            self._ring.index_copy_(0, self._count % SLOTS, numbers.view(1, -1))
+            self._count.add_(1)
+            return
+        numbers[0] = self.n_steps
+        if self._count is not None:
+            self._count.fill_(self.n_steps)
+        if numbers.device.type == "cpu":
+            self._arriving.append(_Arrival(numbers))
+            return
+        arrival = torch.empty(numbers.shape, dtype=numbers.dtype, device="cpu", pin_memory=True)
+        arrival.copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(numbers.device))
+        self._arriving.append(_Arrival(arrival, event))
+
+    def _hand_over(self, wait: bool) -> None:
+        while self._arriving:
+            numbers, event = self._arriving[0]
+            if event is not None and not wait and not event.query():
+                return
+            if event is not None:
+                event.synchronize()
+            self._arriving.popleft()
+            self._deliver(numbers)
+
+    def _deliver(self, numbers: Tensor) -> None:
+        step, *totals = numbers[: len(TOTALS)].tolist()
+        self._last_step = int(step)
+        rows = numbers[len(TOTALS) :].view(len(self.sums), -1).tolist()
+        sums = dict(zip(self.sums, rows, strict=True))
+        self._receive(Measured(self._last_step, sums, dict(zip(TOTALS[1:], totals, strict=True))))
+
+
+class Row:
+    """What is measured of one step, float64 ``[n_sums, n_params]``; NaN where nothing is.
+
+    Args:
+        recorder: Whose.
+        plan: Of the step.
+        inputs: Of the step.
+        states: Of the optimizer.
+    """
+
+    def __init__(self, recorder: Recorder, plan: StepPlan, inputs: StepInputs, states: Mapping[Tensor, Any]) -> None:
+        self._sums = recorder.sums
+        self._plan, self._inputs = plan, inputs
+        self._states = states
+        self._with_grad = [i for i, grad in enumerate(inputs.grads) if grad is not None]
+        device = plan.buckets[0].key.device if plan.buckets else inputs.shards[0].device
+        shape = len(self._sums), len(inputs.params)
+        self.numbers = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        self._before: dict[int, Tensor] = {}
+
+    def of_grads(self, measured: Measurement, amp: Amp) -> None:
+        """Measure gradients, unscaled and before clipping, with what the kernels have found of them."""
+        done: set[int] = set()
+        for bucket, partials in measured.partials:
+            if len(partials) > 2 and bucket.watches_grads:
+                self._put_members(("grad_sq", "", "grad_max", "grad_zeros"), bucket.sums_of(partials), bucket)
+                done.update(bucket.positions)
+        rest = [i for i in self._with_grad if i not in done and self._inputs.grads[i].layout is torch.strided]
+        grads = [self._inputs.grads[i] for i in rest]
+        inverse = 1.0 if amp.grad_scale is None else amp.grad_scale.double().reciprocal()
+        self._put("grad_sq", rest, lambda: squares(grads) * inverse * inverse)
+        self._put("grad_max", rest, lambda: maxima(grads) * inverse)
+        self._put("grad_zeros", rest, lambda: zeros(grads))
+
+    def before_update(self) -> None:
+        """Let sums ride along with the updates, and look at what changes where they cannot."""
+        of_updates = [name for name in self._sums if name in OF_UPDATES]
+        riding: set[int] = set()
+        for bucket in self._plan.buckets:
+            if of_updates and bucket.carry(of_updates):
+                riding.update(bucket.positions)
+        rest = self._rest = [i for i in self._with_grad if i not in riding] if of_updates else []
+        moments = {i: moment for i in rest if (moment := self._moment(i)) is not None}
+        values, grads = [*moments.values()], [self._inputs.grads[i] for i in moments]
+        self._put("moment_sq", [*moments], lambda: squares(values))
+        self._put("grad_moment", [*moments], lambda: products(values, grads))
+        if "update_sq" in self._sums:
+            self._before = {i: self._inputs.shards[i].detach().clone() for i in rest}
+
+    def after_update(self) -> None:
+        """Take what rode along, and look at what has changed."""
+        for bucket in self._plan.buckets:
+            for names, found in bucket.carried():
+                self._put_members(names, found, bucket)
+        shards = self._inputs.shards
+        self._put("param_sq", self._rest, lambda: squares([shards[i] for i in self._rest]))
+        changes = partial(_differences, [shards[i] for i in self._before], [*self._before.values()])
+        self._put("update_sq", [*self._before], lambda: squares(changes()))
+        self._before = {}
+        self._meet()
+
+    def _moment(self, position: int) -> Tensor | None:
+        """The first moment of a parameter, where it is a plain tensor of its shape."""
+        state, shard = self._states.get(self._inputs.params[position], {}), self._inputs.shards[position]
+        for moment in _compat.local_tensors([state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)]):
+            if moment.shape == shard.shape and moment.is_floating_point():
+                return moment
+        return None
+
+    def _put(self, name: str, positions: Sequence[int], measure: Callable[[], Tensor]) -> None:
+        """Measure something of some parameters, if it is asked for."""
+        if positions and name in self._sums:
+            numbers = measure().to(self.numbers.device, torch.float64, non_blocking=True)
+            self.numbers[self._sums.index(name)].index_copy_(0, self._index(positions), numbers)
+
+    def _put_members(self, names: Sequence[str], found: Tensor, bucket: Any) -> None:
+        """Take what was found of a bucket's members that have gradients, ``[n_names, n_members]``."""
+        absent = {*bucket.absent}
+        members = [i for i in range(len(bucket.positions)) if i not in absent]
+        positions = [bucket.positions[i] for i in members]
+        for name, numbers in zip(names, found.to(self.numbers.device, non_blocking=True), strict=True):
+            self._put(name, positions, partial(torch.index_select, numbers, 0, self._index(members)))
+
+    def _index(self, positions: Sequence[int]) -> Tensor:
+        return integers((*positions,), self.numbers.device)
+
+    def _meet(self) -> None:
+        """Combine with what other ranks have found of their parts of DTensors; all of them come to the same steps."""
+        over: dict[Any, list[int]] = {}
+        for i, param in enumerate(self._inputs.params):
+            if is_here(param):
+                for dim in cutting(param):
+                    over.setdefault((_compat.dtensor_spec(param).mesh, dim), []).append(i)
+        for (mesh, dim), positions in over.items():
+            index, group = self._index(positions), [mesh.get_group(dim)]
+            part = self.numbers[:, index]
+            # a rank may have no gradient, or nothing of a tensor
+            known = torch.stack([torch.where(part.isnan(), 0.0, part), (~part.isnan()).double()])
+            most = [i for i, name in enumerate(self._sums) if name == "grad_max"]
+            largest = all_reduced(known[0, most].clone(), group, dist.ReduceOp.MAX) if most else None
+            total, n = all_reduced(known, group, dist.ReduceOp.SUM).to(part.device)
+            if largest is not None:
+                total[most] = largest.to(part.device)
+            self.numbers[:, index] = torch.where(n != 0, total, torch.nan)
+
+
+def _differences(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
+    return [a.detach().to(b.dtype).sub(b) for a, b in zip(new, old, strict=True)]
