@@ -283,9 +283,9 @@ class Bucket:
         """Whether what the bucket itself stands on is unchanged (see :meth:`StepPlan.fits`)."""
         return self._addresses_of_scalars() == self._scalar_addresses
 
-    def carry(self, sums: Sequence[str]) -> bool:
-        """Let sums ride along with the coming update, if they can: names of the engine's recorder."""
-        return False
+    def carry(self, sums: Sequence[str]) -> Sequence[str]:
+        """Let sums ride along with the coming update: names of the engine's recorder. Returns those that do."""
+        return ()
 
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """What rode along, float64 ``[n_names, n_members]``; NaN where the step was skipped."""

@@ -290,7 +290,7 @@ class Engine:
             if bucket.key.cut is not None:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
         if self._row is not None and self.recorder is not None and control is not None:
-            self._row.after_update()
+            self._row.after_update(control)
             self.recorder.send(self._row.numbers, control, optimizer.capturable)
             self._row = None
         if plan.is_first and control is not None and may_skip:

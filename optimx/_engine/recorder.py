@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ from .sharding import all_reduced, cutting, is_here
 #: What is measured of gradients, and of what the update reads and writes.
 OF_GRADS = ("grad_sq", "grad_max", "grad_zeros")
 OF_UPDATES = ("param_sq", "update_sq", "moment_sq", "grad_moment")
+OF_MOMENTS = OF_UPDATES[2:]
 #: What the host learns of a step besides.
 TOTALS = ("step", "grad_norm", "clip_factor", "skipped")
 #: States that are a first moment.
@@ -136,6 +136,8 @@ class Recorder:
 class Row:
     """What is measured of one step, float64 ``[n_sums, n_params]``; NaN where nothing is.
 
+    Sums ride along with updates where buckets let them; the others are taken by torch's operators.
+
     Args:
         recorder: Whose.
         plan: Of the step.
@@ -147,74 +149,99 @@ class Row:
         self._sums = recorder.sums
         self._plan, self._inputs = plan, inputs
         self._states = states
-        self._with_grad = [i for i, grad in enumerate(inputs.grads) if grad is not None]
         device = plan.buckets[0].key.device if plan.buckets else inputs.shards[0].device
         shape = len(self._sums), len(inputs.params)
         self.numbers = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._before: dict[int, Tensor] = {}
+        self._inverse: Tensor | float = 1.0
+        # of each sum, whose does not ride along
+        with_grad = [i for i, grad in enumerate(inputs.grads) if grad is not None and grad.layout is torch.strided]
+        self._rest = {name: {*with_grad} for name in self._sums}
+        for bucket in plan.buckets:
+            for name in bucket.carry(self._sums):
+                self._rest[name].difference_update(bucket.positions)
 
     def of_grads(self, measured: Measurement, amp: Amp) -> None:
         """Measure gradients, unscaled and before clipping, with what the kernels have found of them."""
-        done: set[int] = set()
         for bucket, partials in measured.partials:
             if len(partials) > 2 and bucket.watches_grads:
-                self._put_members(("grad_sq", "", "grad_max", "grad_zeros"), bucket.sums_of(partials), bucket)
-                done.update(bucket.positions)
-        rest = [i for i in self._with_grad if i not in done and self._inputs.grads[i].layout is torch.strided]
-        grads = [self._inputs.grads[i] for i in rest]
-        inverse = 1.0 if amp.grad_scale is None else amp.grad_scale.double().reciprocal()
-        self._put("grad_sq", rest, lambda: squares(grads) * inverse * inverse)
-        self._put("grad_max", rest, lambda: maxima(grads) * inverse)
-        self._put("grad_zeros", rest, lambda: zeros(grads))
+                found = dict(zip(("grad_sq", "", "grad_max", "grad_zeros"), bucket.sums_of(partials), strict=True))
+                self._put_members(found, bucket)
+                for name in self._rest.keys() & found.keys():
+                    self._rest[name].difference_update(bucket.positions)
+        self._inverse = 1.0 if amp.grad_scale is None else amp.grad_scale.double().reciprocal()
+        self._measure_grads()
+
+    def _measure_grads(self) -> None:
+        """By torch's operators."""
+        inverse = self._inverse
+        self._put("grad_sq", lambda positions: squares(self._grads(positions)) * inverse * inverse)
+        self._put("grad_max", lambda positions: maxima(self._grads(positions)) * inverse)
+        self._put("grad_zeros", lambda positions: zeros(self._grads(positions)))
 
     def before_update(self) -> None:
-        """Let sums ride along with the updates, and look at what changes where they cannot."""
-        of_updates = [name for name in self._sums if name in OF_UPDATES]
-        riding: set[int] = set()
-        for bucket in self._plan.buckets:
-            if of_updates and bucket.carry(of_updates):
-                riding.update(bucket.positions)
-        rest = self._rest = [i for i in self._with_grad if i not in riding] if of_updates else []
-        moments = {i: moment for i in rest if (moment := self._moment(i)) is not None}
-        values, grads = [*moments.values()], [self._inputs.grads[i] for i in moments]
-        self._put("moment_sq", [*moments], lambda: squares(values))
-        self._put("grad_moment", [*moments], lambda: products(values, grads))
-        if "update_sq" in self._sums:
-            self._before = {i: self._inputs.shards[i].detach().clone() for i in rest}
+        """Look at what changes, where nothing rides along."""
+        for name in OF_MOMENTS:
+            if name in self._rest:
+                self._rest[name] = {i for i in self._rest[name] if self._moment(i) is not None}
+        self._put("moment_sq", lambda positions: squares([*map(self._moment, positions)]))
+        self._put("grad_moment", lambda positions: products([*map(self._moment, positions)], self._grads(positions)))
+        self._before = {i: self._inputs.shards[i].detach().clone() for i in self._rest.get("update_sq", ())}
 
-    def after_update(self) -> None:
+    def after_update(self, control: Tensor) -> None:
         """Take what rode along, and look at what has changed."""
         for bucket in self._plan.buckets:
             for names, found in bucket.carried():
-                self._put_members(names, found, bucket)
-        shards = self._inputs.shards
-        self._put("param_sq", self._rest, lambda: squares([shards[i] for i in self._rest]))
-        changes = partial(_differences, [shards[i] for i in self._before], [*self._before.values()])
-        self._put("update_sq", [*self._before], lambda: squares(changes()))
+                self._put_members(dict(zip(names, found, strict=True)), bucket)
+        self._put("param_sq", lambda positions: squares(self._shards(positions)))
+        self._put("update_sq", lambda positions: squares([*map(self._change, positions)]))
         self._before = {}
+        if control.device.type == "cpu" and control[SKIP] != 0:
+            # nobody walked over the gradients
+            riding = {*OF_GRADS} & self._rest.keys()
+            with_grad = {i for i, grad in enumerate(self._inputs.grads) if grad is not None}
+            for name in riding:
+                known = ~self.numbers[self._sums.index(name)].isnan()
+                self._rest[name] = with_grad - {*known.nonzero().flatten().tolist()}
+            self._measure_grads()
         self._meet()
 
-    def _moment(self, position: int) -> Tensor | None:
-        """The first moment of a parameter, where it is a plain tensor of its shape."""
+    def _grads(self, positions: Sequence[int]) -> list[Tensor]:
+        return [self._inputs.grads[i] for i in positions]
+
+    def _shards(self, positions: Sequence[int]) -> list[Tensor]:
+        return [self._inputs.shards[i] for i in positions]
+
+    def _change(self, position: int) -> Tensor:
+        return self._inputs.shards[position].detach().sub(self._before[position])
+
+    def _moment(self, position: int) -> Any:
+        """The first moment of a parameter, where it is a plain tensor of its shape; else None."""
         state, shard = self._states.get(self._inputs.params[position], {}), self._inputs.shards[position]
         for moment in _compat.local_tensors([state[name] for name in MOMENTS if isinstance(state.get(name), Tensor)]):
             if moment.shape == shard.shape and moment.is_floating_point():
                 return moment
         return None
 
-    def _put(self, name: str, positions: Sequence[int], measure: Callable[[], Tensor]) -> None:
-        """Measure something of some parameters, if it is asked for."""
-        if positions and name in self._sums:
-            numbers = measure().to(self.numbers.device, torch.float64, non_blocking=True)
-            self.numbers[self._sums.index(name)].index_copy_(0, self._index(positions), numbers)
+    def _put(self, name: str, measure: Callable[[Sequence[int]], Tensor]) -> None:
+        """Measure something of the parameters of which nobody else does."""
+        positions = sorted(self._rest.get(name, ()))
+        if positions:
+            self._write(name, positions, measure(positions))
 
-    def _put_members(self, names: Sequence[str], found: Tensor, bucket: Any) -> None:
-        """Take what was found of a bucket's members that have gradients, ``[n_names, n_members]``."""
+    def _put_members(self, found: Mapping[str, Tensor], bucket: Any) -> None:
+        """Take what was found of a bucket's members, those of them that have gradients."""
         absent = {*bucket.absent}
         members = [i for i in range(len(bucket.positions)) if i not in absent]
         positions = [bucket.positions[i] for i in members]
-        for name, numbers in zip(names, found.to(self.numbers.device, non_blocking=True), strict=True):
-            self._put(name, positions, partial(torch.index_select, numbers, 0, self._index(members)))
+        for name, numbers in found.items():
+            if name in self._sums:
+                numbers = numbers.to(self.numbers.device, non_blocking=True)
+                self._write(name, positions, numbers.index_select(0, self._index(members)))
+
+    def _write(self, name: str, positions: Sequence[int], numbers: Tensor) -> None:
+        numbers = numbers.to(self.numbers.device, torch.float64, non_blocking=True)
+        self.numbers[self._sums.index(name)].index_copy_(0, self._index(positions), numbers)
 
     def _index(self, positions: Sequence[int]) -> Tensor:
         return integers((*positions,), self.numbers.device)
@@ -237,7 +264,3 @@ class Row:
             if largest is not None:
                 total[most] = largest.to(part.device)
             self.numbers[:, index] = torch.where(n != 0, total, torch.nan)
-
-
-def _differences(new: Sequence[Tensor], old: Sequence[Tensor]) -> list[Tensor]:
-    return [a.detach().to(b.dtype).sub(b) for a, b in zip(new, old, strict=True)]

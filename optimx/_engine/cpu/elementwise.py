@@ -23,6 +23,7 @@ from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
 from .coder import Coder
 from .piece import Piece, Walk
+from .watched import Watched
 
 #: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
 #: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
@@ -30,7 +31,13 @@ PIECE = 1 << 19
 
 
 class NativeBucket(Bucket):
-    """Members on a CPU."""
+    """Members on a CPU.
+
+    Attributes:
+        takes_riders: Every element is updated in one piece, around which a watched step can measure.
+    """
+
+    takes_riders = True
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
@@ -46,6 +53,7 @@ class NativeBucket(Bucket):
         self._pattern: list[int] = []
         self._row_of_each: Sequence[int] = []
         self._calls: Sequence[Call] = []
+        self._watched: Watched | None = None
         #: Walks instead of this bucket where roles are kept in formats of their own.
         self.coder = Coder(self) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
@@ -124,6 +132,20 @@ class NativeBucket(Bucket):
                 norms += _compat.foreach_norm([members.grads[i] for i in call.large], 2.0, dtype=dtype)
         return norms
 
+    def carry(self, sums: Sequence[str]) -> Sequence[str]:
+        computes = all(dtype is self.compute_dtype for dtype in self.key.dtypes)
+        # an operator on tensors of 16 bits rounds otherwise than on copies of more
+        if not self.takes_riders or self.coder is not None or not (self._direct is None or computes):
+            return ()
+        numels = [param.numel() for param in self.members.params]
+        self._watched = Watched(sums, numels, self.state_names, self.key.dtypes[0])
+        return sums
+
+    def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
+        if self._watched is not None:
+            yield self._watched.names, self._watched.numbers
+            self._watched = None
+
     def update(self, control: Tensor | None) -> Update:
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
         if not skip:
@@ -141,7 +163,7 @@ class NativeBucket(Bucket):
                 continue
             for part in call.parts:
                 members = part.of(self.members)
-                direct = self._direct if scale == 1.0 else None
+                direct = self._direct if scale == 1.0 and self._watched is None else None
                 if direct is not None and self.rule.rounds_once(part.row, self.key.dtypes[0]):
                     params, grads, states, scalars = members
                     steps: Sequence[Tensor] = scalars[0] if scalars else ()
@@ -150,8 +172,8 @@ class NativeBucket(Bucket):
                         steps = [*steps[:1]] * len(steps)
                     direct(part.row, params, grads, states, steps)
                 else:
-                    for _, pieces in self.walks(part, members, scale):
-                        self._update_tensors(part.row, pieces)
+                    for indices, pieces in self.walks(part, members, scale):
+                        self._update_tensors(part.row, self._around(part, indices, pieces, scale))
         yield from ()
 
     def _update_mixed(self, call: MixedCall, scale: float, step: float) -> None:
@@ -159,8 +181,20 @@ class NativeBucket(Bucket):
         for batch, values in zip(call.batches, call.values, strict=True):
             # counted already
             row, _ = self.rule.prepare(values, (step - 1.0,))
-            for piece in self._batch(batch, members, scale * row[0], by_formula=True):
+            pieces = partial(self._batch, batch, members, scale * row[0], by_formula=True)
+            for piece in self._around(call, batch.indices, pieces, scale)():
                 self._formula(row, piece)
+
+    def _around(self, call: Call, indices: Sequence[int], pieces: Walk, scale: float) -> Walk:
+        """The same walk, measured if the step is watched.
+
+        Args:
+            call: Whose tensors it is over.
+            indices: Of these.
+            pieces: Begins it.
+            scale: Of the gradients, but for their sign.
+        """
+        return pieces if self._watched is None else partial(self._watched.walk, call.of_bucket(indices), pieces, scale)
 
     def _formula(self, row: Row, piece: Piece) -> None:
         p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))

@@ -342,6 +342,8 @@ class FactoredCall(Call):
 class FactoredBucket(NativeBucket):
     """Members on a CPU. One without elements may have averages, of which other ranks have the rest of the tensor."""
 
+    takes_riders = False
+
     _calls: Sequence[FactoredCall]
 
     def new_call(self, members: list[int] | None, index: int) -> FactoredCall:

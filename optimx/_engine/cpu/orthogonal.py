@@ -47,6 +47,8 @@ class Stack(NamedTuple):
 class OrthogonalBucket(NativeBucket):
     """Members on a CPU, whose variant is a :class:`~..matrices.MatrixVariant`: whole ones, or parts of larger ones."""
 
+    takes_riders = False
+
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self.memory = Scratch(self.key.device)

@@ -17,6 +17,8 @@ from .piece import Walk
 class TrustRatioBucket(NativeBucket):
     """A step in two walks: the length of a tensor's step is known only when all of it has been seen."""
 
+    takes_riders = False
+
     def take_step(self, scale: float) -> Update:
         if not self.meets:
             yield from super().take_step(scale)

@@ -146,18 +146,16 @@ class TritonBucket(Bucket):
         tensor_sums_(partials, self.table.first_chunk, sums, maxima=(False, True, True, False))
         return sums
 
-    def carry(self, sums: Sequence[str]) -> bool:
-        names = [name for name in SUMS if name in sums]
+    def carry(self, sums: Sequence[str]) -> Sequence[str]:
         moment = next((i for i, name in enumerate(self.state_names) if name in MOMENTS), None)
-        if moment is None:
-            names = [name for name in names if name not in OF_MOMENTS]
+        names = [name for name in SUMS if name in sums and (moment is not None or name not in OF_MOMENTS)]
         if not self.takes_riders or not names:
-            return self.takes_riders
+            return ()
         shape = len(names), self.table.n_chunks
         partials = torch.full(shape, torch.nan, dtype=torch.float32, device=self.key.device)
         which = tuple(SUMS.index(name) for name in names)
         self._riders = self._riders._replace(sums=which, moment=moment or 0, partials=partials)
-        return True
+        return names
 
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         which, partials = self._riders.sums, self._riders.partials
