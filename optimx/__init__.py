@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, lr_scheduler, param_groups, sinks, swa_utils  # type: ignore[no-redef]
 from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
@@ -38,6 +38,7 @@ from .registry import list_optimizers, list_schedulers, register_optimizer, regi
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .watching import Watcher, watch
 
 _torch_names.stand_in(__name__)
 
@@ -57,6 +58,7 @@ __all__ = sorted(
         "MultiTensorStep",
         "StateKind",
         "UpdateRule",
+        "Watcher",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",
@@ -72,6 +74,8 @@ __all__ = sorted(
         "register_scheduler",
         "param_groups",
         "set_master_weights",
+        "sinks",
         "swa_utils",
+        "watch",
     }
 )
