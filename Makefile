@@ -22,7 +22,7 @@ help:
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
 	@echo "make report      a page and charts of all results, and the tables of README and docs"
 	@echo "make demo        train a small GPT twice, with torch.optim and with optimx"
-	@echo "make plots       draw the documentation's pictures: schedules, singular values"
+	@echo "make plots       draw the documentation's pictures: schedules, singular values, a watched run"
 	@echo "make docs        build the documentation in site/"
 	@echo "make gpu-smoke   every optimizer once on a GPU, then kernels and test_gpu: 4 minutes"
 	@echo "make gpu-test    all tests that need a GPU: 8 minutes"

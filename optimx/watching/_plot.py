@@ -40,14 +40,17 @@ def plot(
         raise ValueError("there should be a row to draw but is none: the watcher has received nothing yet")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     height = 1.2 + 0.17 * min(len(names), _LABELS)
     figure = Figure(figsize=(9, height + 2.2), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(height, 2.2))
 
     lines = [[_scaled(value, statistic.log) for value in frame[f"{stat}/{name}"]] for name in names]
-    known = [value for line in lines for value in line if not math.isnan(value)] or [0.0]
+    known = [value for line in lines for value in line if math.isfinite(value)] or [0.0]
     low, high = statistic.limits or (min(known), max(known))
+    # zero and infinity have the colors of the ends, and only nan has none
+    lines = [[value if math.isnan(value) else min(max(value, low), high) for value in line] for line in lines]
     colors = colormaps["coolwarm" if statistic.limits else "viridis"].with_extremes(bad="0.6")
     edges = [*range(len(names) + 1)]
     drawn = above.pcolormesh(_edges(steps), edges, lines, cmap=colors, vmin=low, vmax=high, rasterized=True)
@@ -66,6 +69,8 @@ def plot(
         below.axvline(steps[i], color="C3", linewidth=1, label="skipped" if i == skipped[0] else None)
     if any(norm > 0 for norm in norms if math.isfinite(norm)):
         below.set_yscale("log")
+        below.yaxis.set_major_formatter(LogFormatter())
+        below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     below.set(xlabel="step", ylabel="grad_norm")
     below.grid(alpha=0.3)
     below.legend(loc="upper right", fontsize="small", frameon=False, ncols=3)
@@ -73,10 +78,10 @@ def plot(
 
 
 def _scaled(value: float, log: bool) -> float:
-    """What the map shows; nan, which has no color, where there is nothing."""
-    if not log or math.isnan(value):
+    """What the map shows."""
+    if not log:
         return value
-    return math.log10(value) if 0 < value < math.inf else math.nan
+    return math.log10(value) if value else -math.inf
 
 
 def _edges(steps: Sequence[float]) -> list[float]:
