@@ -7,7 +7,7 @@ FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_s
                named_schedulers build config errors
 
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
-test test-floor fake-gpu demo: export OMP_WAIT_POLICY = PASSIVE
+test test-floor fake-gpu demo plots: export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help test test-floor fake-gpu audit host lint format bench report demo plots docs
 .PHONY: gpu gpu-smoke gpu-test gpu-bench gpu-tune gpu-setup clean

@@ -40,7 +40,6 @@ def plot(
         raise ValueError("there should be a row to draw but is none: the watcher has received nothing yet")
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogFormatter
 
     height = 1.2 + 0.17 * min(len(names), _LABELS)
     figure = Figure(figsize=(9, height + 2.2), layout="constrained")
@@ -69,11 +68,9 @@ def plot(
         below.axvline(steps[i], color="C3", linewidth=1, label="skipped" if i == skipped[0] else None)
     if any(norm > 0 for norm in norms if math.isfinite(norm)):
         below.set_yscale("log")
-        below.yaxis.set_major_formatter(LogFormatter())
-        below.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.4)))
     below.set(xlabel="step", ylabel="grad_norm")
     below.grid(alpha=0.3)
-    below.legend(loc="upper right", fontsize="small", frameon=False, ncols=3)
+    below.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, fontsize="small", frameon=False, ncols=3)
     figure.savefig(path, format=Path(path).suffix[1:].lower() or "png", dpi=120)
 
 
