@@ -7,7 +7,7 @@ FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_s
                named_schedulers build config errors
 
 # threads that wait for each other must not burn the core the other one needs: matters where the machine is shared
-test test-floor fake-gpu demo: export OMP_WAIT_POLICY = PASSIVE
+test test-floor fake-gpu demo plots: export OMP_WAIT_POLICY = PASSIVE
 
 .PHONY: help test test-floor fake-gpu audit host lint format bench report demo plots docs
 .PHONY: gpu gpu-smoke gpu-test gpu-bench gpu-tune gpu-setup clean
@@ -22,7 +22,7 @@ help:
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
 	@echo "make report      a page and charts of all results, and the tables of README and docs"
 	@echo "make demo        train a small GPT twice, with torch.optim and with optimx"
-	@echo "make plots       draw the documentation's pictures: schedules, singular values"
+	@echo "make plots       draw the documentation's pictures: schedules, singular values, a watched run"
 	@echo "make docs        build the documentation in site/"
 	@echo "make gpu-smoke   every optimizer once on a GPU, then kernels and test_gpu: 4 minutes"
 	@echo "make gpu-test    all tests that need a GPU: 8 minutes"

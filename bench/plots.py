@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import singular_values
+from bench import singular_values, watching
 from bench.chart_style import OURS, figure, save
 from optimx.lr_scheduler import (
     REX,
@@ -122,6 +122,7 @@ def draw(path: Path) -> None:
 PICTURES: dict[str, Callable[[Path], None]] = {
     "docs/schedules.png": draw,
     "docs/optimizers/singular_values.png": singular_values.draw,
+    "docs/watching.png": watching.draw,
 }
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, lr_scheduler, param_groups, sinks, swa_utils  # type: ignore[no-redef]
 from ._engine.bad_gradients import BadStep
 from ._engine.guards import AutoClip, Spikes, ZClip
 from ._engine.recode import master_weights, set_master_weights
@@ -41,6 +41,7 @@ from .registry import list_optimizers, list_schedulers, register_optimizer, regi
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .sgd import SGD
+from .watching import Watcher, watch
 
 _torch_names.stand_in(__name__)
 
@@ -63,6 +64,7 @@ __all__ = sorted(
         "Spikes",
         "StateKind",
         "UpdateRule",
+        "Watcher",
         "ZClip",
         "build",
         "clip_grad_norm_",
@@ -80,6 +82,8 @@ __all__ = sorted(
         "register_scheduler",
         "param_groups",
         "set_master_weights",
+        "sinks",
         "swa_utils",
+        "watch",
     }
 )

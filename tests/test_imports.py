@@ -45,7 +45,7 @@ FLOORS = [
         "optimx._loop", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
-        "optimx.composite", "optimx.bad_steps",
+        "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],
@@ -168,6 +168,8 @@ EXTRAS = {
     "optimx/config/files.py": ("tomli", "tomllib", "yaml"),
     "optimx/config/loading.py": ("omegaconf",),
     "optimx/lr_scheduler/_plot.py": ("matplotlib",),
+    "optimx/sinks.py": ("rich",),
+    "optimx/watching/_plot.py": ("matplotlib",),
 }
 
 

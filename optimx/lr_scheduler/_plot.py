@@ -1,4 +1,4 @@
-"""Pictures of schedules; the only file that needs matplotlib, and imports it when it draws."""
+"""Pictures of schedules; needs matplotlib, and imports it when it draws."""
 
 from __future__ import annotations
 
