@@ -30,6 +30,7 @@ from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
+from .lr_finder import LRCurve, lr_find
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
@@ -53,6 +54,7 @@ __all__ = sorted(
         "FormulaLoop",
         "GradScaler",
         "LAMB",
+        "LRCurve",
         "Lion",
         "MultiTensorStep",
         "StateKind",
@@ -65,6 +67,7 @@ __all__ = sorted(
         "get_total_norm",
         "list_optimizers",
         "list_schedulers",
+        "lr_find",
         "lr_scheduler",
         "master_weights",
         "memory",

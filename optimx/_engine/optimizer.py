@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .. import _compat
 from .rule import UpdateRule
@@ -46,6 +48,12 @@ class EngineOptimizer(_compat.GraphCaptureCheck):
     def needs_norm(self) -> bool:
         """Whether the step measures the norm of the gradients."""
         return self.max_grad_norm is not None or self.normalize_grads
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step cannot be taken without one, as LBFGS's cannot."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:
