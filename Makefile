@@ -86,6 +86,7 @@ bench: .venv-bench/.installed
 	.venv-bench/bin/python -m bench.convergence
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_muon
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_storage
+	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.lr_find
 
 report: .venv/.installed
 	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md

@@ -14,6 +14,8 @@ from bench import chart_style as style
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
 from bench.convergence_chart import draw as draw_convergence
 from bench.convergence_chart import draw_muon
+from bench.lr_find_chart import draw as draw_lr_find
+from bench.lr_find_report import PICTURE as LR_FIND
 from bench.muon_report import PICTURE
 from bench.packages import is_peer
 from bench.results import Row
@@ -232,4 +234,7 @@ def draw(results: Results) -> list[str]:
     if results.convergence_muon:
         draw_muon(results.convergence_muon, results.folder / PICTURE)
         drawn.append(PICTURE)
+    if results.lr_find:
+        draw_lr_find(results.lr_find, results.folder / LR_FIND)
+        drawn.append(LR_FIND)
     return drawn

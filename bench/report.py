@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import memory_report, muon_report, ranks, storage_report
+from bench import lr_find_report, memory_report, muon_report, ranks, storage_report
 from bench.case import COPY, FUSED, KEPT_ERROR, OURS, STOCK
 from bench.results import Verdict
 from bench.saved import Question, Results, load
@@ -83,6 +83,9 @@ def report(results: Results, charts: Sequence[str]) -> str:
     if results.convergence_storage:
         storage = storage_report.convergence_lines(results.convergence_storage)
         lines += ["## AdamW by how parameters and states are kept", "", *storage, ""]
+    if results.lr_find:
+        lines += ["## Learning rates that a sweep suggests", "", *lr_find_report.lines(results.lr_find), ""]
+        lines += [lr_find_report.picture(), ""] if lr_find_report.PICTURE in charts else []
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -269,6 +272,12 @@ def storage_part(results: Results, folder: str) -> list[str]:
     return storage_report.convergence_lines(check) if check else []
 
 
+def lr_find_part(results: Results, folder: str) -> list[str]:
+    lines = lr_find_report.lines(results.lr_find) if results.lr_find else []
+    drawn = (results.folder / lr_find_report.PICTURE).exists()
+    return [lr_find_report.picture(f"{folder}/"), "", *lines] if drawn else lines
+
+
 def kept_part(results: Results, folder: str) -> list[str]:
     return [*memory_report.kept_lines(results), "", f"All rows are in the [report]({folder}/report.md)."]
 
@@ -289,6 +298,7 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "muon": muon_part,
     "muon-steps": muon_steps_part,
     "storage": storage_part,
+    "lr-find": lr_find_part,
     "kept": kept_part,
     "kept-packages": packages_part,
 }

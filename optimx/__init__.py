@@ -33,6 +33,7 @@ from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
+from .lr_finder import LRCurve, lr_find
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
@@ -59,6 +60,7 @@ __all__ = sorted(
         "FormulaLoop",
         "GradScaler",
         "LAMB",
+        "LRCurve",
         "Lion",
         "MultiTensorStep",
         "Spikes",
@@ -75,6 +77,7 @@ __all__ = sorted(
         "last_bad",
         "list_optimizers",
         "list_schedulers",
+        "lr_find",
         "lr_scheduler",
         "master_weights",
         "memory",

@@ -5,6 +5,7 @@ No other file touches a name of torch that begins with an underscore; when a rel
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import sys
@@ -113,6 +114,13 @@ def amp_scaling_support(optimizer: Any, supports: bool) -> Iterator[None]:
             delattr(optimizer, _SUPPORT)
         else:
             setattr(optimizer, _SUPPORT, before)
+
+
+def copied_scaler(scaler: Any) -> Any:
+    """A gradient scaler of the same scale, which knows of no optimizer."""
+    twin = copy.copy(scaler)
+    twin._per_optimizer_states = copy.copy(scaler._per_optimizer_states)
+    return twin
 
 
 def is_distributed() -> bool:

@@ -10,7 +10,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Container, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +27,7 @@ from .config.loading import load
 from .config.writing import to_toml
 from .convert import convert
 from .explain import Explanation
+from .lr_finder import LRCurve, lr_find
 from .presets import PRESETS, TREES
 from .registry import OPTIMIZERS, SCHEDULERS, matches
 
@@ -131,6 +132,17 @@ def _parser() -> argparse.ArgumentParser:
     plot.add_argument("--force", action="store_true", help="write over a file that exists")
     plot.set_defaults(run=_plot)
 
+    finder = commands.add_parser("lr-find", help="learning rates that a short training with a rising one suggests")
+    finder.add_argument("function", metavar="PACKAGE.MODULE:FUNCTION", help="returns model, optimizer and closure, or "
+                        "a dict of the arguments of optimx.lr_find")  # fmt: skip
+    finder.add_argument("--low", type=float, help="learning rate to begin with (default: 1e-7)")
+    finder.add_argument("--high", type=float, help="learning rate to end with (default: 10)")
+    finder.add_argument("--steps", type=_steps, help="of the sweep (default: 100)")
+    finder.add_argument("--plot", type=Path, metavar="FILE", help="draw the losses into an image")
+    finder.add_argument("--force", action="store_true", help="write over a file that exists")
+    finder.add_argument("--json", action="store_true", help="learning rates, losses and suggestions as JSON")
+    finder.set_defaults(run=_lr_find)
+
     for command in (explain, plot):
         command.add_argument("config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
@@ -220,14 +232,51 @@ def _plot(arguments: argparse.Namespace) -> None:
         raise ConfigError.of("schedule", f"should be a schedule, a function of the step: {kind};", tree.get("schedule"))
     if arguments.steps is None and getattr(built.scheduler.schedule, "steps", None) is None:
         raise _BadInput("the schedule has no end: tell how many steps to draw, as --steps 1000 does")
-    try:
+    with _drawing():
         built.scheduler.plot(arguments.output, arguments.steps)
+    print(arguments.output)
+
+
+@contextmanager
+def _drawing() -> Iterator[None]:
+    try:
+        yield
     except ImportError as error:
         raise _BadInput(f"plot needs {error.name}: pip install 'torch-optimx[bench]'") from error
     # a file that cannot be written, a suffix that is no image's
     except (ValueError, OSError) as error:
         raise _BadInput(f"plot: {error}") from error
-    print(arguments.output)
+
+
+def _lr_find(arguments: argparse.Namespace) -> None:
+    if arguments.plot is not None:
+        _check_output(arguments.plot, arguments.force)
+    curve = _curve(arguments)
+    if arguments.plot is not None:
+        with _drawing():
+            curve.plot(arguments.plot)
+    if arguments.json:
+        print(json.dumps(curve.to_dict()))
+        return
+    print(curve.summary)
+    _show(curve.table, [1])
+
+
+def _curve(arguments: argparse.Namespace) -> LRCurve:
+    """The sweep of what the user's function returns; what is given on the command line goes before that."""
+    path = arguments.function
+    made = _called("FUNCTION", path)
+    if isinstance(made, tuple) and len(made) == 3:
+        made = dict(zip(("model", "optimizer", "closure"), made, strict=True))
+    if not isinstance(made, dict):
+        raise _BadInput(f"FUNCTION should return (model, optimizer, closure) or a dict but {path!r} returned: {made!r}")
+    given = {name: getattr(arguments, name) for name in ("low", "high", "steps")}
+    made |= {name: value for name, value in given.items() if value is not None}
+    try:
+        return lr_find(**made)
+    # arguments that do not go together, or the training fails in a way of its own
+    except Exception as error:
+        raise _BadInput(f"lr-find: {type(error).__name__}: {error}") from error
 
 
 def _convert(arguments: argparse.Namespace) -> None:
@@ -273,23 +322,29 @@ def _list(arguments: argparse.Namespace) -> None:
 
 
 def _model(path: str) -> nn.Module:
-    """The model that ``package.module:factory`` makes, looked for in the current folder too."""
+    """The model that ``package.module:factory`` makes."""
+    model = _called("--model", path)
+    if not isinstance(model, nn.Module):
+        raise _BadInput(f"--model should make a torch.nn.Module but {path!r} made: {type(model).__name__}")
+    return model
+
+
+def _called(option: str, path: str) -> Any:
+    """What ``package.module:factory`` returns, looked for in the current folder too; a module as it is."""
     module, colon, name = path.partition(":")
     if not colon:
-        raise _BadInput(f"--model should be PACKAGE.MODULE:FACTORY but is: {path!r}")
+        raise _BadInput(f"{option} should be PACKAGE.MODULE:FACTORY but is: {path!r}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         factory: Any = importlib.import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
-        model = factory if isinstance(factory, nn.Module) else factory()
+        return factory if isinstance(factory, nn.Module) else factory()
     # it is not there, does not import, needs arguments, or fails in a way of its own
     except Exception as error:
-        raise _BadInput(f"--model {path!r} does not make a model: {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise _BadInput(f"--model should make a torch.nn.Module but {path!r} made: {type(model).__name__}")
-    return model
+        what = "make a model" if option == "--model" else "return"
+        raise _BadInput(f"{option} {path!r} does not {what}: {type(error).__name__}: {error}") from error
 
 
 def _show(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> None:

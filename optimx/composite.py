@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -19,7 +18,7 @@ from ._engine.bad_gradients import BadGradients, check_skips
 from ._engine.engine import flat_shards_message
 from ._engine.grad_norm import FACTOR, SKIP, Measurement, widest
 from ._engine.guards import SETTINGS, Clipping, Guarded, Spikes
-from ._engine.optimizer import evaluated
+from ._engine.optimizer import evaluated, needs_closure
 from ._engine.step import MultiTensorStep
 from .clip_grad import clip_grads_with_norm_, norm_of
 
@@ -73,8 +72,7 @@ class Composite(Guarded, Optimizer):
         check_instance("optimizers", optimizers, Mapping, "a dict of optimizers by name")
         for name, optimizer in optimizers.items():
             check_instance(f"optimizers[{name!r}]", optimizer, Optimizer, "a torch.optim.Optimizer")
-            closure = inspect.signature(optimizer.step).parameters.get("closure")
-            if isinstance(optimizer, Composite) or (closure is not None and closure.default is closure.empty):
+            if isinstance(optimizer, Composite) or needs_closure(optimizer):
                 raise ValueError(
                     f"optimizers[{name!r}] should be no composite, and need no closure to step, but is: "
                     f"{type(optimizer).__name__}"

@@ -14,6 +14,7 @@ import torch
 
 import optimx
 from optimx import cli
+from optimx.lr_rules import RULES
 from optimx.presets import PRESETS
 
 # python 3.10 has none of its own
@@ -43,6 +44,23 @@ def broken():
 
 def wrong():
     return 3
+
+def trial():
+    import torch
+    model = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, optimizer, lambda: model(torch.ones(5, 3)).square().mean()
+
+def settings():
+    model, optimizer, closure = trial()
+    return {"model": model, "optimizer": optimizer, "closure": closure, "steps": 40, "high": 0.5}
+
+def unknown():
+    return {**settings(), "stepz": 3}
+
+def failing():
+    model, optimizer, _ = trial()
+    return model, optimizer, broken
 """
 
 DEEP = """
@@ -171,6 +189,26 @@ def test_plot(capsys: pytest.CaptureFixture[str], more: tuple[str, ...]) -> None
     assert Path("lr.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("function", "head"), [("trial", "of 100 steps, lr 1e-07 to "), ("settings", "of 40 steps, ")])
+def test_lr_find(capsys: pytest.CaptureFixture[str], function: str, head: str) -> None:
+    lines = run(capsys, "lr-find", f"models_here:{function}").splitlines()
+    assert head in lines[0]
+    assert lines[1].split() == ["rule", "lr", "where"]
+    assert [line.split()[0] for line in lines[2:]] == [*RULES]
+
+
+def test_lr_find_as_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    options = ("--low", "1e-4", "--high", "1e-2", "--steps", "20", "--json", "--plot", "lr.png")
+    found = json.loads(run(capsys, "lr-find", "models_here:settings", *options))
+    assert found["lrs"] == pytest.approx([1e-4 * 100 ** (step / 19) for step in range(20)])
+    assert len(found["losses"]) == 20
+    assert found["suggestions"].keys() == RULES.keys()
+    assert Path("lr.png").read_bytes().startswith(b"\x89PNG")
+    refused(capsys, "lr-find", "models_here:settings", *options)
+    run(capsys, "lr-find", "models_here:settings", *options, "--force")
+
+
 def test_convert(capsys: pytest.CaptureFixture[str]) -> None:
     theirs = {"learning_rate": 1e-4, "max_steps": 100, "lr_scheduler_type": "cosine", "optim_args": "a=b"}
     Path("args.json").write_text(json.dumps(theirs))
@@ -229,6 +267,15 @@ BAD: dict[str, tuple[tuple[str, ...], str]] = {
     "toml_exists": (("convert", "args.json", "-o", "train.toml"), "come with --force, but exists: train.toml"),
     "suffix": (("plot", "train.toml", "-o", "lr.toml"), "plot: "),
     "folder": (("plot", "train.toml", "-o", "no/lr.png"), "plot: "),
+    "lr_find_wrong": (
+        ("lr-find", "models_here:wrong"),
+        "should return (model, optimizer, closure) or a dict but 'models_here:wrong' returned: 3",
+    ),
+    "lr_find_no_name": (("lr-find", "models_here:x"), "FUNCTION 'models_here:x' does not return: AttributeError"),
+    "lr_find_unknown": (("lr-find", "models_here:unknown"), "lr-find: TypeError: lr_find() got an unexpected keyword"),
+    "lr_find_failing": (("lr-find", "models_here:failing"), "lr-find: RuntimeError: no weights here"),
+    "lr_find_low": (("lr-find", "models_here:trial", "--low", "-1"), "low should be > 0 but is: -1.0"),
+    "lr_find_suffix": (("lr-find", "models_here:trial", "--plot", "lr.toml"), "plot: "),
     "project": (
         ("convert", "train.toml"),
         "project should be told (--from, or project=) as one of detectron2, hf, timm",

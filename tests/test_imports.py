@@ -27,7 +27,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 #: From below. A name stands for its module, and for all modules of a package that no other floor names.
 FLOORS = [
     [KERNELS],
-    ["optimx._checks", "optimx._compat", "optimx._table", "optimx._torch_names", "optimx.swa_utils"],
+    ["optimx._checks", "optimx._compat", "optimx._table", "optimx.lr_rules", "optimx._torch_names", "optimx.swa_utils"],
     [
         f"optimx._engine.{name}"
         for name in (
@@ -45,7 +45,8 @@ FLOORS = [
         "optimx._loop", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
-        "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks",
+        "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
+        "optimx.lr_finder",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],

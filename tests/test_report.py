@@ -68,6 +68,21 @@ def storage_check() -> dict:
     return {"run": {"command": command}, "params": 12345, "recipe": {"steps": 20}, "steps": [0, 20], "schemes": schemes}
 
 
+def lr_find_check() -> dict:
+    """What ``python -m bench.lr_find`` leaves behind: a rule that is good, one that diverges, one that is not there."""
+    entry = {
+        "task": "digits", "optimizer": "SGD", "lrs": [1e-3, 1e-2, 1e-1], "best": 1, "grid": [0.01, 0.1],
+        "sweeps": [[2.0, 1.5, 1.0], [2.0, 1.5]], "smoothed": [[2.0, 1.75, 1.5], [2.0, 1.75]],
+        "grid_losses": [[2.0, 1.0], [0.5, 1.5]],
+        "rules": {
+            "valley": {"lrs": [0.01, 0.05], "losses": [1.0, 1.5]},
+            "steep": {"lrs": [0.1, 0.2], "losses": [1.0, float("inf")]},
+        },
+    }  # fmt: skip
+    other = {**entry, "optimizer": "AdamW", "rules": {"valley": entry["rules"]["valley"]}}
+    return {"run": {"command": "python -m bench.lr_find"}, "entries": [entry, other]}
+
+
 def save(folder: Path, question: str, rows: list[Row], verdicts: list[Verdict] = ()) -> None:
     """What ``python -m bench`` leaves behind."""
     measured = [asdict(row) for row in rows if row.median_ms is not None]
@@ -214,6 +229,14 @@ BLOCKS = {
         "2.3125 (2.2500 to 2.3750) | +0.2500 | **no, above** (unseen); yes (seen) |\n| stochastic | 8bit |",
         "| -0.0625 | no, below |\n",
     ],
+    "lr-find": [
+        "![Sweeps, and final losses over the learning rate](results/some-machine/lr_find.png)\n",
+        "from 2 seeds: at each of 2 learning rates from 0.01 to 0.1,",
+        "|  | digits, SGD | digits, AdamW |\n",
+        "| best of the grid | 1.0000 at 0.1 | 1.0000 at 0.1 |\n",
+        "| `valley` | 1.25x at 0.01 to 0.05 | 1.25x at 0.01 to 0.05 |\n",
+        "| `steep` | diverges at 0.1 to 0.2 | - |\n",
+    ],
     "kept": [
         "The 3 are within 3.0% of these.",
         "| parameters | kept | AdamW | Lion |\n",
@@ -261,6 +284,7 @@ def test_blocks_have_the_numbers_of_the_folder_they_name(folder, tmp_path, monke
     save(folder, "memory", kept_rows())
     (folder / "convergence_muon.json").write_text(json.dumps(muon_check()))
     (folder / "convergence_storage.json").write_text(json.dumps(storage_check()))
+    (folder / "lr_find.json").write_text(json.dumps(lr_find_check()))
     readmes = {part: tmp_path / f"{part}.md" for part in BLOCKS}
     for part, readme in readmes.items():
         readme.write_text(block(part))
@@ -309,6 +333,17 @@ def test_the_page_has_losses_by_storage_where_they_were_measured(folder):
     assert "`python -m bench.convergence_storage`" in page
 
 
+def test_the_page_has_what_sweeps_suggest_where_they_were_measured(folder):
+    assert report.main([str(folder)]) == 0
+    assert "sweep" not in (folder / "report.md").read_text()
+    (folder / "lr_find.json").write_text(json.dumps(lr_find_check()))
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "## Learning rates that a sweep suggests\n" in page
+    assert "](lr_find.png)" in page
+    assert (folder / "lr_find.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("part", ["modles", ""])
 def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
@@ -320,7 +355,14 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/benchmarks.md", "docs/sharding.md", "docs/optimizers/muon.md", "docs/storage.md"]
+    "page",
+    [
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/sharding.md",
+        "docs/optimizers/muon.md",
+        "docs/storage.md",
+    ],
 )
 def test_the_projects_pages_are_up_to_date(page):
     path = report.HERE.parent / page

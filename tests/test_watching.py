@@ -579,7 +579,7 @@ def test_rows_of_a_training(max_grad_norm: float | None) -> None:
     with optimx.watch(optimizer, every=2, sinks=[rows.__setitem__]) as watcher:
         for step in range(1, 6):
             model.zero_grad()
-            sum(param.square().sum() for param in model.parameters()).backward()
+            sum((param + 1.0).square().sum() for param in model.parameters()).backward()
             norms[step] = {name: float(param.grad.norm()) for name, param in model.named_parameters()}
             before = {name: param.detach().clone() for name, param in model.named_parameters()}
             optimizer.step()
@@ -617,7 +617,7 @@ def test_rows_of_a_composite(settings: dict[str, Any]) -> None:
     with optimx.watch(composite, every=1, sinks=[rows.__setitem__]):
         for _ in range(2):
             model.zero_grad()
-            sum(param.square().sum() for param in model.parameters()).backward()
+            sum((param + 1.0).square().sum() for param in model.parameters()).backward()
             norms = {name: float(param.grad.norm()) for name, param in model.named_parameters()}
             composite.step()
     for name, norm in norms.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .. import _compat
 from .guards import Guarded
@@ -36,6 +38,12 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     capturable: bool = False
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
     loop_keeps_dtypes: ClassVar[bool] = False
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its step cannot be taken without one, as LBFGS's cannot."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    return closure is not None and closure.default is closure.empty
 
 
 def evaluated(closure: Callable[[], Any] | None) -> Any:

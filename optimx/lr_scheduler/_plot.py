@@ -1,14 +1,15 @@
-"""Pictures of schedules; needs matplotlib, and imports it when it draws."""
+"""Pictures of schedules and sweeps; needs matplotlib, and imports it when it draws."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-__all__ = ["plot_groups"]
+__all__ = ["plot_groups", "plot_sweep"]
 
 #: Lines that colors of their own tell apart; more have shades from first to last.
 _COLORS = 10
@@ -51,6 +52,55 @@ def plot_groups(
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         figure.legend(loc="outside right upper", ncols=columns, fontsize="small", frameon=False)
+    _save(figure, path)
+
+
+def plot_sweep(
+    where: Any,
+    lrs: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    suggestions: Mapping[str, float | None],
+) -> None:
+    """Draw losses over learning rates, and where each rule suggests to be.
+
+    Args:
+        where: Axes of matplotlib, or the path of an image file as for :func:`plot_groups`.
+        lrs, losses, smoothed: Of each step.
+        suggestions: Learning rates by the name of the rule; None is left out.
+
+    Raises:
+        ValueError: There is no step to draw, or no image has such a suffix.
+    """
+    if not lrs:
+        raise ValueError("lrs should be one or more, the steps to draw, but are: []")
+    if isinstance(where, (str, os.PathLike)):
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        plot_sweep(figure.add_subplot(), lrs, losses, smoothed, suggestions)
+        _save(figure, where)
+        return
+    where.plot(lrs, losses, color="C0", alpha=0.35, label="loss")
+    where.plot(lrs, smoothed, color="C0", label="smoothed")
+    points: dict[float, list[str]] = {}
+    for name, lr in suggestions.items():
+        if lr is not None:
+            points.setdefault(lr, []).append(name)
+    for i, lr in enumerate(sorted(points)):
+        # a tenth of the minimum may be no step
+        nearest = min(range(len(lrs)), key=lambda step: abs(math.log(lrs[step] / lr)))
+        label = f"{', '.join(points[lr])}: {lr:.2g}"
+        where.plot([lr], [smoothed[nearest]], "o", color=f"C{i + 1}", markersize=7, label=label)
+    # a loss that explodes would flatten all the rest
+    span = max(smoothed) - min(smoothed)
+    where.set_ylim(min(*losses, *smoothed) - 0.05 * span, max(smoothed) + 0.05 * span or None)
+    where.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    where.grid(alpha=0.3)
+    where.legend(fontsize="small", frameon=False)
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     figure.savefig(path, format=Path(path).suffix[1:].lower() or "png", dpi=120)
 
 
