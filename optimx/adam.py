@@ -12,7 +12,8 @@ from torch.optim import Adam as TorchAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
-from ._engine.rule import Operator, UpdateRule
+from ._engine import flags
+from ._engine.rule import Operator, UpdateRule, decay_cautiously_, l2_gradient
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 
@@ -38,20 +39,21 @@ class AdamRule(UpdateRule):
 
     module = "adam"
     codes = {"exp_avg": False, "exp_avg_sq": True}
+    flags = optional_settings = ("cautious_weight_decay",)
     # lr and weight_decay
     by_element = (0, 4)
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
-        return (bool(group["amsgrad"]),)
+        flags.check_decay(group)
+        return (bool(group["amsgrad"]), *flags.variant(self, group))
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
 
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
-        (amsgrad,) = variant
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if variant[0] else ("exp_avg", "exp_avg_sq")
 
     def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
@@ -70,6 +72,9 @@ class AdamRule(UpdateRule):
         return row, (step,)
 
     def formula(self, variant, row, p, g, states, scratch):
+        if len(variant) > 1:
+            self._flagged(variant, row, p, g, states, scratch)
+            return
         # what differs between groups, whose decay, l2 and size are vectors; else there is the operator
         _, decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, size, eps = row
         exp_avg, exp_avg_sq, *largest = states
@@ -86,8 +91,21 @@ class AdamRule(UpdateRule):
         denominator.div_(bias2_sqrt).add_(eps)
         p.addcdiv_(torch.mul(exp_avg, size, out=scratch[0]), denominator, value=-1.0)
 
-    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator:
-        return fused_adam
+    def _flagged(self, variant, row, p, g, states, scratch):
+        _, decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, size, eps = row
+        exp_avg, exp_avg_sq, *largest = states
+        g = l2_gradient(g, p, l2, scratch[0])
+        exp_avg.lerp_(g, beta1_c)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
+        square = torch.maximum(largest[0], exp_avg_sq, out=largest[0]) if largest else exp_avg_sq
+        denominator = torch.sqrt(square, out=scratch[1]).div_(bias2_sqrt).add_(eps)
+        step = torch.div(exp_avg, denominator, out=scratch[0])
+        decay_cautiously_(p, decay, step, scratch[2])
+        p.add_(step, alpha=-size)
+
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        # torch's knows no flags
+        return fused_adam if len(variant) == 1 else None
 
 
 def fused_adam(values, params, grads, states, steps):
@@ -109,6 +127,10 @@ class Adam(MultiTensorStep, TorchAdam):
     """Adam, a drop-in for :class:`torch.optim.Adam`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -142,6 +164,8 @@ class Adam(MultiTensorStep, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -155,5 +179,6 @@ class Adam(MultiTensorStep, TorchAdam):
         )  # fmt: skip
         self._init_step(
             max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious_weight_decay=cautious_weight_decay,
+            centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -18,6 +18,10 @@ class AdamW(Adam, TorchAdamW):
     """AdamW, a drop-in for :class:`torch.optim.AdamW`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -48,6 +52,8 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -61,5 +67,6 @@ class AdamW(Adam, TorchAdamW):
         )  # fmt: skip
         self._init_step(
             max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious_weight_decay=cautious_weight_decay,
+            centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -127,6 +127,8 @@ class LAMB(MultiTensorStep, LAMBLoop):
             A setting of the whole optimizer.
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -159,6 +161,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         normalize_grads: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -178,6 +181,6 @@ class LAMB(MultiTensorStep, LAMBLoop):
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, centralize_grads=centralize_grads,
         )  # fmt: skip
         self.normalize_grads = normalize_grads

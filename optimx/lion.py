@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine import flags
 from ._engine.optimizer import evaluated
-from ._engine.rule import UpdateRule
+from ._engine.rule import UpdateRule, decay_cautiously_
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -36,8 +37,12 @@ class LionRule(UpdateRule):
 
     module = "lion"
     codes = {"exp_avg": False}
+    flags = optional_settings = ("cautious_weight_decay",)
     scalars = ()
     _read = itemgetter("lr", "betas", "weight_decay", "maximize")
+
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return flags.variant(self, group)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), weight_decay, maximize = self._read(group)
@@ -54,7 +59,10 @@ class LionRule(UpdateRule):
         _, decay, beta1_c, beta2_c, lr = row
         (exp_avg,) = states
         step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()
-        if decay != 1.0 and lr:
+        if variant:
+            decay_cautiously_(p, decay, step, scratch[1])
+            p.add_(step, alpha=-lr)
+        elif decay != 1.0 and lr:
             # SGD whose gradient is the sign
             _compat.plain_sgd_(p, step, lr, (1.0 - decay) / lr)
         else:
@@ -73,8 +81,12 @@ class LionLoop(Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             p, g, exp_avg = as_real(param, grad, state["exp_avg"])
             lr, (beta1, beta2) = as_number(group["lr"]), group["betas"]
-            p.mul_(1 - lr * as_number(group["weight_decay"]))
-            p.sub_(exp_avg.lerp(g, 1 - beta1).sign_().mul_(lr))
+            step, decay = exp_avg.lerp(g, 1 - beta1).sign_(), 1 - lr * as_number(group["weight_decay"])
+            if group.get("cautious_weight_decay"):
+                p.copy_(torch.where(step * p.sign() < 0, p, p * decay))
+            else:
+                p.mul_(decay)
+            p.sub_(step.mul_(lr))
             exp_avg.lerp_(g, 1 - beta2)
         return loss
 
@@ -92,6 +104,10 @@ class Lion(MultiTensorStep, LionLoop):
         weight_decay: Decoupled weight decay (default: 0).
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -109,6 +125,7 @@ class Lion(MultiTensorStep, LionLoop):
     """
 
     rule = LionRule()
+    loop_knows_flags = True
 
     def __init__(
         self,
@@ -119,6 +136,8 @@ class Lion(MultiTensorStep, LionLoop):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -131,5 +150,6 @@ class Lion(MultiTensorStep, LionLoop):
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious_weight_decay=cautious_weight_decay,
+            centralize_grads=centralize_grads,
         )  # fmt: skip

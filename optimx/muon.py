@@ -284,6 +284,8 @@ class Muon(MultiTensorStep, MuonLoop):
             (default: False). Less work and a little less exact; ``ns_dtype`` must be torch.float16 or torch.float32
             (https://github.com/Dao-AILab/gram-newton-schulz).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -325,6 +327,7 @@ class Muon(MultiTensorStep, MuonLoop):
         cautious_weight_decay: bool = False,
         gram: bool = False,
         capturable: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -358,7 +361,7 @@ class Muon(MultiTensorStep, MuonLoop):
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, centralize_grads=centralize_grads,
         )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

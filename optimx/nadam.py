@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import NAdam as TorchNAdam
 from torch.optim.optimizer import ParamsT
 
-from ._engine.rule import UpdateRule, l2_gradient
+from ._engine import flags
+from ._engine.rule import UpdateRule, decay_cautiously_, l2_gradient
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 
@@ -38,8 +39,13 @@ class NAdamRule(UpdateRule):
 
     module = "nadam"
     codes = {"exp_avg": False, "exp_avg_sq": True}
+    flags = optional_settings = ("cautious_weight_decay",)
     scalars = ("step", "mu_product")
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled_weight_decay")
+
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        flags.check_decay(group)
+        return flags.variant(self, group)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, momentum_decay, maximize, decoupled = self._read(group)
@@ -78,7 +84,9 @@ class NAdamRule(UpdateRule):
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
         denominator = torch.sqrt(exp_avg_sq, out=scratch[1]).div_(math.sqrt(bias2)).add_(eps)
         step = torch.mul(g, grad_size, out=scratch[0]).add_(exp_avg, alpha=avg_size)
-        if decay != 1.0:
+        if variant:
+            decay_cautiously_(p, decay, step, scratch[2])
+        elif decay != 1.0:
             p.mul_(decay)
         p.addcdiv_(step, denominator, value=-1)
 
@@ -87,6 +95,10 @@ class NAdam(MultiTensorStep, TorchNAdam):
     """NAdam, a drop-in for :class:`torch.optim.NAdam`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
             (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
@@ -119,6 +131,8 @@ class NAdam(MultiTensorStep, TorchNAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
@@ -131,5 +145,6 @@ class NAdam(MultiTensorStep, TorchNAdam):
         )  # fmt: skip
         self._init_step(
             max_grad_norm, norm_group=norm_group, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious_weight_decay=cautious_weight_decay,
+            centralize_grads=centralize_grads,
         )  # fmt: skip

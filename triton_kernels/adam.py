@@ -8,7 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import bias_correction, divide, divide_by, gradient_factor, lerp, maximum, save, sqrt, with_l2
+from .device import (
+    bias_correction,
+    cautious_decay,
+    divide,
+    divide_by,
+    gradient_factor,
+    lerp,
+    maximum,
+    save,
+    sqrt,
+    with_l2,
+)
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize", "decoupled")
 #: 1 - beta has a column of its own: 1 - float32(0.999) is wrong by 1e-5.
@@ -35,8 +46,9 @@ def prepare(raw, scalars):
 
 @triton.jit
 def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
-    """States: exp_avg, exp_avg_sq and, with AMSGRAD, max_exp_avg_sq."""
+    """States: exp_avg, exp_avg_sq and, with AMSGRAD, max_exp_avg_sq. Flags, if any is set, follow in the variant."""
     AMSGRAD: tl.constexpr = VARIANT[0]
+    CAUTIOUS_DECAY: tl.constexpr = VARIANT[1] if len(VARIANT) > 1 else False
     decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, step_size, eps = hyper
     g = with_l2(g, p, l2)
     m = lerp(states[0], g, beta1_c)
@@ -46,4 +58,7 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     if AMSGRAD:
         v = maximum(states[2], v)
         save(out, 2, v)
-    return p * decay - divide(step_size * m, divide_by(sqrt(v), bias2_sqrt) + eps)
+    step = divide(step_size * m, divide_by(sqrt(v), bias2_sqrt) + eps)
+    if CAUTIOUS_DECAY:
+        decay = cautious_decay(decay, step, p)
+    return p * decay - step

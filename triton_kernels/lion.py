@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import gradient_factor, lerp, save, sign
+from .device import cautious_decay, gradient_factor, lerp, save, sign
 
 RAW = ("lr", "beta1", "beta2", "weight_decay", "maximize")
 HYPER = ("factor", "decay", "beta1_c", "beta2_c", "lr")
@@ -22,7 +22,11 @@ def prepare(raw, scalars):
 
 @triton.jit
 def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
-    """States: exp_avg."""
+    """States: exp_avg. The variant are flags, if any is set."""
+    CAUTIOUS_DECAY: tl.constexpr = VARIANT[0] if len(VARIANT) else False
     decay, beta1_c, beta2_c, lr = hyper
     save(out, 0, lerp(states[0], g, beta2_c))
-    return p * decay - lr * sign(lerp(states[0], g, beta1_c))
+    step = sign(lerp(states[0], g, beta1_c))
+    if CAUTIOUS_DECAY:
+        decay = cautious_decay(decay, step, p)
+    return p * decay - lr * step

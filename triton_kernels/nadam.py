@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import bias_correction, divide, gradient_factor, lerp, save, sqrt, with_l2
+from .device import bias_correction, cautious_decay, divide, gradient_factor, lerp, save, sqrt, with_l2
 
 RAW = ("lr", "beta1", "beta2", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled")
 HYPER = ("factor", "decay", "l2", "beta1_c", "beta2", "beta2_c", "bias2", "grad_size", "avg_size", "eps")
@@ -46,11 +46,15 @@ def prepare(raw, scalars):
 
 @triton.jit
 def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
-    """States: exp_avg, exp_avg_sq."""
+    """States: exp_avg, exp_avg_sq. The variant are flags, if any is set."""
+    CAUTIOUS_DECAY: tl.constexpr = VARIANT[0] if len(VARIANT) else False
     decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = hyper
     g = with_l2(g, p, l2)
     m = lerp(states[0], g, beta1_c)
     v = beta2 * states[1] + beta2_c * g * g
     save(out, 0, m)
     save(out, 1, v)
-    return p * decay - divide(grad_size * g + avg_size * m, sqrt(divide(v, bias2)) + eps)
+    step = divide(grad_size * g + avg_size * m, sqrt(divide(v, bias2)) + eps)
+    if CAUTIOUS_DECAY:
+        decay = cautious_decay(decay, step, p)
+    return p * decay - step

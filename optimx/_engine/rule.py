@@ -65,6 +65,8 @@ class UpdateRule:
             reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns;
             ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
+        flags: Those of :data:`optimx._engine.flags.OF_UPDATES` that :meth:`group_variant` knows, and torch's step does
+            not; they are among the optional settings.
         of_wholes: Variants follow from whole parameters, also where parts of these are updated.
         codes: States that 8-bit codes may keep, and whether these are never negative. Not what is added up for ever or
             must never become less.
@@ -78,6 +80,7 @@ class UpdateRule:
     scalars_on_device: ClassVar[bool] = False
     walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ()
     of_wholes: ClassVar[bool] = False
     codes: ClassVar[dict[str, bool]] = {}
     averages: ClassVar[tuple[str, ...]] = ()
@@ -187,6 +190,13 @@ class UpdateRule:
         """The module; imports triton."""
         own = "." in self.module
         return importlib.import_module(self.module if own else f"optimx.triton_kernels.{self.module}")
+
+
+def decay_cautiously_(p: Tensor, decay: float, step: Tensor, scratch: Tensor) -> None:
+    """Multiply by ``decay`` what a step, which is subtracted, does not move away from zero."""
+    # signs, because products may underflow
+    agrees = torch.sign(p, out=scratch).mul_(step) >= 0
+    p.copy_(torch.where(agrees, torch.mul(p, decay, out=scratch), p))
 
 
 def l2_gradient(g: Tensor, p: Tensor, l2: float, out: Tensor) -> Tensor:

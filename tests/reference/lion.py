@@ -16,6 +16,7 @@ def lion(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     maximize: bool = False,
+    cautious_weight_decay: bool = False,
 ) -> list[float]:
     """Parameters after ``len(gradients)`` steps."""
     beta1, beta2 = betas
@@ -27,6 +28,7 @@ def lion(
             # the update reads the previous average, so the momentum moves last
             c = beta1 * m + (1 - beta1) * g
             sign = (c > 0) - (c < 0)
-            result[i] -= lr * (sign + weight_decay * result[i])
+            decays = sign * result[i] >= 0 or not cautious_weight_decay
+            result[i] -= lr * (sign + weight_decay * result[i] * decays)
             m = beta2 * m + (1 - beta2) * g
     return result
