@@ -127,7 +127,13 @@ class Variant(NamedTuple):
     def plan(self) -> tuple[Any, ...]:
         """What the engine treats differently: the walk, how many scalars and where, a first step, nothing kept."""
         rule, (variant, is_first) = self.case.cls.rule, self._of_group()
-        return rule.walk, len(rule.scalars), rule.scalars_on_device, is_first, bool(rule.state_names(variant))
+        return (
+            rule.walk_of(variant),
+            len(rule.scalars),
+            rule.scalars_on_device,
+            is_first,
+            bool(rule.state_names(variant)),
+        )
 
     def _of_group(self) -> tuple[tuple[bool, ...], bool]:
         rule: Any = self.case.cls.rule
@@ -161,9 +167,18 @@ _DECOUPLED: dict[str, dict[str, Any]] = {
 #: Flags, where decay is decoupled.
 _FLAGS: dict[str, dict[str, Any]] = {
     "cautious_decay": {"lr": 0.05, "weight_decay": 0.5, "cautious_weight_decay": True},
+    "cautious": {"lr": 0.05, "weight_decay": 0.5, "cautious": True},
+    "cautious_both": {"lr": 0.05, "weight_decay": 0.5, "cautious": True, "cautious_weight_decay": True},
+}
+#: And where there is an average of squares.
+_CLIPPED: dict[str, dict[str, Any]] = {
+    **_FLAGS,
+    # averages of squares that are slow to follow
+    "clipped": {"lr": 0.05, "weight_decay": 0.5, "betas": (0.9, 0.8), "update_clipping": True},
+    "clipped_cautious": {"lr": 0.05, "betas": (0.9, 0.8), "eps": 0.01, "update_clipping": True, "cautious": True},
 }
 _DECOUPLED_FLAGS: dict[str, dict[str, Any]] = {
-    name: {**flags, "decoupled_weight_decay": True} for name, flags in _FLAGS.items()
+    name: {**flags, "decoupled_weight_decay": True} for name, flags in _CLIPPED.items()
 }
 _BETAS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "betas": (0.5, 0.6)}
 
@@ -172,14 +187,23 @@ CASES = [
         optimx.AdamW,
         torch.optim.AdamW,
         partial(adam, decoupled_weight_decay=True, weight_decay=1e-2),
-        {**_AMSGRAD, **_FLAGS},
+        {
+            **_AMSGRAD,
+            **_CLIPPED,
+            "clipped_amsgrad": {"amsgrad": True, "betas": (0.9, 0.8), "update_clipping": True, "cautious": True},
+        },
         _BETAS,
     ),
     Case(
         optimx.Adam,
         torch.optim.Adam,
         adam,
-        {**_AMSGRAD, "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01}},
+        {
+            **_AMSGRAD,
+            "cautious": {"weight_decay": 0.1, "lr": 0.01, "cautious": True, "maximize": True},
+            "clipped": {"weight_decay": 0.1, "lr": 0.01, "betas": (0.9, 0.8), "update_clipping": True},
+            "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
+        },
         _BETAS,
     ),
     Case(
@@ -312,6 +336,7 @@ CASES = [
             "always_adapt": {"weight_decay": 0.0, "always_adapt": True},
             "clamped": {"weight_decay": 0.1, "max_trust_ratio": 1.0, "lr": 0.05, "maximize": True},
             "uncorrected": {"bias_correction": False, "lr": 0.05},
+            "cautious_decay": _FLAGS["cautious_decay"],
         },
         _BETAS,
     ),

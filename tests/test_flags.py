@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from copy import deepcopy
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,9 +17,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
+from optimx._engine.cpu import batch, elementwise
 from optimx._engine.flags import FLAGS, OF_UPDATES
-from tests.cases import CASES, Case, make_params, set_grads, train
-from tests.engine import interpreted, params_of
+from tests.cases import (
+    CASES,
+    HALF,
+    VARIANTS,
+    Case,
+    assert_same,
+    make_params,
+    set_grads,
+    train,
+    train_rounded,
+    twins,
+)
+from tests.conftest import INTERPRETED
+from tests.engine import each, interpreted, params_of, pick
 
 SHAPES = [(5,), (7, 3), (4, 3, 2, 2), (0, 3), (3, 0), (129, 130), ()]
 WITH_FLAGS = [case for case in CASES if case.cls.rule.flags]
@@ -104,6 +123,93 @@ def test_bfloat16_means_are_rounded_once() -> None:
     assert torch.equal(-param.detach(), exact)
 
 
+FLAGGED = [variant for variant in VARIANTS if {*OF_UPDATES} & variant.kwargs.keys()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=lambda dtype: str(dtype)[6:])
+@each(FLAGGED, pick("adamw-clipped_cautious", "adam-cautious", "nadam-cautious_both", "lion-cautious_both"))
+def test_equals_the_loop(device: torch.device, case: Case, kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Two groups that differ, a gradient missing in one step; tensors small and of many chunks."""
+    if dtype in HALF and case.cls is optimx.Lion:
+        pytest.skip("where numbers cancel, a rounding turns a sign, and a step of 16 bits is another")
+    shapes = [(), (0,), (1,), (129,), (3, 5, 7), (30, 20) if INTERPRETED else (300, 70)]
+    params = make_params(shapes, device, dtype)
+    ours, stock, _ = twins(case, params, kwargs, lambda all: [{"params": all[:3], "lr": 0.02}, {"params": all[3:]}])
+    if dtype in HALF:
+        train_rounded(ours, stock, 3, dtype)
+    else:
+        train([ours, stock], 2)
+        train([ours, stock], 1, first=2, skip=(1, 4))
+        train([ours, stock], 1, first=3)
+    assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("piece", [64, 1 << 19])
+@each(FLAGGED, ())
+def test_pieces_of_large_tensors(
+    monkeypatch: pytest.MonkeyPatch, case: Case, kwargs: dict[str, Any], piece: int
+) -> None:
+    """A tensor that is cut into pieces takes the step of one that is not."""
+    monkeypatch.setattr(elementwise, "PIECE", piece)
+    monkeypatch.setattr(batch, "SMALL", 16)
+    ours, stock, _ = twins(case, make_params([(300,), (5, 40), (9,)]), kwargs)
+    train([ours, stock], 3)
+    assert_same(ours, stock)
+
+
+@pytest.mark.parametrize("more", [{}, {"amsgrad": True}, {"weight_decay": 0.0}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize(
+    "flags", [{"cautious": True}, {"update_clipping": True}, dict.fromkeys(OF_UPDATES[1:], True)], ids=str
+)
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Lion"])
+def test_equals_timm(timm: Any, name: str, flags: dict[str, bool], more: dict[str, Any]) -> None:
+    """timm's classes in float32, with the per-tensor mean and the clipping that these flags name."""
+    if name == "Lion" and ("amsgrad" in more or "update_clipping" in flags):
+        pytest.skip("timm's Lion has neither")
+    if name == "Adam" and "weight_decay" not in more:
+        more = {**more, "decoupled_weight_decay": True}
+    kwargs = {"lr": 0.01, "weight_decay": 0.1, **({} if name == "Lion" else {"betas": (0.9, 0.8)}), **more}
+    theirs = {**kwargs, "caution": flags.get("cautious", False)}
+    theirs.pop("decoupled_weight_decay", None)
+    if name != "Lion":
+        theirs["clipping_threshold"] = 1.0 if flags.get("update_clipping") else None
+    params, copies = make_params(SHAPES[1:3]), make_params(SHAPES[1:3])
+    ours = getattr(optimx, name)(params, **kwargs, **flags)
+    timms = timm.Lion(copies, **theirs) if name == "Lion" else timm.AdamW(copies, **theirs)
+    for step in range(4):
+        for optimizer in (ours, timms):
+            set_grads(params_of(optimizer), step, scale=1.0 + 3.0 * (step == 2))
+            optimizer.step()
+    for mine, other in zip(params, copies, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-5, atol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def timm() -> Any:
+    """timm's optimizers without the rest of it, which needs a torchvision that suits torch."""
+    found = find_spec("timm")
+    if found is None:
+        pytest.skip("timm is not installed")
+    folder = Path(found.submodule_search_locations[0])
+    with patch.dict(sys.modules):
+        for name, path in (("timm", folder), ("timm.optim", folder / "optim")):
+            sys.modules[name] = ModuleType(name)
+            sys.modules[name].__path__ = [str(path)]
+        adamw, lion = (import_module(f"timm.optim.{name}") for name in ("adamw", "lion"))
+    return SimpleNamespace(AdamW=adamw.AdamWLegacy, Lion=lion.Lion)
+
+
+@interpreted
+@pytest.mark.parametrize("flag", OF_UPDATES[1:])
+def test_a_nan_gradient_reaches_the_parameters(device: torch.device, flag: str) -> None:
+    for cls in (optimx.AdamW, optimx.NAdam):
+        param = Parameter(torch.ones(300, device=device))
+        param.grad = torch.ones_like(param)
+        param.grad[7] = torch.nan
+        cls([param], **{flag: True}).step()
+        assert param[7].isnan()
+
+
 @each_with_flags
 def test_groups_have_what_is_set_alone(case: Case) -> None:
     assert not FLAGS.keys() & case.cls(make_params([(3,)])).param_groups[0].keys()
@@ -123,8 +229,12 @@ def test_off_is_bitwise_as_before(case: Case, name: str) -> None:
         pytest.skip(f"{case.name} has no {name}")
     params, alone = make_params([(300,), (40, 5)]), make_params([(300,), (40, 5)])
     flagged = case.cls([{"params": params[:1], name: True}, {"params": params[1:], name: False}], **usual(case))
-    plain = case.cls(alone, **usual(case))
-    train([flagged, plain], 3)
+    plain = [case.cls([param], **usual(case)) for param in alone]
+    for step in range(3):
+        set_grads(params, step)
+        set_grads(alone, step)
+        for optimizer in (flagged, *plain):
+            optimizer.step()
     assert torch.equal(params[1], alone[1])
     assert not torch.equal(params[0], alone[0])
 

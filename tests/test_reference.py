@@ -170,7 +170,10 @@ def test_lamb_equals_tensor_expressions(case: Case, kwargs: dict[str, Any]) -> N
     expected = torch.tensor(theta, dtype=torch.float64)
     limited = 0
     for direction in directions:
-        u = torch.add(direction, expected, alpha=weight_decay)
+        decaying = expected
+        if kwargs.get("cautious_weight_decay"):
+            decaying = torch.where(direction * expected >= 0, expected, 0.0)
+        u = torch.add(direction, decaying, alpha=weight_decay)
         length = u.norm()
         if weight_decay > 0 or kwargs.get("always_adapt"):
             limited += int(expected.norm() > limit * length)

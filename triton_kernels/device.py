@@ -426,13 +426,6 @@ def with_l2(g, p, l2):
 
 
 @triton.jit
-def cautious_decay(decay, step, p):
-    """``decay`` where a step, which is subtracted, does not move a weight away from zero; elsewhere 1."""
-    # signs, because products may underflow
-    return tl.where(tl.where(p < 0, -step, step) < 0, 1.0, decay)
-
-
-@triton.jit
 def lerp(a, b, weight):
     return a + weight * (b - a)
 

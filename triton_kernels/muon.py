@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .device import as_stored, cautious_decay, save
+from .device import as_stored, save
+from .flags import cautious_decay
 
 RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps", "beta2")
 #: ``mix`` is how much of the average there is in what is orthogonalized, beside the gradient.

@@ -48,12 +48,12 @@ from .storage import PLAIN, Formats, Storage, constants
 from .tensor_table import LaunchSize, TensorTable
 
 
-def _named_after(function: str) -> Any:
-    """Profilers show ``_adam_kernel``, not one name for all."""
+def named_after(function: str, launch: str = "") -> Any:
+    """Profilers show ``_adam_kernel`` and ``_adam_prepare_kernel``, not one name for all."""
 
     def name(specialization: Any) -> str:
         algorithm = specialization.constants[function].fn.__module__.rpartition(".")[2]
-        return f"_{algorithm}_{'' if function == 'UPDATE' else 'prepare_'}kernel"
+        return f"_{algorithm}_{launch}kernel"
 
     return name
 
@@ -77,7 +77,7 @@ def _update(block, args, CONSTANTS: tl.constexpr):
     write(block, 0, UPDATE(p, g, states, hyper, CONSTANTS[1], block))
 
 
-@triton.jit(repr=_named_after("UPDATE"), do_not_specialize_on_alignment=["steps_ptr"])
+@triton.jit(repr=named_after("UPDATE"), do_not_specialize_on_alignment=["steps_ptr"])
 def _update_kernel(
     fixed_ptr,  # int64 [n_tensors, 1 + n_states + n_companions]: params, then each state, then each companion
     grads_ptr,  # int64 [n_tensors]; 0 where there is none in this step
@@ -118,7 +118,7 @@ def _update_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
+@triton.jit(do_not_specialize=["n_tensors"], repr=named_after("PREPARE", "prepare_"))
 def _prepare_kernel(
     raw_ptr,  # float64 [n_tensors, N_RAW]
     given_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0

@@ -196,7 +196,7 @@ class StepPlan:
                 if not same_layout(like_grads[position], shards[position]):
                     self.relayout.append(position)
                 if key not in by_key:
-                    by_key[key] = bucket_class(key.backend, optimizer.rule.walk)(key, optimizer.rule)
+                    by_key[key] = bucket_class(key.backend, optimizer.rule.walk_of(key.variant))(key, optimizer.rule)
                 seed = groups[g].get("rounding_seed", 0)
                 geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
                 by_key[key].add(position, g, param.shape, geometry, seed)

@@ -1,6 +1,8 @@
 """Adam, AdamW and NAdam with flags that torch's classes have not, in torch's operators, one parameter after the other.
 
-Cautious weight decay is https://arxiv.org/abs/2510.12402: an element decays where ``step * param >= 0``.
+Cautious weight decay is https://arxiv.org/abs/2510.12402: an element decays where ``step * param >= 0``. Cautious
+steps are https://arxiv.org/abs/2411.16085, with the tensor's mean of the mask, at least 1e-3. Update clipping is
+StableAdamW's (https://arxiv.org/abs/2304.13013), as timm has it: eps is added to the root, and decay is not clipped.
 """
 
 from __future__ import annotations
@@ -56,6 +58,11 @@ class FlaggedLoop(Optimizer):
             state["mu_product"].fill_(product)
             average = g * (1 - mu) / (1 - product) + m * next_mu / (1 - product * next_mu)
         step = average / denominator
+        if self.flags.get("cautious"):
+            mask = (step.sign() * g.sign() > 0).to(step.dtype)
+            step = step * mask / mask.mean().clamp(min=1e-3)
+        if self.flags.get("update_clipping"):
+            step = step / (g / denominator).square().mean().sqrt().clamp(min=1.0)
         kept = 1 - group["lr"] * group["weight_decay"] if decoupled else 1.0
         if self.flags.get("cautious_weight_decay"):
             param.copy_(torch.where(step * param.sign() >= 0, kept * param, param))
