@@ -15,6 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import optimx
+from optimx._engine.flags import FLAGS
 from optimx._engine.storage import SETTINGS
 from tests.cases import CASES, Case
 
@@ -164,7 +165,9 @@ def test_signature(case: Case) -> None:
     extra = ours[len(torchs) :]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
     values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
-    assert {p.name: p.default for p in extra} == {**{name: values.get(name) for name in EXTRA[case.name]}, **SETTINGS}
+    flags = dict.fromkeys((*case.cls.rule.flags, "centralize_grads") if case.cls.rule.flags else (), False)
+    others = {name: values.get(name) for name in EXTRA[case.name]}
+    assert {p.name: p.default for p in extra} == {**others, **SETTINGS, **flags}
 
 
 @each_of_our_own
@@ -175,7 +178,7 @@ def test_signature_of_our_own(case: Case) -> None:
     torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
     assert positional == torchs
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
-    assert list(parameters)[-6:] == ["capturable", "max_grad_norm", "norm_group", *SETTINGS]
+    assert [name for name in parameters if name not in FLAGS][-6:] == ["capturable", "max_grad_norm", "norm_group", *SETTINGS]
     assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
 
 
@@ -212,7 +215,7 @@ def test_defaults_and_repr(case: Case) -> None:
 def test_defaults_and_repr_of_our_own(case: Case) -> None:
     """Settings of the whole optimizer are on the optimizer, all others in its groups."""
     ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
-    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads", *SETTINGS}
+    whole = {"params", "capturable", "max_grad_norm", "norm_group", "normalize_grads", *SETTINGS, *FLAGS}
     parameters = inspect.signature(case.cls).parameters
     assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]
