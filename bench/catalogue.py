@@ -15,7 +15,7 @@ from bench import peers
 READ_AGAIN: dict[str, Callable[[float], float]] = {
     "elementwise": lambda state: 0.0,
     # parameter, gradient and states once more, for the lengths
-    "trust_ratio": lambda state: 8.0 + state,
+    "measured": lambda state: 8.0 + state,
     # the gradient for the sums; gradient and parameter for the length of the step
     "factored": lambda state: 12.0,
     # what is orthogonalized, in 16 bits: written, read for its norm, divided by it, read for the step

@@ -21,6 +21,8 @@ __all__ = ["scratch_bound"]
 
 #: Pieces that a formula may use beside one a role and the gradient's.
 _TEMPORARIES = 3
+#: And what flags take beside these: which elements agree with a step, and what becomes of them.
+_MASKS = 2
 #: Pieces of a factored walk: see :mod:`optimx._engine.cpu.factored`.
 _FACTORED = 4
 #: Sums over rows and columns, their means, averages and roots, of which so many are there at a time.
@@ -57,7 +59,9 @@ def scratch_bound(rule: UpdateRule, key: BucketKey, parts: Sequence[Tensor], cli
     Returns:
         The bytes; None where nothing is told of them: matrices that are orthogonalized, sums that meet other ranks'.
     """
-    if rule.walk == "orthogonal" or (key.cut is not None and key.cut.n_shards > 1 and ROUNDS_OF[rule.walk]):
+    if rule.walk == "orthogonal" or (
+        key.cut is not None and key.cut.n_shards > 1 and ROUNDS_OF[rule.walk_of(key.variant)]
+    ):
         return None
     if key.backend == backends.TRITON:
         return _of_tables(rule, key, parts)
@@ -98,7 +102,10 @@ def _slots(rule: UpdateRule, key: BucketKey, has_batches: bool) -> int:
     compute = _compute_dtype(key)
     n_roles = 1 + len(rule.state_names(key.variant))
     if rule.operator(key.variant, compute) is None:
-        return 1 + n_roles + _TEMPORARIES
+        masks = _MASKS if rule.flags and key.variant else 0
+        if rule.walk_of(key.variant) == "measured":
+            return n_roles + rule.temporaries + n_roles + masks
+        return 1 + n_roles + _TEMPORARIES + masks
     if key.formats or has_batches:
         return 1 + n_roles
     # an operator takes what is in the dtype to compute in where it lies
@@ -114,7 +121,7 @@ def _of_batches(rule: UpdateRule, key: BucketKey, n_small: int, draws: bool) -> 
     if draws:
         # where they have their bits from stays; tensors are told apart in a draw
         total += n_small * 2 * _WORD + batch * 3 * _WORD
-    if rule.walk == "trust_ratio":
+    if rule.walk_of(key.variant) == "measured":
         total += batch * 4 * _WORD
     if rule.by_element:
         total += n_small * (len(rule.by_element) * itemsize + _WORD)

@@ -12,8 +12,9 @@ from torch.optim import Adam as TorchAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine import flags
 from ._engine.guards import Clipping, Spikes
-from ._engine.rule import Operator, UpdateRule
+from ._engine.rule import Operator, UpdateRule, decay_cautiously_, l2_gradient, subtract_
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 
@@ -39,20 +40,27 @@ class AdamRule(UpdateRule):
 
     module = "adam"
     codes = {"exp_avg": False, "exp_avg_sq": True}
+    flags = optional_settings = flags.OF_UPDATES
+    temporaries = 4
     # lr and weight_decay
     by_element = (0, 4)
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "maximize", "decoupled_weight_decay")
 
     def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
-        return (bool(group["amsgrad"]),)
+        flags.check_decay(group)
+        chosen = flags.variant(self, group)
+        has_l2 = (not group["decoupled_weight_decay"],) if chosen else ()
+        return (bool(group["amsgrad"]), *chosen, *has_l2)
+
+    def walk_of(self, variant: tuple[bool, ...]) -> str:
+        return flags.walk_of(variant[1:4])
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
         return lr, beta1, beta2, eps, weight_decay, float(maximize), float(decoupled)
 
     def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
-        (amsgrad,) = variant
-        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if variant[0] else ("exp_avg", "exp_avg_sq")
 
     def prepare(self, values, scalars):
         lr, beta1, beta2, eps, weight_decay, maximize, decoupled = values
@@ -71,6 +79,10 @@ class AdamRule(UpdateRule):
         return row, (step,)
 
     def formula(self, variant, row, p, g, states, scratch):
+        if len(variant) > 1:
+            step, *_ = self.advance(variant, row, p, g, states, scratch)
+            self.take(variant, row, p, step, 1.0, scratch)
+            return
         # what differs between groups, whose decay, l2 and size are vectors; else there is the operator
         _, decay, l2, beta1_c, beta2, beta2_c, bias2_sqrt, size, eps = row
         exp_avg, exp_avg_sq, *largest = states
@@ -87,8 +99,33 @@ class AdamRule(UpdateRule):
         denominator.div_(bias2_sqrt).add_(eps)
         p.addcdiv_(torch.mul(exp_avg, size, out=scratch[0]), denominator, value=-1.0)
 
-    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator:
-        return fused_adam
+    def advance(self, variant, row, p, g, states, scratch):
+        _, _, l2, beta1_c, beta2, beta2_c, bias2_sqrt, _, eps = row
+        exp_avg, exp_avg_sq, *largest = states
+        _, _, is_cautious, is_clipped, _ = variant
+        g = l2_gradient(g, p, l2, scratch[2])
+        exp_avg.lerp_(g, beta1_c)
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
+        square = torch.maximum(largest[0], exp_avg_sq, out=largest[0]) if largest else exp_avg_sq
+        denominator = torch.sqrt(square, out=scratch[1]).div_(bias2_sqrt).add_(eps)
+        step = torch.div(exp_avg, denominator, out=scratch[0])
+        sizes = torch.div(g, denominator, out=scratch[1]) if is_clipped else None
+        taken = flags.cautious(step, g, scratch[3]) if is_cautious else None
+        return step if taken is None else step.mul_(taken), taken, sizes
+
+    def factors(self, variant, row, squares, numels):
+        return flags.factors(variant[1:4], squares, numels)
+
+    def take(self, variant, row, p, step, factor, scratch):
+        if variant[1]:
+            decay_cautiously_(p, row.decay, step, scratch[1])
+        elif row.decay != 1.0:
+            p.mul_(row.decay)
+        subtract_(p, step, row.step_size, factor)
+
+    def operator(self, variant: tuple[bool, ...], dtype: torch.dtype) -> Operator | None:
+        # torch's knows no flags
+        return fused_adam if len(variant) == 1 else None
 
 
 def fused_adam(values, params, grads, states, steps):
@@ -110,6 +147,15 @@ class Adam(MultiTensorStep, TorchAdam):
     """Adam, a drop-in for :class:`torch.optim.Adam`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
+        update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
+            square, where that is above 1; weight decay is not, as in timm (StableAdamW,
+            https://arxiv.org/abs/2304.13013) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -148,6 +194,10 @@ class Adam(MultiTensorStep, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        update_clipping: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -165,5 +215,6 @@ class Adam(MultiTensorStep, TorchAdam):
         self._init_step(
             max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
             max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious=cautious, cautious_weight_decay=cautious_weight_decay,
+            update_clipping=update_clipping, centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -19,6 +19,15 @@ class AdamW(Adam, TorchAdamW):
     """AdamW, a drop-in for :class:`torch.optim.AdamW`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
+        update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
+            square, where that is above 1; weight decay is not, as in timm (StableAdamW,
+            https://arxiv.org/abs/2304.13013) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -54,6 +63,10 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        update_clipping: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -71,5 +84,6 @@ class AdamW(Adam, TorchAdamW):
         self._init_step(
             max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
             max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious=cautious, cautious_weight_decay=cautious_weight_decay,
+            update_clipping=update_clipping, centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -14,9 +14,10 @@ from torch.optim.optimizer import ParamsT
 
 from . import _compat
 from ._checks import above
+from ._engine import flags
 from ._engine.guards import Clipping, Spikes
 from ._engine.optimizer import evaluated
-from ._engine.rule import UpdateRule
+from ._engine.rule import UpdateRule, subtract_
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -44,12 +45,18 @@ class LAMBRule(UpdateRule):
 
     module = "lamb"
     codes = {"exp_avg": False, "exp_avg_sq": True}
-    walk = "trust_ratio"
+    walk = "measured"
+    flags = optional_settings = ("cautious_weight_decay",)
+    temporaries = 1
+    knows_moved = True
     # the kernels need a row for each tensor, and rows are that where they are made on the device
     scalars_on_device = True
     _read = itemgetter(
         "lr", "betas", "eps", "weight_decay", "bias_correction", "max_trust_ratio", "always_adapt", "maximize"
     )
+
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return flags.variant(self, group)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, corrected, largest, always_adapt, maximize = self._read(group)
@@ -76,6 +83,39 @@ class LAMBRule(UpdateRule):
         )
         return row, (step,)
 
+    def advance(self, variant, row, p, g, states, scratch):
+        # what Adam makes of zeros
+        _compat.uncorrected_adam_(
+            scratch[0].zero_(), g, *states, lr=-row.bias2_sqrt / row.bias1, beta1=1.0 - row.beta1_c, beta2=row.beta2,
+            weight_decay=0.0, eps=row.eps * row.bias2_sqrt,
+        )  # fmt: skip
+        return _with_decay(variant, row, p, scratch[0]), p, scratch[0]
+
+    def step_of_moved(self, variant, row, p, states, scratch):
+        m, v = states
+        (out,) = scratch
+        torch.sqrt(v, out=out).mul_(row.bias1 / row.bias2_sqrt).add_(row.eps * row.bias1)
+        return _with_decay(variant, row, p, torch.div(m, out, out=out))
+
+    def factors(self, variant, row, squares, numels):
+        p_norm, step_norm = squares.sqrt()
+        # a norm of 0 tells nothing
+        ratio = torch.where((p_norm == 0) | (step_norm == 0), 1.0, p_norm / step_norm)
+        return ratio.clamp(max=row.largest) if row.largest else torch.ones_like(ratio)
+
+    def take(self, variant, row, p, step, factor, scratch):
+        subtract_(p, step, row.size, factor)
+
+
+def _with_decay(variant: tuple[bool, ...], row: LAMBRow, p: Tensor, step: Tensor) -> Tensor:
+    """A step, to which weight decay is added."""
+    if not row.weight_decay:
+        return step
+    if variant and variant[0]:
+        # signs, because products may underflow
+        p = torch.where(torch.sign(p).mul_(step) < 0, 0.0, p)
+    return step.add_(p, alpha=row.weight_decay)
+
 
 class LAMBLoop(Optimizer):
     """LAMB, one parameter after the other: any device, complex numbers; what :class:`LAMB` falls back to."""
@@ -99,7 +139,10 @@ class LAMBLoop(Optimizer):
             bias1, bias2 = (1 - beta1**step, 1 - beta2**step) if group["bias_correction"] else (1.0, 1.0)
             direction = exp_avg / bias1 / ((exp_avg_sq / bias2).sqrt() + group["eps"])
             if group["weight_decay"] != 0:
-                direction.add_(p, alpha=group["weight_decay"])
+                decaying = p
+                if group.get("cautious_weight_decay"):
+                    decaying = torch.where(direction * p.sign() < 0, 0.0, p)
+                direction.add_(decaying, alpha=group["weight_decay"])
             if group["weight_decay"] != 0 or group["always_adapt"]:
                 p_norm, norm = torch.linalg.vector_norm(p), torch.linalg.vector_norm(direction)
                 ratio = torch.where((p_norm == 0) | (norm == 0), 1.0, p_norm / norm)
@@ -128,6 +171,10 @@ class LAMB(MultiTensorStep, LAMBLoop):
             A setting of the whole optimizer.
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        cautious_weight_decay: Weights decay only where Adam's step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -150,6 +197,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
     """
 
     rule = LAMBRule()
+    loop_knows_flags = True
 
     def __init__(
         self,
@@ -165,6 +213,8 @@ class LAMB(MultiTensorStep, LAMBLoop):
         normalize_grads: bool = False,
         maximize: bool = False,
         capturable: bool = False,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -188,5 +238,6 @@ class LAMB(MultiTensorStep, LAMBLoop):
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
+            cautious_weight_decay=cautious_weight_decay, centralize_grads=centralize_grads,
         )  # fmt: skip
         self.normalize_grads = normalize_grads

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine import flags
 from ._engine.guards import Clipping, Spikes
 from ._engine.optimizer import evaluated
-from ._engine.rule import UpdateRule
+from ._engine.rule import UpdateRule, decay_cautiously_, subtract_
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -37,8 +38,15 @@ class LionRule(UpdateRule):
 
     module = "lion"
     codes = {"exp_avg": False}
+    flags = optional_settings = ("cautious_weight_decay", "cautious")
     scalars = ()
     _read = itemgetter("lr", "betas", "weight_decay", "maximize")
+
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        return flags.variant(self, group)
+
+    def walk_of(self, variant: tuple[bool, ...]) -> str:
+        return flags.walk_of(variant)
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), weight_decay, maximize = self._read(group)
@@ -52,6 +60,10 @@ class LionRule(UpdateRule):
         return LionRow(-1.0 if maximize else 1.0, 1.0 - lr * weight_decay, 1.0 - beta1, 1.0 - beta2, lr), ()
 
     def formula(self, variant, row, p, g, states, scratch):
+        if variant:
+            step, *_ = self.advance(variant, row, p, g, states, scratch)
+            self.take(variant, row, p, step, 1.0, scratch)
+            return
         _, decay, beta1_c, beta2_c, lr = row
         (exp_avg,) = states
         step = torch.lerp(exp_avg, g, beta1_c, out=scratch[0]).sign_()
@@ -61,6 +73,23 @@ class LionRule(UpdateRule):
         else:
             p.add_(step, alpha=-lr)
         exp_avg.lerp_(g, beta2_c)
+
+    def advance(self, variant, row, p, g, states, scratch):
+        (exp_avg,) = states
+        step = torch.lerp(exp_avg, g, row.beta1_c, out=scratch[0]).sign_()
+        exp_avg.lerp_(g, row.beta2_c)
+        taken = flags.cautious(step, g, scratch[1]) if variant[1] else None
+        return step if taken is None else step.mul_(taken), taken, None
+
+    def factors(self, variant, row, squares, numels):
+        return flags.factors(variant, squares, numels)
+
+    def take(self, variant, row, p, step, factor, scratch):
+        if variant[0]:
+            decay_cautiously_(p, row.decay, step, scratch[2])
+        else:
+            p.mul_(row.decay)
+        subtract_(p, step, row.lr, factor)
 
 
 class LionLoop(Optimizer):
@@ -74,8 +103,15 @@ class LionLoop(Optimizer):
                 state["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
             p, g, exp_avg = as_real(param, grad, state["exp_avg"])
             lr, (beta1, beta2) = as_number(group["lr"]), group["betas"]
-            p.mul_(1 - lr * as_number(group["weight_decay"]))
-            p.sub_(exp_avg.lerp(g, 1 - beta1).sign_().mul_(lr))
+            step, decay = exp_avg.lerp(g, 1 - beta1).sign_(), 1 - lr * as_number(group["weight_decay"])
+            if group.get("cautious"):
+                taken = (step * g.sign() > 0).to(step.dtype)
+                step.mul_(taken / taken.mean().clamp_(min=1e-3))
+            if group.get("cautious_weight_decay"):
+                p.copy_(torch.where(step * p.sign() < 0, p, p * decay))
+            else:
+                p.mul_(decay)
+            p.sub_(step.mul_(lr))
             exp_avg.lerp_(g, 1 - beta2)
         return loss
 
@@ -93,6 +129,12 @@ class Lion(MultiTensorStep, LionLoop):
         weight_decay: Decoupled weight decay (default: 0).
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -115,6 +157,7 @@ class Lion(MultiTensorStep, LionLoop):
     """
 
     rule = LionRule()
+    loop_knows_flags = True
 
     def __init__(
         self,
@@ -125,6 +168,9 @@ class Lion(MultiTensorStep, LionLoop):
         *,
         maximize: bool = False,
         capturable: bool = False,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -140,5 +186,6 @@ class Lion(MultiTensorStep, LionLoop):
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
-            param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
+            param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed, cautious=cautious,
+            cautious_weight_decay=cautious_weight_decay, centralize_grads=centralize_grads,
         )  # fmt: skip

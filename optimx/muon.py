@@ -285,6 +285,8 @@ class Muon(MultiTensorStep, MuonLoop):
             (default: False). Less work and a little less exact; ``ns_dtype`` must be torch.float16 or torch.float32
             (https://github.com/Dao-AILab/gram-newton-schulz).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -331,6 +333,7 @@ class Muon(MultiTensorStep, MuonLoop):
         cautious_weight_decay: bool = False,
         gram: bool = False,
         capturable: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -368,6 +371,7 @@ class Muon(MultiTensorStep, MuonLoop):
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
+            centralize_grads=centralize_grads,
         )  # fmt: skip
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim import NAdam as TorchNAdam
 from torch.optim.optimizer import ParamsT
 
+from ._engine import flags
 from ._engine.guards import Clipping, Spikes
-from ._engine.rule import UpdateRule, l2_gradient
+from ._engine.rule import UpdateRule, decay_cautiously_, l2_gradient
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 
@@ -39,8 +40,18 @@ class NAdamRule(UpdateRule):
 
     module = "nadam"
     codes = {"exp_avg": False, "exp_avg_sq": True}
+    flags = optional_settings = flags.OF_UPDATES
+    temporaries = 5
     scalars = ("step", "mu_product")
     _read = itemgetter("lr", "betas", "eps", "weight_decay", "momentum_decay", "maximize", "decoupled_weight_decay")
+
+    def group_variant(self, group: dict[str, Any]) -> tuple[bool, ...]:
+        flags.check_decay(group)
+        chosen = flags.variant(self, group)
+        return (*chosen, not group["decoupled_weight_decay"]) if chosen else ()
+
+    def walk_of(self, variant: tuple[bool, ...]) -> str:
+        return flags.walk_of(variant[:3])
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, momentum_decay, maximize, decoupled = self._read(group)
@@ -72,22 +83,49 @@ class NAdamRule(UpdateRule):
         return row, (step, mu_product)
 
     def formula(self, variant, row, p, g, states, scratch):
-        _, decay, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = row
+        step, *_ = self.advance(variant, row, p, g, states, scratch)
+        self.take(variant, row, p, step, 1.0, scratch)
+
+    def advance(self, variant, row, p, g, states, scratch):
+        _, _, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = row
         exp_avg, exp_avg_sq = states
-        g = l2_gradient(g, p, l2, scratch[0])
+        _, is_cautious, is_clipped, _ = variant or (False,) * 4
+        g = l2_gradient(g, p, l2, scratch[2])
         exp_avg.lerp_(g, beta1_c)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
         denominator = torch.sqrt(exp_avg_sq, out=scratch[1]).div_(math.sqrt(bias2)).add_(eps)
         step = torch.mul(g, grad_size, out=scratch[0]).add_(exp_avg, alpha=avg_size)
-        if decay != 1.0:
-            p.mul_(decay)
-        p.addcdiv_(step, denominator, value=-1)
+        sizes = torch.div(g, denominator, out=scratch[3]) if is_clipped else None
+        taken = flags.cautious(step, g, scratch[4]) if is_cautious else None
+        return step if taken is None else step.mul_(taken), taken, sizes
+
+    def factors(self, variant, row, squares, numels):
+        return flags.factors(variant[:3], squares, numels)
+
+    def take(self, variant, row, p, step, factor, scratch):
+        if variant and variant[0]:
+            decay_cautiously_(p, row.decay, step, scratch[2])
+        elif row.decay != 1.0:
+            p.mul_(row.decay)
+        if isinstance(factor, Tensor):
+            p.addcdiv_(step.mul_(factor), scratch[1], value=-1.0)
+        else:
+            p.addcdiv_(step, scratch[1], value=-factor)
 
 
 class NAdam(MultiTensorStep, TorchNAdam):
     """NAdam, a drop-in for :class:`torch.optim.NAdam`: same arguments, state and numbers.
 
     Args beyond torch's:
+        cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+        cautious_weight_decay: Weights decay only where the step does not move them away from zero
+            (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
+        update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
+            square, where that is above 1; weight decay is not, as in timm (StableAdamW,
+            https://arxiv.org/abs/2304.13013) (default: False).
+        centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
+            (https://arxiv.org/abs/2004.01461) (default: False).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -125,6 +163,10 @@ class NAdam(MultiTensorStep, TorchNAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        cautious: bool = False,
+        cautious_weight_decay: bool = False,
+        update_clipping: bool = False,
+        centralize_grads: bool = False,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -141,5 +183,6 @@ class NAdam(MultiTensorStep, TorchNAdam):
         self._init_step(
             max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
             max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
-            rounding_seed=rounding_seed,
+            rounding_seed=rounding_seed, cautious=cautious, cautious_weight_decay=cautious_weight_decay,
+            update_clipping=update_clipping, centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import optimx
+from optimx._engine.flags import OF_UPDATES
 from optimx.lamb import LAMBLoop
 from optimx.lion import LionLoop
 from tests.reference.adadelta import adadelta
@@ -23,6 +24,7 @@ from tests.reference.adagrad import adagrad
 from tests.reference.adam import adam
 from tests.reference.adamax import adamax
 from tests.reference.asgd import asgd
+from tests.reference.flagged import FlaggedLoop
 from tests.reference.lamb import lamb
 from tests.reference.lion import lion
 from tests.reference.nadam import nadam
@@ -125,7 +127,13 @@ class Variant(NamedTuple):
     def plan(self) -> tuple[Any, ...]:
         """What the engine treats differently: the walk, how many scalars and where, a first step, nothing kept."""
         rule, (variant, is_first) = self.case.cls.rule, self._of_group()
-        return rule.walk, len(rule.scalars), rule.scalars_on_device, is_first, bool(rule.state_names(variant))
+        return (
+            rule.walk_of(variant),
+            len(rule.scalars),
+            rule.scalars_on_device,
+            is_first,
+            bool(rule.state_names(variant)),
+        )
 
     def _of_group(self) -> tuple[tuple[bool, ...], bool]:
         rule: Any = self.case.cls.rule
@@ -156,17 +164,46 @@ _DECOUPLED: dict[str, dict[str, Any]] = {
     "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
     "decoupled_maximize": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01, "maximize": True},
 }
+#: Flags, where decay is decoupled.
+_FLAGS: dict[str, dict[str, Any]] = {
+    "cautious_decay": {"lr": 0.05, "weight_decay": 0.5, "cautious_weight_decay": True},
+    "cautious": {"lr": 0.05, "weight_decay": 0.5, "cautious": True},
+    "cautious_both": {"lr": 0.05, "weight_decay": 0.5, "cautious": True, "cautious_weight_decay": True},
+}
+#: And where there is an average of squares.
+_CLIPPED: dict[str, dict[str, Any]] = {
+    **_FLAGS,
+    # averages of squares that are slow to follow
+    "clipped": {"lr": 0.05, "weight_decay": 0.5, "betas": (0.9, 0.8), "update_clipping": True},
+    "clipped_cautious": {"lr": 0.05, "betas": (0.9, 0.8), "eps": 0.01, "update_clipping": True, "cautious": True},
+}
+_DECOUPLED_FLAGS: dict[str, dict[str, Any]] = {
+    name: {**flags, "decoupled_weight_decay": True} for name, flags in _CLIPPED.items()
+}
 _BETAS: dict[str, Any] = {"lr": 0.05, "weight_decay": 0.3, "betas": (0.5, 0.6)}
 
 CASES = [
     Case(
-        optimx.AdamW, torch.optim.AdamW, partial(adam, decoupled_weight_decay=True, weight_decay=1e-2), _AMSGRAD, _BETAS
+        optimx.AdamW,
+        torch.optim.AdamW,
+        partial(adam, decoupled_weight_decay=True, weight_decay=1e-2),
+        {
+            **_AMSGRAD,
+            **_CLIPPED,
+            "clipped_amsgrad": {"amsgrad": True, "betas": (0.9, 0.8), "update_clipping": True, "cautious": True},
+        },
+        _BETAS,
     ),
     Case(
         optimx.Adam,
         torch.optim.Adam,
         adam,
-        {**_AMSGRAD, "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01}},
+        {
+            **_AMSGRAD,
+            "cautious": {"weight_decay": 0.1, "lr": 0.01, "cautious": True, "maximize": True},
+            "clipped": {"weight_decay": 0.1, "lr": 0.01, "betas": (0.9, 0.8), "update_clipping": True},
+            "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
+        },
         _BETAS,
     ),
     Case(
@@ -250,7 +287,7 @@ CASES = [
         optimx.NAdam,
         torch.optim.NAdam,
         nadam,
-        {**_DECOUPLED, "momentum_decay": {"lr": 0.1, "momentum_decay": 1.0}},
+        {**_DECOUPLED, **_DECOUPLED_FLAGS, "momentum_decay": {"lr": 0.1, "momentum_decay": 1.0}},
         {**_BETAS, "momentum_decay": 0.1},
     ),
     Case(
@@ -286,7 +323,7 @@ CASES = [
         optimx.Lion,
         LionLoop,
         lion,
-        {**_DECAY, "betas": {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.5}},
+        {**_DECAY, **_FLAGS, "betas": {"lr": 0.01, "betas": (0.5, 0.8), "weight_decay": 0.5}},
         _BETAS,
     ),
     Case(
@@ -299,6 +336,7 @@ CASES = [
             "always_adapt": {"weight_decay": 0.0, "always_adapt": True},
             "clamped": {"weight_decay": 0.1, "max_trust_ratio": 1.0, "lr": 0.05, "maximize": True},
             "uncorrected": {"bias_correction": False, "lr": 0.05},
+            "cautious_decay": _FLAGS["cautious_decay"],
         },
         _BETAS,
     ),
@@ -387,7 +425,9 @@ def loop(case: Case, params: Any, **kwargs: Any) -> torch.optim.Optimizer:
         # the same numbers, for versions that fail at betas of one element (`test_stock_defects`)
         kwargs["betas"] = tuple(beta.reshape(()) if torch.is_tensor(beta) else beta for beta in kwargs["betas"])
     if case.is_torchs:
-        return case.stock(params, **kwargs, foreach=False)
+        flags = {name: kwargs.pop(name) for name in OF_UPDATES if name in kwargs}
+        stock = case.stock(params, **kwargs, foreach=False)
+        return FlaggedLoop(stock, **flags) if flags else stock
     optimizer: Any = case.cls(params, **kwargs)
     return case.stock(optimizer.param_groups, optimizer.defaults)
 

@@ -92,7 +92,7 @@ class Stored:
             backend, params[0].device, dtypes, variant, False, torch.float32, False,
             formats=() if are_plain else self.formats,
         )  # fmt: skip
-        self.bucket = bucket_class(backend, self.rule.walk)(key, self.rule)
+        self.bucket = bucket_class(backend, self.rule.walk_of(variant))(key, self.rule)
         for i, param in enumerate(self.params):
             self.bucket.add(
                 i if positions is None else positions[i], 0, param.shape,

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from optimx.triton_kernels import grad_norm, lamb, matrix_walk, update  # noqa: E402
+from optimx.triton_kernels import grad_norm, lamb, matrix_walk, measured, update  # noqa: E402
 from optimx.triton_kernels.device import Launcher, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
 from optimx.triton_kernels.matrix_table import tables  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
@@ -148,8 +148,8 @@ class Launch:
         where = addresses(self.grads, self.params[0].device, self.missing)
         dtypes = (self.dtype,) * (2 + len(self.states))
         roles = self.rule.kernels, self.table, where, self.hyper, control
-        if self.rule.walk == "trust_ratio":
-            deque(lamb.lamb_(*roles, dtypes=dtypes), maxlen=0)
+        if self.rule.walk_of(self.variant) == "measured":
+            deque(measured.measured_update_(*roles, variant=self.variant, dtypes=dtypes), maxlen=0)
         else:
             update.update_(*roles, variant=self.variant, dtypes=dtypes)
 
@@ -431,7 +431,7 @@ def test_launches_do_not_grow_with_groups(
     if rows_on_device or name in ("asgd", "lamb"):
         expected.append(f"_{name}_prepare_kernel")
     if name == "lamb":
-        expected += ["_lamb_norms_kernel", "_lamb_ratio_kernel"]
+        expected += ["_lamb_measure_kernel", "_lamb_adapt_kernel"]
     if name == "adafactor":
         launches = ["sums"] * (not clip) + ["average", "update", "size", "update"]
         expected += [f"_adafactor_{launch}_kernel" for launch in launches]
@@ -458,11 +458,12 @@ def test_fused_counts_on_the_device(triton_backend: torch.device, case: Case, mo
 def record_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of kernels, as profilers will show them."""
     launched: list[str] = []
-    for module in (update, lamb, matrix_walk, grad_norm):
+    for module in (update, measured, matrix_walk, grad_norm):
         original = module.launch
 
         def record(variant, n_programs, *args, warmup=False, original=original):
-            algorithm = variant.options.get("UPDATE") or variant.options.get("PREPARE")
+            names = ("UPDATE", "PREPARE", "MEASURE", "ADAPT")
+            algorithm = next(filter(None, map(variant.options.get, names)), None)
             name = variant.kernel.fn.__name__
             if algorithm is not None:
                 name = f"_{algorithm.fn.__module__.rpartition('.')[2]}{name.replace('_update', '')}"

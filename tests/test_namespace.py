@@ -15,6 +15,7 @@ import torch
 from torch.nn import Parameter
 
 import optimx
+from optimx._engine.flags import FLAGS
 from optimx._engine.storage import SETTINGS
 from tests.cases import CASES, Case
 
@@ -164,14 +165,11 @@ def test_signature(case: Case) -> None:
     assert [(p.name, p.kind, p.default) for p in ours[: len(torchs)]] == [(p.name, p.kind, p.default) for p in torchs]
     extra = ours[len(torchs) :]
     assert all(p.kind is p.KEYWORD_ONLY for p in extra)
-    values = {
-        "capturable": False,
-        "variant": "torch",
-        "scale_parameter": True,
-        "warmup_init": False,
-        "skip_nonfinite": False,
-    }
-    assert {p.name: p.default for p in extra} == {**{name: values.get(name) for name in EXTRA[case.name]}, **SETTINGS}
+    values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
+    values["skip_nonfinite"] = False
+    flags = dict.fromkeys((*case.cls.rule.flags, "centralize_grads") if case.cls.rule.flags else (), False)
+    others = {name: values.get(name) for name in EXTRA[case.name]}
+    assert {p.name: p.default for p in extra} == {**others, **SETTINGS, **flags}
 
 
 @each_of_our_own
@@ -182,7 +180,8 @@ def test_signature_of_our_own(case: Case) -> None:
     torchs = [name for name in inspect.signature(torch.optim.AdamW).parameters if name in positional]
     assert positional == torchs
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters.values() if p.name not in positional)
-    assert list(parameters)[-len(WHOLE) - 4 :] == ["capturable", *WHOLE, *SETTINGS]
+    others = [name for name in parameters if name not in FLAGS]
+    assert others[-len(WHOLE) - 4 :] == ["capturable", *WHOLE, *SETTINGS]
     assert all(p.default is not p.empty for p in parameters.values() if p.name != "params")
 
 
@@ -219,7 +218,7 @@ def test_defaults_and_repr(case: Case) -> None:
 def test_defaults_and_repr_of_our_own(case: Case) -> None:
     """Settings of the whole optimizer are on the optimizer, all others in its groups."""
     ours = case.cls([Parameter(torch.ones(2))], lr=0.5)
-    whole = {"params", "capturable", "normalize_grads", *WHOLE, *SETTINGS}
+    whole = {"params", "capturable", "normalize_grads", *WHOLE, *SETTINGS, *FLAGS}
     parameters = inspect.signature(case.cls).parameters
     assert ours.defaults == {name: p.default for name, p in parameters.items() if name not in whole} | {"lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]

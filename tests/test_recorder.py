@@ -12,17 +12,19 @@ from torch.nn import Parameter
 
 import optimx
 from optimx._engine import backends
-from optimx._engine.measured import Measured
 from optimx._engine.recorder import MOMENTS, OF_GRADS, OF_UPDATES, Recorder
+from optimx._engine.watched_step import WatchedStep
 from tests.cases import CASES, Case, make_params, set_grads
 from tests.engine import KINDS, each_of, interpreted, params_of, usual
 
 each_case = each_of(CASES, KINDS)
 
 
-def watched(optimizer: optimx.MultiTensorStep, every: int = 1, sums: Any = (*OF_GRADS, *OF_UPDATES)) -> list[Measured]:
+def watched(
+    optimizer: optimx.MultiTensorStep, every: int = 1, sums: Any = (*OF_GRADS, *OF_UPDATES)
+) -> list[WatchedStep]:
     """What will have been measured."""
-    rows: list[Measured] = []
+    rows: list[WatchedStep] = []
     optimizer._engine.recorder = Recorder(every, sums, rows.append)
     return rows
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import optimx
-from optimx._engine.measured import Measured
+from optimx._engine.watched_step import WatchedStep
 from optimx.watching.parts import layer_of
 from optimx.watching.rules import FAR, ROWS, USUAL_RATIO, VANISHING
 from optimx.watching.statistics import NEEDS, STATISTICS, SUMS
@@ -66,7 +66,7 @@ def made_up(params: list[Tensor], missing: tuple[int, ...] = ()) -> Tensors:
     return found
 
 
-def measured(tensors: Tensors, step: int = 1, **totals: float) -> Measured:
+def measured(tensors: Tensors, step: int = 1, **totals: float) -> WatchedStep:
     formulas: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
         "grad_sq": lambda g, m, u, p: g.square().sum(),
         "grad_max": lambda g, m, u, p: g.abs().max() if g.numel() else g.new_zeros(()),
@@ -82,7 +82,7 @@ def measured(tensors: Tensors, step: int = 1, **totals: float) -> Measured:
         name: [NAN if four[0] is None else formula(*four).item() for four in each] for name, formula in formulas.items()
     }
     norm = math.sqrt(sum(value for value in sums["grad_sq"] if not math.isnan(value)))
-    return Measured(step, sums, {"grad_norm": norm, "clip_factor": 1.0, "skipped": 0.0} | totals)
+    return WatchedStep(step, sums, {"grad_norm": norm, "clip_factor": 1.0, "skipped": 0.0} | totals)
 
 
 def expected(stat: str, tensors: Tensors, members: list[int]) -> float | None:
@@ -153,7 +153,7 @@ def test_all_statistics_at_once_are_those_of_each_alone() -> None:
         one, of_one = watched(model, stats=[stat])
         assert one.sums == {*NEEDS[stat]}
         needed = {name: values for name, values in found.sums.items() if name in one.sums}
-        one.receive(Measured(found.step, needed, found.totals))
+        one.receive(WatchedStep(found.step, needed, found.totals))
         alone |= of_one[0][1]
     assert rows[0][1] == alone
     assert rows[0][1]["grad_norm"] == 5.0, "the engine's, also of what is not watched"
@@ -253,7 +253,7 @@ def test_layers_of_ones_own() -> None:
         ("head*", {"head", "head.weight"}),
         (["stem", r"re:1\.norm\.b"], {"stem", "blocks.1.norm.bias"}),
     ],
-    ids=str,
+    ids=["glob", "both", "several"],
 )
 def test_a_pattern_chooses_keys(pattern: Any, left: set[str]) -> None:
     everything, all_rows = watched(model := Model())
@@ -308,7 +308,7 @@ class Late:
 
     def __init__(self, watcher: optimx.Watcher) -> None:
         self.watcher = watcher
-        self.waiting: list[Measured] = []
+        self.waiting: list[WatchedStep] = []
         self.closed = 0
 
     def flush(self) -> None:
@@ -396,7 +396,7 @@ def test_a_long_history_is_thinned_evenly() -> None:
     watcher, rows = watched(history=8)
     found = measured(made_up(watcher.params))
     for step in range(1, 101):
-        watcher.receive(Measured(step, found.sums, found.totals | {"grad_norm": float(step)}))
+        watcher.receive(WatchedStep(step, found.sums, found.totals | {"grad_norm": float(step)}))
         kept = watcher.frame()["step"]
         assert len(kept) <= 8
         assert kept[0] == 1
@@ -409,15 +409,15 @@ def test_a_long_history_is_thinned_evenly() -> None:
 # warnings
 
 
-def ratios(watcher: optimx.Watcher, step: int, ratio: float, name: str, **totals: float) -> Measured:
+def ratios(watcher: optimx.Watcher, step: int, ratio: float, name: str, **totals: float) -> WatchedStep:
     """A step in which all updates are usual, but of one parameter."""
     n = len(watcher.params)
     sums = {name: [1.0] * n for name in SUMS} | {"update_sq": [USUAL_RATIO**2] * n}
     sums["update_sq"][watcher.names.index(name)] = ratio**2
-    return Measured(step, sums, {"grad_norm": math.sqrt(n), "clip_factor": 1.0, "skipped": 0.0} | totals)
+    return WatchedStep(step, sums, {"grad_norm": math.sqrt(n), "clip_factor": 1.0, "skipped": 0.0} | totals)
 
 
-def warnings_of(watcher: optimx.Watcher, steps: list[Measured]) -> list[str]:
+def warnings_of(watcher: optimx.Watcher, steps: list[WatchedStep]) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for each in steps:
@@ -499,7 +499,7 @@ def test_a_layer_without_gradient_is_told_once(factor: float, expected: int) -> 
     squares = [n * ((factor * VANISHING) ** 2 if name.startswith("blocks.1") else 1.0) for name, n in sizes.items()]
     sums = {name: [USUAL_RATIO**2 if name == "update_sq" else 1.0] * len(sizes) for name in SUMS} | {"grad_sq": squares}
     totals = {"grad_norm": math.sqrt(sum(sizes.values())), "clip_factor": 1.0, "skipped": 0.0}
-    found = warnings_of(watcher, [Measured(step, sums, totals) for step in range(1, 9)])
+    found = warnings_of(watcher, [WatchedStep(step, sums, totals) for step in range(1, 9)])
     assert len(found) == expected
     if expected:
         assert found[0].startswith(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .device import as_stored, save
+from .flags import cautious_decay
 
 RAW = ("lr", "weight_decay", "momentum", "nesterov", "eps", "beta2")
 #: ``mix`` is how much of the average there is in what is orthogonalized, beside the gradient.
@@ -48,8 +49,7 @@ def take(p, g, states, hyper, VARIANT: tl.constexpr, out):
     """The step, an orthogonal matrix, in place of a gradient. Variant: weights decay only where it lets them."""
     decay, lr = hyper[3:5]
     if VARIANT[0]:
-        # signs, because products may underflow
-        decay = tl.where(tl.where(p < 0, -g, g) < 0, 1.0, decay)
+        decay = cautious_decay(decay, g, p)
     return p * decay - lr * g
 
 

@@ -80,12 +80,12 @@ class Riders(NamedTuple):
 NO_RIDERS = Riders()
 
 
-def _named_after(function: str) -> Any:
-    """Profilers show ``_adam_kernel``, not one name for all."""
+def named_after(function: str, launch: str = "") -> Any:
+    """Profilers show ``_adam_kernel`` and ``_adam_prepare_kernel``, not one name for all."""
 
     def name(specialization: Any) -> str:
         algorithm = specialization.constants[function].fn.__module__.rpartition(".")[2]
-        return f"_{algorithm}_{'' if function == 'UPDATE' else 'prepare_'}kernel"
+        return f"_{algorithm}_{launch}kernel"
 
     return name
 
@@ -137,7 +137,7 @@ def moved(average, value, weight):
 
 
 @triton.jit(
-    repr=_named_after("UPDATE"), do_not_specialize=["n_partials"],
+    repr=named_after("UPDATE"), do_not_specialize=["n_partials"],
     do_not_specialize_on_alignment=["steps_ptr", "weight_ptr", "sums_ptr"],
 )  # fmt: skip
 def _update_kernel(
@@ -200,7 +200,7 @@ def _update_kernel(
         tl.store(sums_ptr + i * n_partials + tl.program_id(0), total.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["n_tensors"], repr=_named_after("PREPARE"))
+@triton.jit(do_not_specialize=["n_tensors"], repr=named_after("PREPARE", "prepare_"))
 def _prepare_kernel(
     raw_ptr,  # float64 [n_tensors, N_RAW]
     given_ptr,  # int64 [n_tensors, N_RAW]: the address of a float32 device scalar that replaces the value, or 0

@@ -17,7 +17,7 @@ step), ``engine`` (a step), ``step`` (what users see).
 
 Words:
 
-- **walk**: how an update moves over its tensors: ``elementwise``, ``trust_ratio``, ``factored``, ``orthogonal``.
+- **walk**: how an update moves over its tensors: ``elementwise``, ``measured``, ``factored``, ``orthogonal``.
   Each backend has a class of buckets for it.
 - **placement**: which bucket a parameter goes to, or why torch's own step updates it.
 - **bucket**: the tensors that one launch, or one round of calls, updates: of one device, dtypes and variant.

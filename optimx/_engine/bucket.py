@@ -151,7 +151,11 @@ class Bucket:
     @property
     def meets(self) -> bool:
         """Whether an update needs what other ranks find in their parts of the members."""
-        return bool(ROUNDS_OF[self.rule.walk]) and self.key.cut is not None and self.key.cut.n_shards > 1
+        return (
+            bool(ROUNDS_OF[self.rule.walk_of(self.key.variant)])
+            and self.key.cut is not None
+            and self.key.cut.n_shards > 1
+        )
 
     @property
     def has_whole_rows(self) -> bool:

@@ -97,6 +97,7 @@ class Engine:
             check_skips(optimizer, self.bad)
         self.read_groups(optimizer)
         inputs = StepInputs(optimizer, self.values, self.device_counts)
+        inputs.transform_grads(optimizer.param_groups)
         amp = self._amp(optimizer)
         total_norm = self._given_norm(optimizer)
         plan = self._plan(optimizer, inputs)

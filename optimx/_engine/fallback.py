@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -27,13 +28,17 @@ def run_stock(
 ) -> None:
     """Torch's own step, for these parameters only, with gradients unscaled and clipped as ``control`` says.
 
-    Where ``may_skip``, this waits to see whether it says that the step is skipped.
+    Args:
+        optimizer: Whose step it is.
+        leftovers: Where parameters are among all, and their placements.
+        grads: Of these, which may be others than the parameters' own.
+        control: See :mod:`optimx._engine.grad_norm`; None: gradients as they are.
+        may_skip: Whether ``control`` may say that the step is skipped; this waits to see.
     """
     if control is not None and may_skip and bool(control[SKIP] != 0):
         return
     positions = [position for position, _ in leftovers]
-    scaled = nullcontext() if control is None else _scaled_grads(optimizer, positions, grads, control[FACTOR])
-    with scaled:
+    with _grads_in_place(optimizer, positions, grads, None if control is None else control[FACTOR]):
         for in_turn in (False, True):
             chosen = [position for position, placement in leftovers if placement.in_turn is in_turn]
             if chosen:
@@ -80,15 +85,22 @@ def _in_turn(optimizer: Optimizer) -> Iterator[None]:
 
 
 @contextmanager
-def _scaled_grads(
-    optimizer: Optimizer, positions: Sequence[int], grads: Sequence[Tensor], scale: Tensor
+def _grads_in_place(
+    optimizer: Optimizer, positions: Sequence[int], grads: Sequence[Tensor], scale: Tensor | None
 ) -> Iterator[None]:
-    """Gradients times ``scale`` in place of the parameters' own, which stay as they are."""
+    """Gradients, times ``scale``, in place of the parameters' own, which stay as they are."""
     all_params = [*chain.from_iterable(group["params"] for group in optimizer.param_groups)]
     # of a parameter that is listed twice, the gradient is scaled once
     params = [all_params[i] for i in positions]
+    own = [param.grad for param in params]
+    if scale is None and all(map(is_, own, grads)):
+        yield
+        return
     try:
         for param, grad in zip(params, grads, strict=True):
+            if scale is None:
+                param.grad = grad
+                continue
             if _compat.is_dtensor(grad):
                 part = sharding.local(grad)
                 param.grad = sharding.like(grad, (part * scale.to(part.device)).to(part.dtype))
@@ -97,5 +109,5 @@ def _scaled_grads(
             param.grad = (grad * factor).to(grad.dtype)
         yield
     finally:
-        for param, grad in zip(params, grads, strict=True):
+        for param, grad in zip(params, own, strict=True):
             param.grad = grad

@@ -38,6 +38,8 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     capturable: bool = False
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
     loop_keeps_dtypes: ClassVar[bool] = False
+    #: And it knows the flags of updates; others are refused where they would have to take it.
+    loop_knows_flags: ClassVar[bool] = False
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

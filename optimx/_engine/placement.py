@@ -89,17 +89,13 @@ def place(
         return Placement(None, reason or no_backend, in_turn=gaps)
     if reason := rule.unsuitable(param):
         return Placement(None, reason)
+    variant = rule.variant_for(group, whole, param)
+    rounds = ROUNDS_OF[rule.walk_of(variant)]
     cut = sharding.cut_of(whole) if whole is not param else None
-    if cut is not None and not ROUNDS_OF[rule.walk] and not storage.is_set(group):
+    if cut is not None and not rounds and not storage.is_set(group):
         # along which dimension makes no difference
         cut = cut._replace(dims=())
-    variant = rule.variant_for(group, whole, param)
-    if (
-        MATRICES in ROUNDS_OF[rule.walk]
-        and cut is not None
-        and cut.n_shards > 1
-        and (reason := exchange.unsuitable(whole, variant))
-    ):
+    if MATRICES in rounds and cut is not None and cut.n_shards > 1 and (reason := exchange.unsuitable(whole, variant)):
         return Placement(None, f"parameter is a DTensor that is cut, and {reason}: all of it is gathered for a step")
     state = optimizer.state.get(whole, {})
     if not isinstance(state, dict):
@@ -239,7 +235,7 @@ def _formats_problem(
     backend: str,
 ) -> str:
     """Why numbers cannot be kept as they should be."""
-    if formats and (problem := bucket_class(backend, rule.walk).formats_problem(variant, formats, part)):
+    if formats and (problem := bucket_class(backend, rule.walk_of(variant)).formats_problem(variant, formats, part)):
         return problem
     if any(kept.kind in storage.CODED for kept in formats) and cut is not None:
         if any(dim != -param.dim() for dim in cut.dims):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import _compat
-from . import backends, sharding
+from . import backends, flags, grad_transforms, sharding
 from .bucket import WHOLE, Bucket, BucketKey
 from .grad_norm import SKIP
 from .layout import same_layout
@@ -65,6 +65,20 @@ class StepInputs:
         self.like_grads = self.grads
         self.grad_types = [*map(type, self.grads)]
         self.read_states(optimizer)
+
+    def transform_grads(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Put other gradients in the places of those that groups want changed; parameters keep theirs."""
+        names = grad_transforms.asked_for(groups)
+        if not names:
+            return
+        self.grads = grad_transforms.transformed(groups, self.params, self.grads, names)
+        self.like_grads = self.whole_grads = self.grads
+        if self.is_sharded:
+            self.whole_grads = [
+                grad if grad is None else sharding.like(param, grad)
+                for param, grad in zip(self.params, self.grads, strict=True)
+            ]
+        self.grad_types = [*map(type, self.grads)]
 
     def read_states(self, optimizer: EngineOptimizer) -> None:
         """Bring the states up to date."""
@@ -171,12 +185,18 @@ class StepPlan:
                         f"parameter {position} of all, in group {g}, should be kept as param_rounding and state_dtype "
                         f"say but is left to torch's own step: {placement.reason}"
                     )
+                set_flags = () if optimizer.loop_knows_flags else flags.of_update(optimizer.rule, groups[g])
+                if set_flags:
+                    raise RuntimeError(
+                        f"parameter {position} of all, in group {g}, should be updated with {set_flags[0]}="
+                        f"{groups[g][set_flags[0]]} but is left to torch's own step: {placement.reason}"
+                    )
                 self.leftovers.append((position, placement))
             else:
                 if not same_layout(like_grads[position], shards[position]):
                     self.relayout.append(position)
                 if key not in by_key:
-                    by_key[key] = bucket_class(key.backend, optimizer.rule.walk)(key, optimizer.rule)
+                    by_key[key] = bucket_class(key.backend, optimizer.rule.walk_of(key.variant))(key, optimizer.rule)
                 seed = groups[g].get("rounding_seed", 0)
                 geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
                 by_key[key].add(position, g, param.shape, geometry, seed)

@@ -18,9 +18,9 @@ from torch import distributed as dist
 from .. import _compat
 from .cpu.sums import integers, maxima, products, squares, zeros
 from .grad_norm import FACTOR, NORM, SKIP, Amp, Measurement
-from .measured import Measured
 from .plan import StepInputs, StepPlan
 from .sharding import all_reduced, cutting, is_here
+from .watched_step import WatchedStep
 
 #: What is measured of gradients, and of what the update reads and writes.
 OF_GRADS = ("grad_sq", "grad_max", "grad_zeros")
@@ -58,7 +58,7 @@ class Recorder:
         n_steps: Steps that have begun. Of a graph's this knows after :meth:`flush`.
     """
 
-    def __init__(self, every: int, sums: Sequence[str], receive: Callable[[Measured], None]) -> None:
+    def __init__(self, every: int, sums: Sequence[str], receive: Callable[[WatchedStep], None]) -> None:
         self.every = every
         self.sums = [name for name in (*OF_GRADS, *OF_UPDATES) if name in sums]
         self.n_steps = 0
@@ -130,7 +130,7 @@ class Recorder:
         self._last_step = int(step)
         rows = numbers[len(TOTALS) :].view(len(self.sums), -1).tolist()
         sums = dict(zip(self.sums, rows, strict=True))
-        self._receive(Measured(self._last_step, sums, dict(zip(TOTALS[1:], totals, strict=True))))
+        self._receive(WatchedStep(self._last_step, sums, dict(zip(TOTALS[1:], totals, strict=True))))
 
 
 class Row:

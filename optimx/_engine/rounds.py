@@ -30,7 +30,7 @@ PRESENT, SUMS, MEANS, LENGTHS, MATRICES = range(5)
 #: Where updates of each walk stop.
 ROUNDS_OF: dict[str, tuple[int, ...]] = {
     "elementwise": (),
-    "trust_ratio": (LENGTHS,),
+    "measured": (LENGTHS,),
     "factored": (SUMS, MEANS, LENGTHS),
     "orthogonal": (MATRICES,),
 }
@@ -105,14 +105,19 @@ class Rounds:
         self._group_of = [g for g, group in enumerate(groups) for _ in group["params"]]
         params = [param for group in groups for param in group["params"]]
         cut = []
-        if ROUNDS_OF[rule.walk] and has_dtensors(params):
-            cut = [(position, param) for position, param in enumerate(params) if is_here(param) and cutting(param)]
+        walks = [rule.walk] * len(groups)
+        if has_dtensors(params):
+            walks = [rule.walk_of(rule.group_variant(group)) for group in groups]
+            cut = [
+                (position, param) for position, param in enumerate(params)
+                if ROUNDS_OF[walks[self._group_of[position]]] and is_here(param) and cutting(param)
+            ]  # fmt: skip
         wide = any(param.dtype is torch.float64 for _, param in cut)
         sums = torch.float64 if wide else torch.float32
         self._rounds = {number: _Round(torch.float64 if number in (PRESENT, LENGTHS) else sums) for number in range(4)}
         for position, param in cut:
             mesh = _compat.dtensor_spec(param).mesh
-            for number, name, numel, dims in _shares_of(rule.walk, param):
+            for number, name, numel, dims in _shares_of(walks[self._group_of[position]], param):
                 if dims:
                     self._rounds[number].add(position, name, numel, mesh, dims)
         self._rounds = {number: each for number, each in self._rounds.items() if each.numels}

@@ -61,10 +61,14 @@ class UpdateRule:
         module: Name of the kernels' module: of one in ``triton_kernels``, or a name with a dot of one of your own.
         scalars: Scalar states, the step count first; may be empty.
         scalars_on_device: They are where the parameter is, also without ``capturable``.
-        walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"trust_ratio"``, a pass, a
-            reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and columns;
-            ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
+        walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"measured"``, a pass
+            that measures, a reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and
+            columns; ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
+        temporaries: How many tensors of scratch :meth:`advance` and :meth:`take` need.
+        knows_moved: There is :meth:`step_of_moved`.
+        flags: Those of :data:`optimx._engine.flags.OF_UPDATES` that :meth:`group_variant` knows, and torch's step does
+            not; they are among the optional settings.
         of_wholes: Variants follow from whole parameters, also where parts of these are updated.
         codes: States that 8-bit codes may keep, and whether these are never negative. Not what is added up for ever or
             must never become less.
@@ -78,6 +82,9 @@ class UpdateRule:
     scalars_on_device: ClassVar[bool] = False
     walk: ClassVar[str] = "elementwise"
     optional_settings: ClassVar[tuple[str, ...]] = ()
+    flags: ClassVar[tuple[str, ...]] = ()
+    temporaries: ClassVar[int] = 3
+    knows_moved: ClassVar[bool] = False
     of_wholes: ClassVar[bool] = False
     codes: ClassVar[dict[str, bool]] = {}
     averages: ClassVar[tuple[str, ...]] = ()
@@ -110,6 +117,10 @@ class UpdateRule:
     def variant_for(self, group: dict[str, Any], whole: Tensor, part: Tensor) -> Any:
         """The kernel variant of a parameter of a group, of which ``part`` lies in this process."""
         return self.variant_of(self.group_variant(group), whole if self.of_wholes else part)
+
+    def walk_of(self, variant: Any) -> str:
+        """The walk of a variant, where flags of a group ask for another one than :attr:`walk`."""
+        return self.walk
 
     def state_names(self, variant: Any) -> tuple[str, ...]:
         """State tensors, in the order the kernel has them; of the parameter's shape, mostly."""
@@ -182,11 +193,59 @@ class UpdateRule:
         """
         raise NotImplementedError
 
+    def advance(
+        self, variant: Any, row: Row, p: Tensor, g: Tensor, states: Sequence[Tensor], scratch: tuple[Tensor, ...]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Move the states of one piece, where the walk is "measured"; arguments are those of :meth:`formula`.
+
+        Returns:
+            The step before it has its size, and two tensors whose squared lengths, over a whole parameter, tell that;
+            None where one is not needed.
+        """
+        raise NotImplementedError
+
+    def step_of_moved(
+        self, variant: Any, row: Row, p: Tensor, states: Sequence[Tensor], scratch: tuple[Tensor, ...]
+    ) -> Tensor:
+        """The step again, from states that have moved; for less work than :meth:`advance`."""
+        raise NotImplementedError
+
+    def factors(self, variant: Any, row: Row, squares: Tensor, numels: Tensor) -> Tensor:
+        """What the steps of tensors are multiplied by, float64 ``[n]``.
+
+        Args:
+            variant, row: Theirs.
+            squares: Squared lengths of what :meth:`advance` has told, float64 ``[2, n]``.
+            numels: Elements of the whole tensors.
+        """
+        raise NotImplementedError
+
+    def take(
+        self, variant: Any, row: Row, p: Tensor, step: Tensor, factor: float | Tensor, scratch: tuple[Tensor, ...]
+    ) -> None:
+        """Take a step times a factor, a number or one an element; ``scratch`` is as :meth:`advance` has left it."""
+        raise NotImplementedError
+
     @functools.cached_property
     def kernels(self) -> Any:
         """The module; imports triton."""
         own = "." in self.module
         return importlib.import_module(self.module if own else f"optimx.triton_kernels.{self.module}")
+
+
+def decay_cautiously_(p: Tensor, decay: float, step: Tensor, scratch: Tensor) -> None:
+    """Multiply by ``decay`` what a step, which is subtracted, does not move away from zero."""
+    # signs, because products may underflow
+    agrees = torch.sign(p, out=scratch).mul_(step) >= 0
+    p.copy_(torch.where(agrees, torch.mul(p, decay, out=scratch), p))
+
+
+def subtract_(p: Tensor, step: Tensor, size: float, factor: float | Tensor) -> None:
+    """Subtract a step times its size and a factor, which may have an entry an element."""
+    if isinstance(factor, Tensor):
+        p.addcmul_(step, factor, value=-size)
+    else:
+        p.add_(step, alpha=-size * factor)
 
 
 def l2_gradient(g: Tensor, p: Tensor, l2: float, out: Tensor) -> Tensor:

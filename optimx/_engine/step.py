@@ -19,14 +19,19 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .. import _compat
+from . import flags
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
+from .grad_transforms import asked_for
 from .guards import Clipping, Spikes
 from .optimizer import EngineOptimizer, evaluated
 from .recode import check_complete, with_float32
 from .states import own_states, settle_scalars
 from .storage import REMAINDER_NAME, SETTINGS, is_set, kept, named, warn_of_freezing
 from .storage import check as check_storage
+
+#: Settings of groups, which are in none where they are these.
+OPTIONAL = {**SETTINGS, **flags.FLAGS}
 
 
 class MultiTensorStep(EngineOptimizer):
@@ -67,7 +72,7 @@ class MultiTensorStep(EngineOptimizer):
             norm_group: See :attr:`norm_group` (default: None).
             settings: ``skip_nonfinite``, ``skip_spikes`` and ``max_skips``, which steps are not taken (default: all
                 are); ``param_rounding``, ``state_dtype`` and ``rounding_seed``, how parameters and states are kept
-                (default: as torch keeps them).
+                (default: as torch keeps them); flags (default: none is set).
 
         Raises:
             ValueError: ``max_grad_norm`` is not > 0, another setting is out of range, or nothing can be kept like that.
@@ -84,10 +89,10 @@ class MultiTensorStep(EngineOptimizer):
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | Mapping[str, Any] | bool | None = None,
         max_skips: int | None = None,
-        **storage: Any,
+        **settings: Any,
     ) -> None:
         """To be called at the end of a subclass's ``__init__``."""
-        self._set_storage(storage)
+        self._set_settings(settings)
         self._set_rules(max_grad_norm, skip_nonfinite, skip_spikes, max_skips)
         if norm_group is not None:
             self.norm_group = norm_group
@@ -102,20 +107,21 @@ class MultiTensorStep(EngineOptimizer):
         if self.state:
             own_states(self)
 
-    def _set_storage(self, settings: dict[str, Any]) -> None:
-        """Settings of how things are kept, which groups have only where they are not torch's."""
-        unknown = settings.keys() - SETTINGS.keys()
+    def _set_settings(self, settings: dict[str, Any]) -> None:
+        """Settings of how things are kept, and flags, which groups have only where they are not torch's."""
+        unknown = settings.keys() - OPTIONAL.keys()
         if unknown:
             raise TypeError(f"{type(self).__name__} has no arguments {', '.join(sorted(unknown))}")
-        chosen = {name: value for name, value in settings.items() if value != SETTINGS[name]}
+        chosen = {name: value for name, value in settings.items() if value != OPTIONAL[name]}
         self.defaults.update(chosen)
         for group in self.param_groups:
             for name, value in chosen.items():
                 group.setdefault(name, value)
-            self._check_storage(group)
+            self._check_settings(group)
 
-    def _check_storage(self, group: dict[str, Any]) -> None:
-        """Raise where a group's parameters cannot be kept as it says."""
+    def _check_settings(self, group: dict[str, Any]) -> None:
+        """Raise where a group's parameters cannot be kept as it says, or its flags do not suit."""
+        flags.check(self.rule, group)
         check_storage(group)
         if is_set(group):
             found = [kept(self.rule, param, param, group, self.defaults) for param in group["params"]]
@@ -180,7 +186,7 @@ class MultiTensorStep(EngineOptimizer):
         _compat.add_param_group(self, param_group, super().add_param_group)
         if self._is_set_up:
             try:
-                self._check_storage(self.param_groups[-1])
+                self._check_settings(self.param_groups[-1])
             except (ValueError, TypeError):
                 self.param_groups.pop()
                 raise
@@ -189,14 +195,15 @@ class MultiTensorStep(EngineOptimizer):
         """Load what torch's or our :meth:`state_dict` gave. Nothing of it is changed by later steps.
 
         But tensors that are states of this optimizer already, into which DCP has loaded, stay what they are. How things
-        are kept is a setting of the checkpoint's groups; where they have none, as torch's, that of ours stays.
+        are kept is a setting of the checkpoint's groups; where they have none, as torch's, that of ours stays. So it is
+        with flags.
 
         Raises:
             ValueError: States of 8 bits are missing, as DCP leaves them out of flattened state dicts; nothing is
                 changed then.
         """
         check_complete(state_dict)
-        settings = [{name: group[name] for name in SETTINGS if name in group} for group in self.param_groups]
+        settings = [{name: group[name] for name in OPTIONAL if name in group} for group in self.param_groups]
         own = {id(value) for state in self.state.values() if isinstance(state, dict) for value in state.values()}
         # hooks may load something else than was given, and are to find the states where they stay
         loaded: list[dict[str, Any]] = []
@@ -222,8 +229,9 @@ class MultiTensorStep(EngineOptimizer):
         if guard_state is not None:
             self.guard_state = {name: one.detach().clone() for name, one in guard_state.items()}
         for group, chosen in zip(self.param_groups, settings, strict=True):
-            if not group.keys() & SETTINGS.keys():
-                group.update(chosen)
+            for kind in (SETTINGS, flags.FLAGS):
+                if not group.keys() & kind.keys():
+                    group.update({name: value for name, value in chosen.items() if name in kind})
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         params = ((param, group) for group in self.param_groups for param in group["params"])
         for (param, group), saved_id in zip(params, saved_ids, strict=False):
@@ -274,6 +282,11 @@ class MultiTensorStep(EngineOptimizer):
         finally:
             saved.remove()
 
+    def _is_beyond_loop(self, group: dict[str, Any]) -> bool:
+        """Whether torch's step, or the loop that stands for it, does not do what a group asks for."""
+        unknown = () if self.loop_knows_flags else flags.of_update(self.rule, group)
+        return is_set(group) or bool(asked_for([group])) or bool(unknown)
+
     @property
     def step_was_skipped(self) -> Tensor:
         """Whether the last step changed nothing, as GradScaler or the optimizer's own rules wanted: a bool scalar.
@@ -304,8 +317,8 @@ class MultiTensorStep(EngineOptimizer):
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)
-        elif not self.needs_norm and self._engine.recorder is None and not any(map(is_set, self.param_groups)):
-            # under torch.compile the stock formulas, which know no formats, become one graph
+        elif not (self.needs_norm or self._engine.recorder or any(map(self._is_beyond_loop, self.param_groups))):
+            # under torch.compile the stock formulas, which know no formats and flags, become one graph
             self._stock_step()
         else:
             _step_outside_of_the_graph(self)

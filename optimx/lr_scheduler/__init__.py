@@ -44,6 +44,7 @@ from .shapes import (
 )
 from .staircase import Staircase
 from .warmup_lr import PlateauWithWarmup, WarmupLR
+from .weight_decay import corrected_decay, independent_decay
 from .wsd_lr import WSDLR
 
 if not _typing.TYPE_CHECKING:
@@ -110,6 +111,8 @@ __all__ = sorted(
         "WarmupLinearLR",
         "WarmupMultiStepLR",
         "WarmupPolynomialLR",
+        "corrected_decay",
         "get_scheduler",
+        "independent_decay",
     }
 )

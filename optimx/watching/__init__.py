@@ -1,6 +1,6 @@
 """Statistics of training, per parameter, layer and group: what :func:`optimx.watch` returns.
 
-A step's sums (``_engine.measured``) become statistics (``statistics``) of parts of the model (``parts``), a row of
+A step's sums (``_engine.watched_step``) become statistics (``statistics``) of parts of the model (``parts``), a row of
 which goes to the history (``history``), to the rules that warn (``rules``) and to the sinks.
 """
 

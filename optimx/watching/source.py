@@ -9,14 +9,14 @@ from typing import Protocol
 
 from torch.optim import Optimizer
 
-from .._engine.measured import Measured
 from .._engine.recorder import Recorder
 from .._engine.step import MultiTensorStep
+from .._engine.watched_step import WatchedStep
 from ..composite import Composite
 
 __all__ = ["Source", "source_of"]
 
-Receive = Callable[[Measured], None]
+Receive = Callable[[WatchedStep], None]
 
 
 class Source(Protocol):
@@ -62,7 +62,7 @@ class OfComposite:
         self._receive = receive
         self._shares_norm = composite.needs_norm
         self._places = _places(composite)
-        self._found: dict[int, dict[str, Measured]] = {}
+        self._found: dict[int, dict[str, WatchedStep]] = {}
         for name, member in composite.optimizers.items():
             _check(f"optimizers[{name!r}]", member)
         self._sources = {
@@ -78,14 +78,14 @@ class OfComposite:
         for source in self._sources.values():
             source.close()
 
-    def _take(self, name: str, measured: Measured) -> None:
+    def _take(self, name: str, measured: WatchedStep) -> None:
         """Take what a member has measured; hand it out when all of them have."""
         found = self._found.setdefault(measured.step, {})
         found[name] = measured
         if found.keys() == self._sources.keys():
             self._receive(self._together(self._found.pop(measured.step)))
 
-    def _together(self, found: dict[str, Measured]) -> Measured:
+    def _together(self, found: dict[str, WatchedStep]) -> WatchedStep:
         first = next(iter(found.values()))
         sums = {key: [found[name].sums[key][i] for name, i in self._places] for key in first.sums}
         of_each = {key: [measured.totals[key] for measured in found.values()] for key in first.totals}
@@ -95,7 +95,7 @@ class OfComposite:
         totals = {
             "grad_norm": norm, "clip_factor": min(of_each["clip_factor"]), "skipped": max(of_each["skipped"]),
         }  # fmt: skip
-        return Measured(first.step, sums, totals)
+        return WatchedStep(first.step, sums, totals)
 
 
 def source_of(optimizer: Optimizer, every: int, sums: Collection[str], receive: Receive) -> Source:

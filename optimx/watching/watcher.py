@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .._checks import as_steps, check_instance, one_of, told
-from .._engine.measured import Measured
+from .._engine.watched_step import WatchedStep
 from ..param_groups.names import PatternLike
 from . import _plot
 from .history import History
@@ -90,7 +90,7 @@ class Watcher:
         #: By sink where it failed first, how often, and the first error.
         self._failures: dict[int, tuple[str, int, Exception]] = {}
 
-    def receive(self, measured: Measured) -> None:
+    def receive(self, measured: WatchedStep) -> None:
         """Make a row of what was measured and hand it out. No sink's error leaves it: see :meth:`flush`."""
         values = self._values(measured)
         self._history.add(measured.step, values)
@@ -101,7 +101,7 @@ class Watcher:
         for i, sink in enumerate(self._sinks):
             self._attempt(i, f"at step {measured.step}", partial(sink, measured.step, dict(row)))
 
-    def _values(self, measured: Measured) -> list[float]:
+    def _values(self, measured: WatchedStep) -> list[float]:
         """A number for each key; nan where there was nothing to measure."""
         values = [float(measured.totals[name]) for name in TOTALS]
         broken = not math.isfinite(measured.totals["grad_norm"])

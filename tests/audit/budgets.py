@@ -25,7 +25,7 @@ BUDGETS = {
         "asgd": (11, 19, 17),
         "lion": (14, 21, 18),
         "lamb": (50, 56, 96),
-        "lamb_norms": (50, 55, 95),
+        "lamb_measure": (50, 55, 95),
         "adafactor_sums": (25, 28, 42),
         "adafactor_update": (38, 38, 93),
         "norm": (5.7, 9.3, 34),
@@ -44,7 +44,7 @@ BUDGETS = {
         "asgd": (9, 27, 18),
         "lion": (11, 30, 21),
         "lamb": (53, 78, 74),
-        "lamb_norms": (50, 53, 74),
+        "lamb_measure": (50, 53, 74),
         "adafactor_sums": (26, 28, 54),
         "adafactor_update": (43, 49, 62),
         # on gfx942 Triton 3.6 needs 8.3 and 13.2 for the infinity norm, 3.9 needs 6 and 8.8
@@ -57,6 +57,10 @@ BUDGETS = {
 #: Of an elementwise kernel that nobody has measured yet: the most that one above has. It may divide and take roots as
 #: often as the dearest does; widths, registers and spills are checked as for all.
 DEFAULT = {backend: tuple(map(max, zip(*budgets.values(), strict=True))) for backend, budgets in BUDGETS.items()}
+
+
+#: What cautious steps and cautious decay may take besides.
+CAUTIOUS = 10
 
 
 def instructions(kernel: str, target: GPUTarget, dtypes: Iterable[torch.dtype]) -> float:

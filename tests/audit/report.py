@@ -23,7 +23,7 @@ LEGEND = """\
 A cell reads: widths in bits of the vector loads / stores (`-`: none), registers of a thread (AMD: vector registers),
 instructions for an element where they are counted, then what is not 0 of shared memory and spills, in bytes. Where
 dtypes differ, the narrow tensors move 64 bits at a time: 128 would take a detour through shared memory. Adafactor's
-unaligned variants and the kernels without blocks of elements (`*_prepare`, `lamb_ratio`, `finish`) have nothing to
+unaligned variants and the kernels without blocks of elements (`*_prepare`, `*_adapt`, `finish`) have nothing to
 widen.
 **Bold**: past a limit of the audit.
 

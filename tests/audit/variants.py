@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, muon, newton_schulz, update
+from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, measured, muon, newton_schulz, update
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.storage import PLAIN
@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from tests.cases import CASES
 
 from .assembly import Limits
-from .budgets import instructions, of_scheme
+from .budgets import CAUTIOUS, instructions, of_scheme
 from .compiler import TARGETS, Launch, record
 from .sizes import Sizes, addresses, numbers
 from .storage import MANY_SCHEMES, SCHEMES, Scheme, adafactor_scheme, scheme
@@ -160,6 +160,8 @@ class Variant:
         if self.counted:
             n_blocks = launch.options["CHUNK_SIZE"] // block if tile is None else tile[3] // tile[1]
             budget = instructions(self.kernel, target, self.reads)
+            if "cautious" in self.options:
+                budget += CAUTIOUS
             if self.scheme:
                 budget = of_scheme(self.kernel, target, self.scheme)
             limits = replace(limits, instructions=budget, walk=Walk(reads, n_elements, n_blocks))
@@ -238,19 +240,19 @@ def _storage_variants() -> Iterator[Variant]:
             )  # fmt: skip
 
 
-def _storage_lamb_variants() -> Iterator[Variant]:
+def _storage_measured_variants() -> Iterator[Variant]:
     for name in ("stochastic-8bit", "remainder16-float32"):
         kept = scheme(name, 2)
 
         def call(size: Sizes, kept: Scheme = kept) -> None:
-            launches = lamb.lamb_(
+            launches = measured.measured_update_(
                 lamb, size.table(len(kept.dtypes) - 1), size.grads(), numbers(1, len(lamb.HYPER)), None,
-                dtypes=kept.dtypes, storage=kept.storage(),
+                variant=(), dtypes=kept.dtypes, storage=kept.storage(),
             )  # fmt: skip
             deque(launches, maxlen=0)
 
         yield Variant(
-            "lamb_norms", name, call, [*kept.reads([0, 1, 2]), BF16], threads=THREADS_STORAGE,
+            "lamb_measure", name, call, [*kept.reads([0, 1, 2]), BF16], threads=THREADS_STORAGE,
             shared=SHARED_REDUCTION, counted=True, scheme=name,
         )  # fmt: skip
 
@@ -395,39 +397,51 @@ def _product_variants() -> Iterator[Variant]:
         )  # fmt: skip
 
 
-def _lamb_variants() -> Iterator[Variant]:
+def _measured_variants() -> Iterator[Variant]:
     """The launches before the update."""
-    for name, control in REDUCED:
-        p, g, state = DTYPES[name]
-        dtypes = (p, g, state, state)
+    for algorithm, (flags, (variant, n_states)) in _measured():
+        for name, control in REDUCED:
+            p, g, state = DTYPES[name]
+            dtypes = (p, g, *[state] * n_states)
 
-        def call(size: Sizes, dtypes=dtypes, control=control) -> None:
-            update = lamb.lamb_(
-                lamb, size.table(3), size.grads(), numbers(1, len(lamb.HYPER)), numbers(3) if control else None,
-                dtypes=dtypes,
-            )  # fmt: skip
-            deque(update, maxlen=0)
+            def call(size: Sizes, module=algorithm.module, variant=variant, dtypes=dtypes, control=control) -> None:
+                launches = measured.measured_update_(
+                    module, size.table(len(dtypes) - 1), size.grads(), numbers(1, len(module.HYPER)),
+                    numbers(3) if control else None, variant=variant, dtypes=dtypes,
+                )  # fmt: skip
+                deque(launches, maxlen=0)
 
-        yield Variant(
-            "lamb_norms",
-            _name(name, control=control),
-            call,
-            reads=dtypes,
-            # what sums up has narrow blocks as large as the wide ones: for sm_80, ptxas takes 71 registers in 16 bits,
-            # 64 elsewhere; 896 threads have 56 KB in flight
-            threads=_threads(dtypes, 896),
-            shared=SHARED_REDUCTION,
-            counted=not control,
-        )
-        if name == "float32":
+            # what flags do not measure they do not read
+            is_whole = algorithm.module is lamb
             yield Variant(
-                "lamb_ratio",
-                _name(control=control),
+                f"{algorithm.name}_measure",
+                _name(name, flags, control=control),
                 call,
-                threads=THREADS_FLOAT64,
+                reads=dtypes if is_whole else [],
+                # what sums up has narrow blocks as large as the wide ones: for sm_80, ptxas takes 71 registers in 16
+                # bits, 64 elsewhere; 896 threads have 56 KB in flight
+                threads=_threads(dtypes, 896),
                 shared=SHARED_REDUCTION,
-                position=1,
+                counted=is_whole and not control,
             )
+            if name == "float32":
+                yield Variant(
+                    f"{algorithm.name}_adapt",
+                    _name(flags, control=control),
+                    call,
+                    threads=THREADS_FLOAT64,
+                    shared=SHARED_REDUCTION,
+                    position=1,
+                )
+
+
+def _measured() -> Iterator[tuple[Algorithm, tuple[str, tuple[tuple[bool, ...], int]]]]:
+    """Algorithms and their variants, by name, that measure tensors before they update them."""
+    rules = {case.cls.rule.module: case.cls.rule for case in CASES}
+    for algorithm in ELEMENTWISE:
+        for entry in algorithm.update_variants.items():
+            if rules[algorithm.name].walk_of(entry[1][0]) == "measured":
+                yield algorithm, entry
 
 
 def _call_adafactor(
@@ -612,10 +626,10 @@ def variants() -> tuple[Variant, ...]:
         _update_variants,
         _muon_variants,
         _product_variants,
-        _lamb_variants,
+        _measured_variants,
         _adafactor_variants,
         _storage_variants,
-        _storage_lamb_variants,
+        _storage_measured_variants,
         _storage_adafactor_variants,
         _prepare_variants,
         _norm_variants,

@@ -26,6 +26,9 @@ WORLD, STEPS = 4, 3
 OPTIMIZERS: dict[str, Any] = {
     "lamb": partial(optimx.LAMB, lr=0.1),
     "lamb-bfloat16_states": partial(optimx.LAMB, lr=0.1),
+    "lamb-cautious": partial(optimx.LAMB, lr=0.1, weight_decay=0.5, cautious_weight_decay=True),
+    "adamw-cautious": partial(optimx.AdamW, lr=0.1, betas=(0.9, 0.8), cautious=True, update_clipping=True),
+    "lion-cautious": partial(optimx.Lion, lr=0.1, weight_decay=0.5, cautious=True, cautious_weight_decay=True),
     "adafactor": partial(optimx.Adafactor, lr=0.1, weight_decay=0.1),
     "adafactor-moment": partial(optimx.Adafactor, lr=0.1, beta1=0.9),
     "adafactor-hf": partial(optimx.Adafactor, lr=None, variant="hf", weight_decay=0.1),
@@ -46,7 +49,10 @@ LAYOUTS = [(ROWS, R), (R, COLUMNS), (ROWS, COLUMNS), (ROWS, ROWS)]
 TRIED: list[tuple[str, float | None]]
 if INTERPRETED:
     # a millisecond a program
-    SHAPES, TRIED = [(5, 7), (1, 4), (3, 2, 3, 3), (5,)], [("lamb", None), ("adafactor-moment", 1.0)]
+    SHAPES, TRIED = (
+        [(5, 7), (1, 4), (3, 2, 3, 3), (5,)],
+        [("lamb", None), ("adamw-cautious", 1.0), ("adafactor-moment", 1.0)],
+    )
     SETTINGS = {"clipped": SETTINGS["clipped"]}
 else:
     LAYOUTS += [(R, ROWS), (COLUMNS, ROWS), (COLUMNS, COLUMNS), (R, R)]

@@ -30,6 +30,7 @@ def lamb(
     always_adapt: bool = False,
     normalize_grads: bool = False,
     maximize: bool = False,
+    cautious_weight_decay: bool = False,
 ) -> list[float]:
     """Parameters after ``len(gradients)`` steps."""
     beta1, beta2 = betas
@@ -48,7 +49,8 @@ def lamb(
             m[i] = beta1 * m[i] + (1 - beta1) * g
             v[i] = beta2 * v[i] + (1 - beta2) * g * g
             adam_update = (m[i] / bias1) / (math.sqrt(v[i] / bias2) + eps)
-            update.append(adam_update + weight_decay * result[i])
+            decays = adam_update * result[i] >= 0 or not cautious_weight_decay
+            update.append(adam_update + weight_decay * result[i] * decays)
         ratio = 1.0
         if weight_decay != 0 or always_adapt:
             param_norm, update_norm = math.hypot(*result), math.hypot(*update)

@@ -16,17 +16,23 @@ def lion(
     betas: tuple[float, float] = (0.9, 0.99),
     weight_decay: float = 0.0,
     maximize: bool = False,
+    cautious: bool = False,
+    cautious_weight_decay: bool = False,
 ) -> list[float]:
     """Parameters after ``len(gradients)`` steps."""
     beta1, beta2 = betas
-    result = list(theta)
-    for i in range(len(result)):
-        m = 0.0
-        for gradient in gradients:
-            g = -gradient[i] if maximize else gradient[i]
+    result, m = list(theta), [0.0] * len(theta)
+    for gradient in gradients:
+        steps = []
+        for i, g in enumerate(gradient):
+            g = -g if maximize else g
             # the update reads the previous average, so the momentum moves last
-            c = beta1 * m + (1 - beta1) * g
+            c = beta1 * m[i] + (1 - beta1) * g
             sign = (c > 0) - (c < 0)
-            result[i] -= lr * (sign + weight_decay * result[i])
-            m = beta2 * m + (1 - beta2) * g
+            steps.append(sign if sign * g > 0 or not cautious else 0)
+            m[i] = beta2 * m[i] + (1 - beta2) * g
+        share = sum(map(abs, steps)) / len(steps) if cautious else 1.0
+        for i, step in enumerate(steps):
+            decays = step * result[i] >= 0 or not cautious_weight_decay
+            result[i] -= lr * (step / max(share, 1e-3) + weight_decay * result[i] * decays)
     return result

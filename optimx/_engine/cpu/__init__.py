@@ -2,12 +2,12 @@
 
 from .elementwise import NativeBucket
 from .factored import FactoredBucket
+from .measured import MeasuredBucket
 from .orthogonal import OrthogonalBucket
-from .trust_ratio import TrustRatioBucket
 
 BUCKETS: dict[str, type[NativeBucket]] = {
     "elementwise": NativeBucket,
-    "trust_ratio": TrustRatioBucket,
+    "measured": MeasuredBucket,
     "factored": FactoredBucket,
     "orthogonal": OrthogonalBucket,
 }

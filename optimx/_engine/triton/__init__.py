@@ -2,12 +2,12 @@
 
 from .elementwise import TritonBucket
 from .factored import FactoredTritonBucket
+from .measured import MeasuredTritonBucket
 from .orthogonal import OrthogonalTritonBucket
-from .trust_ratio import TrustRatioTritonBucket
 
 BUCKETS: dict[str, type[TritonBucket]] = {
     "elementwise": TritonBucket,
-    "trust_ratio": TrustRatioTritonBucket,
+    "measured": MeasuredTritonBucket,
     "factored": FactoredTritonBucket,
     "orthogonal": OrthogonalTritonBucket,
 }

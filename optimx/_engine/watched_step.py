@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Measured"]
+__all__ = ["WatchedStep"]
 
 
 @dataclass(frozen=True)
-class Measured:
+class WatchedStep:
     """What was measured in one step.
 
     Attributes:

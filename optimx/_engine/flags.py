@@ -1,0 +1,81 @@
+"""Flags: settings of groups that torch's classes have not, and that change what an update does. Off, nothing is.
+
+A group has one only where it is set, so groups of which nothing is asked have torch's keys alone. Those of an update
+choose its variant; those of gradients are :mod:`.grad_transforms`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grad_transforms import TRANSFORMS
+from .rule import UpdateRule
+
+#: Flags of updates: which of them an algorithm has, its rule tells.
+OF_UPDATES = ("cautious_weight_decay", "cautious", "update_clipping")
+#: All flags, and their values in groups that do not have them.
+FLAGS: dict[str, Any] = dict.fromkeys((*OF_UPDATES, *TRANSFORMS), False)
+
+
+def chosen(group: Mapping[str, Any]) -> list[str]:
+    """The flags that a group sets."""
+    return [name for name in FLAGS if group.get(name)]
+
+
+def of_update(rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
+    """The flags that a group sets for updates, which torch's own step does not know."""
+    return [name for name in rule.flags if group.get(name)]
+
+
+def variant(rule: UpdateRule, group: Mapping[str, Any]) -> tuple[bool, ...]:
+    """What a group's flags add to its variant: nothing where none is set, else all of :data:`OF_UPDATES` in order."""
+    return tuple(bool(group.get(name)) for name in OF_UPDATES) if of_update(rule, group) else ()
+
+
+def walk_of(variant: Sequence[bool]) -> str:
+    """The walk of an update with these flags, from :func:`variant`."""
+    _, cautious, clipped = variant or (False,) * 3
+    return "measured" if cautious or clipped else "elementwise"
+
+
+def cautious(step: Tensor, g: Tensor, out: Tensor) -> Tensor:
+    """1 where a step goes against the gradient, which is where its signs are those of the gradient; elsewhere 0."""
+    # signs, because products may underflow
+    return torch.sign(g, out=out).mul_(step).gt_(0)
+
+
+def factors(variant: Sequence[bool], squares: Tensor, numels: Tensor) -> Tensor:
+    """What the steps of tensors are multiplied by.
+
+    Args:
+        variant: From :func:`variant`.
+        squares: float64 ``[2, n]``: how many elements take a cautious step, and squared lengths of gradients divided by
+            the roots of their average squares.
+        numels: Elements of the whole tensors.
+    """
+    taken, sizes = squares / numels.clamp(min=1)
+    _, is_cautious, is_clipped = variant
+    result = 1.0 / taken.clamp(min=1e-3) if is_cautious else torch.ones_like(taken)
+    return result / sizes.sqrt().clamp(min=1.0) if is_clipped else result
+
+
+def check_decay(group: Mapping[str, Any]) -> None:
+    """Raise ValueError where a flag of decoupled weight decay is set and decay is not decoupled."""
+    if group.get("cautious_weight_decay") and not group["decoupled_weight_decay"]:
+        raise ValueError("cautious_weight_decay should be False without decoupled_weight_decay=True but is: True")
+
+
+def check(rule: UpdateRule, group: dict[str, Any]) -> None:
+    """Raise ValueError where a group's flags are not the algorithm's, are no flags, or do not suit its settings."""
+    found = chosen(group)
+    for name in found:
+        if name not in (*rule.optional_settings, *TRANSFORMS):
+            raise ValueError(f"{name} is no flag of {type(rule).__name__}'s updates but a group has: {group[name]}")
+        if group[name] is not True:
+            raise ValueError(f"{name} should be True or False but is: {group[name]!r}")
+    if found:
+        rule.group_variant(group)
