@@ -26,6 +26,7 @@ from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .composite import Composite
 from .config import Config, ConfigError
+from .early_stop import EarlyStop
 from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
@@ -33,6 +34,7 @@ from .lion import Lion
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
+from .noise_scale import GradientNoise, NoiseScale, noise_scale
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
@@ -50,11 +52,14 @@ __all__ = sorted(
         "Composite",
         "Config",
         "ConfigError",
+        "EarlyStop",
         "FormulaLoop",
         "GradScaler",
+        "GradientNoise",
         "LAMB",
         "Lion",
         "MultiTensorStep",
+        "NoiseScale",
         "StateKind",
         "UpdateRule",
         "build",
@@ -68,6 +73,7 @@ __all__ = sorted(
         "lr_scheduler",
         "master_weights",
         "memory",
+        "noise_scale",
         "register_optimizer",
         "register_scheduler",
         "param_groups",

@@ -42,7 +42,7 @@ FLOORS = [
         "optimx._loop", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
-        "optimx.composite",
+        "optimx.composite", "optimx.early_stop", "optimx.noise_scale",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],
