@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import _torch_names, lr_scheduler, param_groups, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, lr_scheduler, param_groups, search, swa_utils  # type: ignore[no-redef]
 from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
@@ -77,6 +77,7 @@ __all__ = sorted(
         "register_optimizer",
         "register_scheduler",
         "param_groups",
+        "search",
         "set_master_weights",
         "swa_utils",
     }

@@ -45,7 +45,7 @@ FLOORS = [
         "optimx.composite", "optimx.early_stop", "optimx.noise_scale",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
-    ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],
+    ["optimx.build", "optimx.memory", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],
 ]  # fmt: skip
 
 

@@ -44,6 +44,8 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         return value
     if origin in (tuple, list, Sequence, Iterable):
         return _items(value, origin, arguments, path, problems)
+    if origin in (dict, Mapping) and len(arguments) == 2 and isinstance(value, Mapping):
+        return {key: convert(item, arguments[1], join(path, str(key)), problems) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         return read(hint, value, path, problems)
     converted = _plain(value, hint if origin is None else origin)
