@@ -223,6 +223,7 @@ BAD: dict[str, tuple[Any, str]] = {
                           " but is: 10.5"),
     "infinite": ({"optimizer.lr": {"low": 0, "high": math.inf}}, "search.optimizer.lr.high should be finite but is: "
                  "inf"),
+    "huge": ({"optimizer.lr": {"low": 0, "high": 10**400}}, "search.optimizer.lr.high should be finite but is: 1000*"),
     "no-bound": ({"optimizer.lr": {"low": 1}}, "search.optimizer.lr.high is missing"),
     "empty": ({"optimizer.lr": []}, "search.optimizer.lr should have one value or more but is: []"),
     "number": ({"optimizer.lr": 3}, "search.optimizer.lr should be a table or a list but is: 3"),

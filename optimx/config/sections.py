@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -174,8 +174,8 @@ class BatchScalingConfig:
         return (self.batch / self.reference) ** (0.5 if self.rule == "sqrt" else 1.0)
 
 
-#: A bound.
-Bound = Annotated[int | float, Condition("should be finite", math.isfinite)]
+#: A bound; an int that no float can hold is none.
+Bound = Annotated[int | float, Condition("should be finite", lambda value: abs(value) <= sys.float_info.max)]
 
 
 @dataclass

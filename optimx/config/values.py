@@ -215,7 +215,8 @@ def _plain(value: Any, hint: Any) -> Any:
             converted = hint(value)
         except OverflowError:
             return _WRONG
-        return _WRONG if math.isnan(converted) else converted
+        # NaN is not itself; an int may be too large to ask math
+        return converted if converted == converted else _WRONG
     if hint is torch.dtype and isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), None)
         return found if isinstance(found, torch.dtype) else _WRONG

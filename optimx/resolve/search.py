@@ -88,8 +88,7 @@ def resolve_search(
     problems, dimensions = Problems(), []
     for key, values in section.items():
         with problems.collected():
-            dimensions.append(_range(key, values, trial) if isinstance(values, SearchRange) else
-                              _choices(key, values, trial))  # fmt: skip
+            dimensions.append(_dimension(key, values, trial))
     problems.raise_if_any()
     return tuple(dimensions)
 
@@ -130,6 +129,12 @@ class _Trial:
         return problems
 
 
+def _dimension(key: str, values: SearchRange | Sequence[Any], trial: _Trial) -> Dimension:
+    if isinstance(values, SearchRange):
+        return _range(key, values, trial)
+    return _choices(key, values, trial)
+
+
 def _choices(key: str, values: Sequence[Any], trial: _Trial) -> Dimension:
     problems = Problems()
     if not values:
@@ -148,7 +153,7 @@ def _range(key: str, bounds: SearchRange, trial: _Trial) -> Dimension:
         problems.extend(trial.problems(key, low) or trial.problems(key, high))
     problems.raise_if_any()
     # what takes no fraction takes whole numbers
-    fraction = low + (high - low) * 0.381966
+    fraction = low * 0.618 + high * 0.382
     refused = trial.problems(key, int(fraction) + 0.5 if fraction == int(fraction) else fraction)
     whole = bool(refused) and low == int(low) and high == int(high)
     if not whole:
