@@ -77,6 +77,8 @@ def test_cooldown() -> None:
     assert not any(map(stop, (9, 1, 1)))
     assert (stop.best, stop.best_step) == (1, 4)
     assert stop(1)
+    stop.start_cooldown()
+    assert [stop(9) for _ in range(4)] == [False, False, False, True]
 
 
 def test_a_late_metric_is_that_of_the_call_before() -> None:

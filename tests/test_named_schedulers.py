@@ -799,6 +799,8 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
         ([4, 3, 2, 2, 2, 2, 2, 2], {"warmup": 2}, [0.5, 1, 1, 1, 1, 1, 0.5, 0.5]),
         ([1] * 9, {"cooldown": 1}, [0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125, 0.125, 0.1]),
         ([8, 7.9, 7.8, 1], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 0.5, 0.25, 0.25]),
+        # Hugging Face's share of a metric below zero: slightly worse is better
+        ([-8, -7.9, -7.8, -7.7], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 1, 1, 1]),
         ([4, 2, 3, 4, 4], {"smooth": True, "window_size": 2}, [0.5, 1, 1, 1, 0.5]),
         ([1] * 13, {"reset_start": 2}, [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.5, 0.5, 0.5, 0.25, 0.25]),
         # at the bound twice, but raised between
@@ -808,7 +810,7 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
             [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.5],
         ),
     ],
-    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset", "reset-anew"],
+    ids=["min", "max", "warmup", "cooldown", "relative", "below-zero", "smooth", "reset", "reset-anew"],
 )
 def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[float]) -> None:
     assert greedy_numbers(metrics, **options) == approx(expected)
