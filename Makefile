@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTHON_FLOOR ?= python3.10
 BIN := .venv/bin
-SOURCES := optimx triton_kernels tests bench docs
+SOURCES := optimx triton_kernels tests bench docs examples
 FLOOR_TESTS := parity stock_defects contract checkpoints fallback layouts grad_scaler clip_grad schedules schedule_lr \
                named_schedulers build config errors
 
@@ -32,7 +32,7 @@ help:
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,trainers,config,bench,docs,lint]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[triton,test,models,trainers,config,bench,search,docs,lint]"
 	@touch $@
 
 test: .venv/.installed

@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import _torch_names, lr_scheduler, param_groups, sinks, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, lr_scheduler, param_groups, search, sinks, swa_utils  # type: ignore[no-redef]
 from ._engine.bad_gradients import BadStep
 from ._engine.guards import AutoClip, Spikes, ZClip
 from ._engine.recode import master_weights, set_master_weights
@@ -29,6 +29,7 @@ from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .composite import Composite
 from .config import Config, ConfigError
+from .early_stop import EarlyStop
 from .explain import explain
 from .grad_scaler import GradScaler
 from .lamb import LAMB
@@ -37,6 +38,7 @@ from .lr_finder import LRCurve, lr_find
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
+from .noise_scale import GradientNoise, NoiseScale, noise_scale
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
@@ -57,12 +59,15 @@ __all__ = sorted(
         "Composite",
         "Config",
         "ConfigError",
+        "EarlyStop",
         "FormulaLoop",
         "GradScaler",
+        "GradientNoise",
         "LAMB",
         "LRCurve",
         "Lion",
         "MultiTensorStep",
+        "NoiseScale",
         "Spikes",
         "StateKind",
         "UpdateRule",
@@ -81,9 +86,11 @@ __all__ = sorted(
         "lr_scheduler",
         "master_weights",
         "memory",
+        "noise_scale",
         "register_optimizer",
         "register_scheduler",
         "param_groups",
+        "search",
         "set_master_weights",
         "sinks",
         "swa_utils",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import nn
@@ -23,7 +22,7 @@ from .lr_scheduler import ScheduleLR
 from .lr_scheduler.warmup_lr import WarmupAroundLR
 from .param_groups import GroupsDescription, describe
 from .presets import TREES
-from .resolve import attempt, resolve_groups, resolve_optimizer, resolve_schedule
+from .resolve import attempt, resolve, resolve_search
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.state_dict import StateDictOptions
@@ -184,7 +183,8 @@ class _Stateful:
 def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Build:
     """An optimizer with parameter groups and a schedule, from a model and a config.
 
-    The config is checked as a whole before anything is built; it and the model are not changed.
+    The config is checked as a whole before anything is built; it and the model are not changed. What its section
+    ``search`` would have tried is checked, too, but is not built: for that, see :mod:`optimx.search`.
 
     Args:
         model: The model; its parameters on the device and of the dtype that they are trained in.
@@ -207,25 +207,17 @@ def build(model: nn.Module, cfg: Any, overrides: Mapping[str, Any] | Sequence[st
     check_instance("model", model, nn.Module, "a torch.nn.Module")
     problems = Problems()
     config: Config = read(Config, load(cfg, overrides, TREES), "", problems)
-    scale = 1.0 if config.batch_scaling is None else config.batch_scaling.factor
-    optimizer = groups = schedule = None
+    recipes = None
     with problems.collected():
-        optimizer = resolve_optimizer(config.optimizer, model, scale)
-    with problems.collected():
-        groups = resolve_groups(config.groups, model, optimizer, scale)
-    rehearse = None
-    if optimizer is not None and groups is not None:
-        rehearse = partial(optimizer.rehearse, groups[0])
-    # how long an epoch is, is no schedule yet
-    section = config.schedule
-    if section is not None and section != ScheduleConfig(steps_per_epoch=section.steps_per_epoch):
+        recipes = resolve(config, model, [problem.path for problem in problems])
+    if config.search:
         with problems.collected():
-            schedule = resolve_schedule(section, rehearse, [problem.path for problem in problems])
+            resolve_search(config.search, cfg, overrides, model)
     problems.raise_if_any()
-    assert optimizer is not None
-    assert groups is not None
-    made = attempt(lambda: optimizer.make(groups[0]), {}, "optimizer")
-    resolved = Config(optimizer.config, groups[1])
+    assert recipes is not None
+    made = attempt(lambda: recipes.optimizer.make(recipes.groups), {}, "optimizer")
+    resolved = Config(recipes.optimizer.config, recipes.groups_config)
+    schedule = recipes.schedule
     if schedule is None:
         return Build(made, None, resolved, model)
     scheduler = attempt(lambda: schedule.make(made), {}, "schedule")

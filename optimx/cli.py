@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from . import __version__
+from . import __version__, search
 from ._engine import backends
 from ._table import aligned
 from .build import build, is_function_of_step
@@ -143,7 +143,15 @@ def _parser() -> argparse.ArgumentParser:
     finder.add_argument("--json", action="store_true", help="learning rates, losses and suggestions as JSON")
     finder.set_defaults(run=_lr_find)
 
-    for command in (explain, plot):
+    searching = commands.add_parser("search", help="the configs that a config's section search stands for")
+    which = searching.add_mutually_exclusive_group(required=True)
+    which.add_argument("--grid", type=_steps, metavar="N", help="every combination, with N numbers of each range")
+    which.add_argument("--random", type=_steps, metavar="N", help="N combinations at random")
+    searching.add_argument("--seed", type=_seed, help="of --random: the same seed gives the same ones (default: 0)")
+    searching.add_argument("--json", action="store_true", help="each as a line of JSON, overrides for optimx.build")
+    searching.set_defaults(run=_search)
+
+    for command in (explain, plot, searching):
         command.add_argument("config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                              help="over it, such as optimizer.lr=3e-4; several, too")  # fmt: skip
@@ -170,6 +178,13 @@ def _steps(text: str) -> int:
     if steps < 1:
         raise argparse.ArgumentTypeError(f"should be >= 1 but is: {text}")
     return steps
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if seed < 0:
+        raise argparse.ArgumentTypeError(f"should be >= 0 but is: {text}")
+    return seed
 
 
 # commands
@@ -277,6 +292,21 @@ def _curve(arguments: argparse.Namespace) -> LRCurve:
     # arguments that do not go together, or the training fails in a way of its own
     except Exception as error:
         raise _BadInput(f"lr-find: {type(error).__name__}: {error}") from error
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    if arguments.random is None and arguments.seed is not None:
+        raise _BadInput("--seed should come with --random, as a grid is always the same")
+    if arguments.grid is not None:
+        found = search.grid(arguments.config, arguments.grid, arguments.set)
+    else:
+        found = search.sample(arguments.config, arguments.random, arguments.seed or 0, arguments.set)
+    if arguments.json:
+        print(*(json.dumps(overrides, default=str) for overrides in found), sep="\n")
+    else:
+        _show(
+            [(*found[0],), *([json.dumps(value, default=str) for value in overrides.values()] for overrides in found)]
+        )
 
 
 def _convert(arguments: argparse.Namespace) -> None:

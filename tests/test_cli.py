@@ -111,6 +111,44 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return "\n".join(line.partition(": error: ")[2] for line in lines)
 
 
+SEARCH = """
+[search]
+optimizer.lr = { low = 0.01, high = 1.0, log = true }
+optimizer.betas = [[0.9, 0.95], [0.9, 0.999]]
+"""
+
+
+def test_search_lists_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("train.toml").write_text(CONFIG + SEARCH)
+    assert run(capsys, "search", "train.toml", "--grid", "2").splitlines() == [
+        "optimizer.lr  optimizer.betas",
+        "0.01          [0.9, 0.95]",
+        "0.01          [0.9, 0.999]",
+        "1.0           [0.9, 0.95]",
+        "1.0           [0.9, 0.999]",
+    ]
+    lines = run(capsys, "search", "train.toml", "--random", "3", "--seed", "1", "--json").splitlines()
+    assert [json.loads(line) for line in lines] == optimx.search.sample("train.toml", 3, 1)
+    assert lines != run(capsys, "search", "train.toml", "--random", "3", "--json").splitlines()
+    chosen = run(
+        capsys, "search", "train.toml", "--grid", "1", "--json", "--set", "search.optimizer.betas=[[0.8, 0.9]]"
+    )
+    assert json.loads(chosen)["optimizer.betas"] == [0.8, 0.9]
+
+
+def test_search_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, "search", "train.toml", "--grid", "2").startswith("search is missing")
+    Path("train.toml").write_text(CONFIG + SEARCH + 'optimizer.epz = [1e-8]\nschedule.warmup = ["x"]')
+    found = refused(capsys, "search", "train.toml", "--random", "2").splitlines()
+    assert [line.split()[0] for line in found] == ["search.optimizer.epz", "search.schedule.warmup"]
+    assert "did you mean 'eps'?" in found[0]
+    assert "one of the arguments --grid --random is required" in refused(capsys, "search", "train.toml")
+    assert "not allowed with" in refused(capsys, "search", "train.toml", "--grid", "2", "--random", "2")
+    assert "should be >= 1 but is: 0" in refused(capsys, "search", "train.toml", "--grid", "0")
+    assert "should be >= 0 but is: -1" in refused(capsys, "search", "train.toml", "--random", "1", "--seed", "-1")
+    assert "--seed should come with --random" in refused(capsys, "search", "train.toml", "--grid", "1", "--seed", "3")
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = run(capsys, "doctor")
     lines = {line.split("  ")[0]: line for line in text.splitlines()}

@@ -423,7 +423,7 @@ def test_all_problems_at_once() -> None:
         "  groups.layr (value: 2) is no key of groups (freeze, include_frozen, layer_decay, layer_preset, layers, "
         "min_lr_scale, muon, no_decay, rules); did you mean 'layers'?",
         "  groups.rules[1] should be a table but is: 5",
-        "  shedule (value: {}) is no key of a config (batch_scaling, groups, optimizer, preset, schedule); "
+        "  shedule (value: {}) is no key of a config (batch_scaling, groups, optimizer, preset, schedule, search); "
         "did you mean 'schedule'?",
         "  batch_scaling.batch should be >= 1 but is: 0",
         "  batch_scaling.rule should be one of 'linear', 'sqrt' but is: 'sqr'; did you mean 'sqrt'?",

@@ -201,6 +201,7 @@ SECTIONS: dict[str, list[str]] = {
     "schedule": ["name", "phases", "total", "warmup", "floor", "steps_per_epoch", "convention", "power", "milestones",
                  "cycle", "decay", "shape", "steps", "step_size", "args"],
     "batch_scaling": ["batch", "reference", "rule"],
+    "search": ["optimizer.lr", "optimizer.name", "schedule.total", "groups.rules[0].lr_mult", "low", "high", "log"],
 }  # fmt: skip
 RULE = ["match", "lr", "lr_mult", "weight_decay", "wd_mult", "freeze", "betas", "eps"]
 NAMES = ["adamw", "sgd", "muon", "lion", "cosine", "linear", "wsd", "warmup", "hold", "StepLR", "restarts", "noam",
@@ -266,6 +267,7 @@ BASES: list[dict[str, Any]] = [
     {"optimizer": {"name": "lamb"}, "schedule": {"name": "StepLR", "step_size": 3, "warmup": 2}},
     {"groups": {"layer_decay": 0.5, "layers": ["0.*", "2.*"]}, "schedule": {"name": "wsd", "total": 9, "decay": 3},
      "batch_scaling": {"batch": 2, "reference": 1}},
+    {"schedule": {"name": "linear", "total": 9}, "search": {"optimizer.lr": {"low": 0.1, "high": 1}}},
     {"schedule": {"name": "restarts", "cycle": {"name": "linear", "steps": 3}, "mult": 2, "steps_per_epoch": 2}},
 ]  # fmt: skip
 

@@ -12,7 +12,15 @@ import torch
 
 import optimx
 from bench.catalogue import optimizers
-from optimx.config import AdamWConfig, BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
+from optimx.config import (
+    AdamWConfig,
+    BatchScalingConfig,
+    Config,
+    GroupsConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SearchRange,
+)
 
 pytest.importorskip("mkdocstrings_handlers.python")
 
@@ -133,7 +141,7 @@ def test_adafactor_keeps_a_row_and_a_column() -> None:
 
 
 @pytest.mark.parametrize(
-    "section", [Config, OptimizerConfig, AdamWConfig, GroupsConfig, ScheduleConfig, BatchScalingConfig]
+    "section", [Config, OptimizerConfig, AdamWConfig, GroupsConfig, ScheduleConfig, BatchScalingConfig, SearchRange]
 )
 def test_every_key_of_the_config_has_a_row(section: type) -> None:
     text = hooks.expand(f"<!-- fields {section.__name__} -->")

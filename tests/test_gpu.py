@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -124,6 +124,31 @@ def test_clip_grad_norm_does_not_synchronise() -> None:
             norm = optimx.clip_grad_norm_(params, 1.0)
         torch.testing.assert_close(norm, expected)
         torch.testing.assert_close(torch.nn.utils.get_total_norm([p.grad for p in params]).cpu(), torch.tensor(1.0))
+
+
+def test_a_late_metric_is_not_waited_for() -> None:
+    stop = optimx.EarlyStop(patience=1, late=True)
+    metrics = torch.tensor([3.0, 2.0, 2.0], device="cuda")
+    with no_sync():
+        assert [stop(metric) for metric in metrics.unbind()] == [False] * 3
+        assert stop.flush()
+    assert (stop.best, stop.best_step) == (2, 1)
+
+
+def test_noise_scale_does_not_synchronise() -> None:
+    noise = optimx.NoiseScale(2, 2)
+    param = Parameter(torch.zeros(1000, device="cuda"))
+    param.grad = torch.ones_like(param)
+    scale, norm = (torch.full((), number, device="cuda") for number in (2.0, 3.0))
+    for step in range(3):
+        # the first one compiles, and takes the averages to the device
+        with no_sync() if step else nullcontext():
+            noise.after_first_backward([param], scale)
+            noise.update(norm)
+            found = noise.scale
+    assert found.is_cuda
+    expected = optimx.noise_scale(1000.0, 9.0, 2, 4)
+    torch.testing.assert_close(float(found), expected.variance / expected.squared_norm, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("scaler_cls", [torch.amp.GradScaler, optimx.GradScaler], ids=["torch", "optimx"])

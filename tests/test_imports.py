@@ -47,9 +47,10 @@ FLOORS = [
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
         "optimx.lr_finder",
+        "optimx.early_stop", "optimx.noise_scale",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
-    ["optimx.build", "optimx.memory", "optimx", "optimx.cli", "optimx.__main__"],
+    ["optimx.build", "optimx.memory", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],
 ]  # fmt: skip
 
 

@@ -799,6 +799,8 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
         ([4, 3, 2, 2, 2, 2, 2, 2], {"warmup": 2}, [0.5, 1, 1, 1, 1, 1, 0.5, 0.5]),
         ([1] * 9, {"cooldown": 1}, [0.5, 0.5, 0.25, 0.25, 0.25, 0.125, 0.125, 0.125, 0.1]),
         ([8, 7.9, 7.8, 1], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 0.5, 0.25, 0.25]),
+        # Hugging Face's share of a metric below zero: slightly worse is better
+        ([-8, -7.9, -7.8, -7.7], {"threshold": 0.1, "threshold_mode": "rel"}, [0.5, 1, 1, 1]),
         ([4, 2, 3, 4, 4], {"smooth": True, "window_size": 2}, [0.5, 1, 1, 1, 0.5]),
         ([1] * 13, {"reset_start": 2}, [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.5, 0.5, 0.5, 0.25, 0.25]),
         # at the bound twice, but raised between
@@ -808,10 +810,39 @@ def greedy_numbers(metrics: list[float], **options: Any) -> list[float]:
             [0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.5],
         ),
     ],
-    ids=["min", "max", "warmup", "cooldown", "relative", "smooth", "reset", "reset-anew"],
+    ids=["min", "max", "warmup", "cooldown", "relative", "below-zero", "smooth", "reset", "reset-anew"],
 )
 def test_greedy(metrics: list[float], options: dict[str, Any], expected: list[float]) -> None:
     assert greedy_numbers(metrics, **options) == approx(expected)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_nan_that_greedy_ignores(smooth: bool) -> None:
+    metrics, options = [4.0, 3, 2, 2, 2, 2, 2], {"smooth": smooth, "window_size": 2}
+    plain = greedy_numbers(metrics, **options)
+    with_nan = [*metrics[:2], math.nan, math.nan, *metrics[2:]]
+    ignored = greedy_numbers(with_nan, **options, ignore_nan=True)
+    assert [*ignored[:2], *ignored[4:]] == plain
+    assert greedy_numbers(with_nan, **options) != ignored
+    counted = GreedyLR(make_optimizer(), ignore_nan=True)
+    counted.step(math.nan)
+    assert counted.last_epoch == 1
+
+
+@pytest.mark.parametrize("nan", [math.nan, torch.tensor(math.nan)])
+def test_nan_that_a_plateau_ignores(nan: Any) -> None:
+    """Torch's class takes it for a metric that is not better; so does ours unless it is told not to."""
+    stock = torchs.ReduceLROnPlateau(make_optimizer([1.0]), patience=1)
+    kept, stocks = (PlateauWithWarmup(make_optimizer([1.0]), 0, patience=1, ignore_nan=i) for i in (True, False))
+    for metric in (1.0, nan, nan):
+        stock.step(metric)
+        for scheduler in (kept, stocks):
+            scheduler.step(metric)
+    assert kept.get_last_lr() == [1.0]
+    assert stocks.get_last_lr() == stock.get_last_lr() == approx([0.1])
+    kept.step(2.0)
+    kept.step(2.0)
+    assert kept.get_last_lr() == approx([0.1])
 
 
 def test_greedy_with_an_epoch_and_told_of(capsys: Any) -> None:

@@ -1,7 +1,15 @@
 """A typed config: its sections, every format it comes in, and all that is wrong with one at once."""
 
 from .errors import ConfigError, Problem
-from .sections import AdamWConfig, BatchScalingConfig, Config, GroupsConfig, OptimizerConfig, ScheduleConfig
+from .sections import (
+    AdamWConfig,
+    BatchScalingConfig,
+    Config,
+    GroupsConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    SearchRange,
+)
 
 __all__ = [
     "AdamWConfig",
@@ -12,4 +20,5 @@ __all__ = [
     "OptimizerConfig",
     "Problem",
     "ScheduleConfig",
+    "SearchRange",
 ]

@@ -7,19 +7,22 @@ import json
 import os
 import re
 import types
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._checks import nearest
 from ..convert.projects import recognised
 from ..registry import normalized
-from .errors import ConfigError
+from .errors import ConfigError, join
 from .files import Tagged, read_file
 from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
+from .sections import SearchRange
 
-__all__ = ["load", "merge", "parse_value"]
+__all__ = ["load", "merge", "pairs_of", "parse_value"]
 
+#: What tells a range from a table of keys.
+_OF_A_RANGE = {field.name for field in dataclasses.fields(SearchRange)}
 #: The table within the section ``optimizer`` that is of an optimizer too.
 SECOND = "adamw"
 
@@ -40,7 +43,7 @@ def load(
     Raises:
         ConfigError: It cannot be read.
     """
-    pairs = [*_pairs(overrides)]
+    pairs = [*pairs_of(overrides)]
     paths = [str(path) for path, _ in pairs]
     try:
         if is_namespace(cfg):
@@ -55,6 +58,8 @@ def load(
     tree = _over_preset(_expand(tree), presets or {})
     if is_namespace(cfg):
         drop_foreign(tree, cfg, paths)
+    if isinstance(tree.get("search"), dict):
+        tree["search"] = dict(_dotted(tree["search"], ""))
     return tree
 
 
@@ -160,7 +165,8 @@ def _omegaconf(cfg: Any) -> Any:
         raise ConfigError.of("cfg", f"should resolve ({error})", cfg) from error
 
 
-def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, Any]]:
+def pairs_of(overrides: Mapping[str, Any] | Sequence[str]) -> Iterable[tuple[str, Any]]:
+    """Paths and values of overrides."""
     if isinstance(overrides, Mapping):
         yield from overrides.items()
         return
@@ -195,6 +201,15 @@ def _set(tree: dict[str, Any], path: Any, value: Any) -> None:
             at = at[key]
         else:
             raise ConfigError.of(path, f"should lead to a table, but there is {at!r} before {key!r},", value)
+
+
+def _dotted(table: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+    """Tables of tables, which TOML makes of ``optimizer.lr`` without quotes, as paths; ranges stay tables."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value and not value.keys() & _OF_A_RANGE:
+            yield from _dotted(value, join(path, key))
+        else:
+            yield join(path, key), value
 
 
 def _over_preset(tree: dict[str, Any], presets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

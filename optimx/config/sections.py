@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ __all__ = [
     "GroupsConfig",
     "OptimizerConfig",
     "ScheduleConfig",
+    "SearchRange",
 ]
 
 #: ``"2ep"``, ``"0.5 epochs"``, ``"30ep-1"``: a step less
@@ -172,6 +174,25 @@ class BatchScalingConfig:
         return (self.batch / self.reference) ** (0.5 if self.rule == "sqrt" else 1.0)
 
 
+#: A bound; an int that no float can hold is none.
+Bound = Annotated[int | float, Condition("should be finite", lambda value: abs(value) <= sys.float_info.max)]
+
+
+@dataclass
+class SearchRange:
+    """In section ``search``, what a key that is a number may be. Whole numbers alone, where the key takes no others.
+
+    Attributes:
+        low: The least number.
+        high: The greatest one.
+        log: Numbers lie at equal factors, not at equal differences; ``low`` is above 0 then.
+    """
+
+    low: Bound
+    high: Bound
+    log: bool = False
+
+
 @dataclass
 class Config:
     """What :func:`optimx.build` needs, or part of it. The same names are the keys of TOML, YAML and JSON files.
@@ -181,6 +202,9 @@ class Config:
         groups: Parameter groups (default: no weight decay for norms and biases, nothing else).
         schedule: Of the learning rate (default: none).
         batch_scaling: Of the learning rate with the batch size (default: none).
+        search: What to try instead of single values, for :mod:`optimx.search`: keys such as ``optimizer.lr``, and for
+            each a list of values or a range, ``{low = 1e-5, high = 1e-2, log = true}``. A build checks them, and is
+            made of the other sections alone (default: none).
         preset: Name of a preset that this is laid over: ``"bert-finetune"``, ... (:mod:`optimx.presets`).
     """
 
@@ -188,6 +212,7 @@ class Config:
     groups: GroupsConfig = field(default_factory=GroupsConfig)
     schedule: ScheduleConfig | None = None
     batch_scaling: BatchScalingConfig | None = None
+    search: dict[str, SearchRange | tuple[Any, ...]] | None = None
     preset: str | None = None
 
     def to_dict(self) -> dict[str, Any]:

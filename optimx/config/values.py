@@ -44,6 +44,8 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
         return value
     if origin in (tuple, list, Sequence, Iterable):
         return _items(value, origin, arguments, path, problems)
+    if origin in (dict, Mapping) and len(arguments) == 2 and isinstance(value, Mapping):
+        return {key: convert(item, arguments[1], join(path, str(key)), problems) for key, item in value.items()}
     if dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
         return read(hint, value, path, problems)
     converted = _plain(value, hint if origin is None else origin)
@@ -213,7 +215,8 @@ def _plain(value: Any, hint: Any) -> Any:
             converted = hint(value)
         except OverflowError:
             return _WRONG
-        return _WRONG if math.isnan(converted) else converted
+        # NaN is not itself; an int may be too large to ask math
+        return converted if converted == converted else _WRONG
     if hint is torch.dtype and isinstance(value, str):
         found = getattr(torch, value.removeprefix("torch."), None)
         return found if isinstance(found, torch.dtype) else _WRONG

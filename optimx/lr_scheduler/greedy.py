@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from copy import deepcopy
 from typing import Any, Literal, SupportsFloat
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .._checks import as_steps, at_least, check_instance, one_of, within
+from .._checks import as_steps, at_least, check_instance, within
 from .field import current_lrs, per_group, write
+from .metric_follower import MetricFollower
 
 
-class GreedyLR(LRScheduler):
+class GreedyLR(MetricFollower, LRScheduler):
     """Raises the learning rate while a metric improves, lowers it while it does not; Hugging Face's "greedy".
 
     Args:
@@ -22,7 +24,8 @@ class GreedyLR(LRScheduler):
             (default: 0.95).
         patience: How many metrics in a row may be better, or not, before it is changed (default: 10).
         threshold: By how much a metric has to be better (default: 1e-6).
-        threshold_mode: The threshold is a difference, ``"abs"`` (default), or a ratio, ``"rel"``.
+        threshold_mode: The threshold is a difference, ``"abs"`` (default), or a share of the best metric, ``"rel"``.
+            A share is meant for metrics above 0: with one below, Hugging Face takes slightly worse ones for better.
         cooldown: Metrics that do not count after it was lowered (default: 0).
         warmup: Metrics that do not count after it was raised (default: 0).
         min_lr, max_lr: Bounds, a number or one for each group (default: 1e-3 and 1). A group that is added later has
@@ -33,6 +36,8 @@ class GreedyLR(LRScheduler):
         window_size: Default: 50.
         reset_start: How often it is to be lowered at ``min_lr`` before all begins anew with the first learning rate
             (default: 500).
+        ignore_nan: A metric that is NaN does not count (default: False, it is one that is not better, as for Hugging
+            Face; with ``smooth`` so are the next ``window_size``).
 
     Raises:
         TypeError: ``optimizer`` is no optimizer.
@@ -56,19 +61,17 @@ class GreedyLR(LRScheduler):
         smooth: bool = False,
         window_size: int = 50,
         reset_start: int = 500,
+        *,
+        ignore_nan: bool = False,
     ) -> None:
         # not super().__init__(): its first step has no metric
         check_instance("optimizer", optimizer, Optimizer, "a torch.optim.Optimizer")
         within("(0, 1)").check("factor", factor)
-        at_least(0).check("threshold", threshold)
         at_least(0).check("eps", eps)
+        MetricFollower.__init__(self, mode, patience, threshold, threshold_mode)
         groups = optimizer.param_groups
         self.optimizer = optimizer
-        self.mode = one_of("mode", mode, ("min", "max"))
         self.factor = factor
-        self.patience = as_steps("patience", patience)
-        self.threshold = threshold
-        self.threshold_mode = one_of("threshold_mode", threshold_mode, ("abs", "rel"))
         self.cooldown = as_steps("cooldown", cooldown)
         self.warmup = as_steps("warmup", warmup)
         self.min_lr, self.max_lr = min_lr, max_lr
@@ -82,15 +85,13 @@ class GreedyLR(LRScheduler):
         self.smooth = smooth
         self.window_size = as_steps("window_size", window_size, least=1)
         self.reset_start = as_steps("reset_start", reset_start)
+        self.ignore_nan = ignore_nan
         self.last_epoch = 0
         self._begin()
         self._last_lr = current_lrs(groups)
 
     def _begin(self) -> None:
-        self.best = float("inf") if self.mode == "min" else float("-inf")
-        self.num_good_epochs = 0
-        self.num_bad_epochs = 0
-        self.waiting = 0
+        self._forget()
         self.resets_in = self.reset_start
         self.window: list[float] = []
 
@@ -106,15 +107,9 @@ class GreedyLR(LRScheduler):
         """
         current = float(metrics)
         self._take_groups()
-        if self.smooth:
-            self.window = [*self.window, current][-self.window_size :]
-            current = sum(self.window) / len(self.window)
         self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
-        if self.waiting:
-            self.waiting -= 1
-            self.num_good_epochs = self.num_bad_epochs = 0
-        else:
-            self._count(current)
+        if not (self.ignore_nan and math.isnan(current)):
+            self._follow(current)
         before, self._last_lr = self._last_lr, current_lrs(self.optimizer.param_groups)
         for i, (old, new) in enumerate(zip(before, self._last_lr, strict=False)):
             if self.verbose and new != old:
@@ -139,26 +134,24 @@ class GreedyLR(LRScheduler):
                 bounds += per_group(name, getattr(self, name), len(groups))[len(bounds) :]
         self.initial_lrs += [float(group["lr"]) for group in groups[len(self.initial_lrs) :]]
 
-    def _count(self, current: float) -> None:
-        if self._is_better(current):
-            self.best = current
-            self.num_good_epochs += 1
-            self.num_bad_epochs = 0
-        else:
-            self.num_good_epochs = 0
-            self.num_bad_epochs += 1
+    def _follow(self, current: float) -> None:
+        if self.smooth:
+            self.window = [*self.window, current][-self.window_size :]
+            current = sum(self.window) / len(self.window)
+        if self.waiting:
+            self._pass_over()
+            return
+        self._count(current)
         if self.num_good_epochs > self.patience:
             self._raise_lrs()
-            self.waiting, self.num_good_epochs, self.resets_in = self.warmup, 0, self.reset_start
+            self.resets_in = self.reset_start
+            self._wait(self.warmup)
         elif self.num_bad_epochs > self.patience:
             self._lower_lrs()
-            self.waiting, self.num_bad_epochs = self.cooldown, 0
+            self._wait(self.cooldown)
 
-    def _is_better(self, current: float) -> bool:
-        sign = 1.0 if self.mode == "max" else -1.0
-        step = sign * self.threshold
-        bound = self.best * (1.0 + step) if self.threshold_mode == "rel" else self.best + step
-        return sign * current > sign * bound
+    def _bound(self, step: float) -> float:
+        return self.best * (1.0 + step) if self.threshold_mode == "rel" else self.best + step
 
     def _raise_lrs(self) -> None:
         for group, bound in zip(self.optimizer.param_groups, self.max_lrs, strict=True):

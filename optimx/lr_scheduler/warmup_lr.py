@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal, SupportsFloat
@@ -209,10 +210,14 @@ class PlateauWithWarmup(WarmupAroundLR):
     ``step()`` after every optimizer step counts the warmup; ``step(metric)`` or, if the steps are counted elsewhere,
     ``report(metric)`` also hands the metric on. The learning rate is the product of both.
 
+    Which metric is better, and what the threshold, patience and cooldown count, is all torch's: its class does that.
+    It takes NaN for a metric that is not better, and lowers the learning rate for it.
+
     Args:
         optimizer: Any torch optimizer.
         warmup_steps: Length of a linear warmup from zero, or a :class:`Warmup`.
         during_warmup: Metrics count before the warmup is over, too (default: False).
+        ignore_nan: A metric that is NaN is not handed on (default: False, as in torch).
         convention: See :class:`Convention` (default: ``"every-step"``).
         on_mismatch: See :class:`ScheduleLR` (default: ``"error"``).
         plateau: Arguments of :class:`torch.optim.lr_scheduler.ReduceLROnPlateau`.
@@ -224,11 +229,13 @@ class PlateauWithWarmup(WarmupAroundLR):
         warmup_steps: int | Warmup,
         *,
         during_warmup: bool = False,
+        ignore_nan: bool = False,
         convention: str | Convention = "every-step",
         on_mismatch: Literal["error", "use_new", "use_checkpoint"] = "error",
         **plateau: Any,
     ) -> None:
         self.during_warmup = during_warmup
+        self.ignore_nan = ignore_nan
         after = ReduceLROnPlateau(optimizer, **plateau)
         self._wrap(optimizer, after, warmup_steps, convention, on_mismatch=on_mismatch)
 
@@ -242,6 +249,8 @@ class PlateauWithWarmup(WarmupAroundLR):
         Args:
             metrics: What the plateau is looked for in, such as the validation loss.
         """
+        if self.ignore_nan and math.isnan(metrics):
+            return
         if self.during_warmup or self.last_epoch >= self.warmup_steps:
             self._step_after(metrics)
             self._write_product()

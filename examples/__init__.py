@@ -1,0 +1,1 @@
+"""Small programs that use optimx together with other libraries: ``python -m examples.optuna_search``."""
