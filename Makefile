@@ -89,7 +89,7 @@ bench: .venv-bench/.installed
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.lr_find
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md docs/lr_find.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

@@ -39,20 +39,21 @@ def sweeps(ax: Any, entry: dict[str, Any]) -> None:
     for curve in entry["smoothed"][1:]:
         ax.plot(entry["lrs"][: len(curve)], curve, color=INK, alpha=0.5, linewidth=1)
     first = entry["smoothed"][0]
+    # what explodes would flatten the rest
+    low, top = min(map(min, entry["smoothed"])), 1.1 * first[0]
     ax.plot(entry["lrs"][: len(first)], first, color=INK, linewidth=2)
     for i, (rule, found) in enumerate(entry["rules"].items()):
         lr = found["lrs"][0]
         nearest = min(range(len(first)), key=lambda step: abs(math.log(entry["lrs"][step] / lr)))
-        point(ax, i, rule, lr, first[nearest])
-    # what explodes would flatten the rest
-    ax.set(xscale="log", ylim=(None, 1.25 * first[0]))
+        point(ax, i, rule, lr, min(first[nearest], top))
+    ax.set(xscale="log", ylim=(low - 0.1 * (top - low), top + 0.05 * (top - low)))
 
 
 def losses(ax: Any, entry: dict[str, Any]) -> None:
     """The grid's means, and what each rule's learning rate leads to."""
     means = [fmean(of_seeds) for of_seeds in entry["grid_losses"]]
     ax.plot(entry["grid"], means, color=INK, linewidth=2)
-    top = 1.5 * max(entry["smoothed"][0][0], min(means))
+    top = 1.1 * max(entry["smoothed"][0][0], min(means))
     for i, (rule, found) in enumerate(entry["rules"].items()):
         point(ax, i, rule, found["lrs"][0], min(found["losses"][0], top))
     ax.set(xlabel="learning rate", ylim=(0.9 * min(means), 1.05 * top))

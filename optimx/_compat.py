@@ -123,6 +123,13 @@ def copied_scaler(scaler: Any) -> Any:
     return twin
 
 
+def copied_loader(loader: Any) -> Any:
+    """A DataLoader of the same batches, which has workers of its own where they persist."""
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
+
+
 def is_distributed() -> bool:
     """Whether this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -200,15 +199,15 @@ def _closure_of(
         raise ValueError(f"lr_find should have closure, or loader and loss_fn, but has: {', '.join(names) or 'none'}")
     if loader is None or loss_fn is None:
         return closure
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ValueError(told("loader", "should start over when it ends", loader))
     batches = _endless(loader)
     return lambda: loss_fn(model, next(batches))
 
 
 def _endless(loader: Iterable[Any]) -> Iterator[Any]:
-    # workers that persist have one iterator for everybody, who may be in the middle of it
-    own = copy.copy(loader) if isinstance(loader, DataLoader) else loader
+    # of workers that persist all iterators are one, and somebody may be in the middle of it
+    own = _compat.copied_loader(loader) if isinstance(loader, DataLoader) else loader
     while True:
         empty = True
         for batch in own:

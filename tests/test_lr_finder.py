@@ -212,6 +212,23 @@ def test_gradients_are_the_ones_of_before() -> None:
     assert_equal(held(grads), values)
 
 
+def test_parameters_that_the_optimizer_has_not() -> None:
+    """Those of the model that others change, and the optimizer's that are not the model's."""
+    model, temperature = net(), nn.Parameter(torch.ones(()))
+    optimizer = optimx.SGD([*model.first.parameters(), temperature], lr=0.1)
+
+    def closure() -> Tensor:
+        with torch.no_grad():
+            model.last.bias.add_(1.0)
+        return loss_of(model, batch()) * temperature
+
+    before = everything(model, optimizer)
+    lr_find(model, optimizer, closure, **SHORT)
+    assert_equal(everything(model, optimizer), before)
+    assert temperature.item() == 1.0
+    assert temperature.grad is None
+
+
 def test_a_composite() -> None:
     """Groups of both members rise, and both are put back."""
     model = net()
@@ -459,6 +476,14 @@ def test_losses_are_those_of_a_plain_loop() -> None:
     assert curve.stopped is None
 
 
+def test_gradients_are_on_also_where_they_were_off() -> None:
+    model = net()
+    optimizer = optimx.AdamW(model.parameters())
+    with torch.no_grad():
+        assert len(lr_find(model, optimizer, closure_of(model), **SHORT).losses) == 25
+        assert not torch.is_grad_enabled()
+
+
 def test_accumulation_is_a_larger_batch() -> None:
     x, y = torch.randn(8, 4), torch.randint(2, (8,))
     curves = []
@@ -544,7 +569,7 @@ def test_workers_that_persist_go_on() -> None:
     ahead = iter(loader)
     seen = [next(ahead)[0]]
     model = net()
-    lr_find(model, optimx.AdamW(model.parameters()), loader=loader, loss_fn=loss_of, **{**SHORT, "steps": 3})
+    lr_find(model, optimx.AdamW(model.parameters()), loader=loader, loss_fn=loss_of, **{**SHORT, "steps": 4})
     seen += [x for x, _ in ahead]
     assert_equal(torch.cat(seen), loader.dataset.tensors[0])  # type: ignore[attr-defined]
 

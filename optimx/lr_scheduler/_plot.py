@@ -93,8 +93,9 @@ def plot_sweep(
         label = f"{', '.join(points[lr])}: {lr:.2g}"
         where.plot([lr], [smoothed[nearest]], "o", color=f"C{i + 1}", markersize=7, label=label)
     # a loss that explodes would flatten all the rest
-    span = max(smoothed) - min(smoothed)
-    where.set_ylim(min(*losses, *smoothed) - 0.05 * span, max(smoothed) + 0.05 * span or None)
+    low, first = min(*losses, *smoothed), max(smoothed[: smoothed.index(min(smoothed)) + 1])
+    if low < first:
+        where.set_ylim(low - 0.1 * (first - low), first + 0.5 * (first - low))
     where.set(xscale="log", xlabel="learning rate", ylabel="loss")
     where.grid(alpha=0.3)
     where.legend(fontsize="small", frameon=False)
