@@ -17,6 +17,7 @@ from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
+from ._schedule_free import averaged
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -43,6 +44,8 @@ from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
 from .rprop import Rprop
+from .schedule_free_adamw import ScheduleFreeAdamW
+from .schedule_free_sgd import ScheduleFreeSGD
 from .sgd import SGD
 from .watching import Watcher, watch
 
@@ -73,6 +76,9 @@ __all__ = sorted(
         "UpdateRule",
         "Watcher",
         "ZClip",
+        "ScheduleFreeAdamW",
+        "ScheduleFreeSGD",
+        "averaged",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",

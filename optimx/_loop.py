@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import _compat
 from ._checks import at_least, within
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule
@@ -84,7 +85,7 @@ class FormulaLoop(Optimizer):
             if not isinstance(state.get(name), Tensor):
                 value = float(state[name]) if name in state else rule.new_scalar(name, group)
                 device = param.device if rule.scalars_on_device or group.get("capturable") else "cpu"
-                state[name] = torch.full((), value, dtype=torch.float32, device=device)
+                state[name] = torch.full((), value, dtype=_compat.scalar_dtype(False), device=device)
         for name in rule.state_names(variant):
             if not isinstance(state.get(name), Tensor):
                 state[name] = rule.new_state(name, param, group, self.defaults)

@@ -148,10 +148,15 @@ class Composite(Guarded, Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: A member has got a setting that does not go with ``max_grad_norm``.
+            RuntimeError: A member has got a setting that does not go with ``max_grad_norm``, or is schedule-free and in
+                evaluation.
         """
         if self.max_skips is not None:
             check_skips(self, self._bad)
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, MultiTensorStep):
+                # before another member has stepped
+                optimizer._check_may_step()
         loss = evaluated(closure)
         self._skipped = None
         if self._conflict is not None:
@@ -170,6 +175,19 @@ class Composite(Guarded, Optimizer):
             else:
                 self._step_as_told(optimizer, verdict)
         return loss
+
+    def eval(self) -> None:
+        """Let the members that are schedule-free show their averages; the others stay as they are."""
+        self._switch("eval")
+
+    def train(self) -> None:
+        """Let the members that are schedule-free be trained again."""
+        self._switch("train")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.optimizers.values():
+            if callable(switch := getattr(optimizer, mode, None)):
+                switch()
 
     def _verdict(self, norm: Tensor, params: Sequence[Tensor]) -> Tensor:
         """What the rules make of a step with gradients of this norm: ``control`` of all members."""

@@ -195,15 +195,16 @@ def master_weights(optimizer: EngineOptimizer) -> list[Tensor]:
     Returns:
         float32 copies (float64 of float64 parameters; DTensors of DTensors), in the order of ``param_groups``.
     """
-    weights = []
     with torch.no_grad():
-        for param, _ in _params(optimizer):
-            shard, state = local(param), optimizer.state.get(param, {})
-            values = _found_values(state, shard) if isinstance(state, dict) else None
-            dtype = torch.promote_types(shard.dtype, torch.float32)
-            values = (shard.detach() if values is None else values).to(dtype, copy=True)
-            weights.append(like(param, values))
-    return weights
+        return [master_weight(param, optimizer.state.get(param, {})) for param, _ in _params(optimizer)]
+
+
+def master_weight(param: Tensor, state: Any) -> Tensor:
+    """A copy of the exact values of a parameter that has this state, see :func:`master_weights`."""
+    shard = local(param)
+    values = _found_values(state, shard) if isinstance(state, dict) else None
+    dtype = torch.promote_types(shard.dtype, torch.float32)
+    return like(param, (shard.detach() if values is None else values).to(dtype, copy=True))
 
 
 def set_master_weights(optimizer: EngineOptimizer, tensors: Sequence[Tensor]) -> None:
@@ -226,18 +227,23 @@ def set_master_weights(optimizer: EngineOptimizer, tensors: Sequence[Tensor]) ->
             raise ValueError(f"tensors[{i}] should have shape {[*param.shape]} but has: {[*tensor.shape]}")
     with torch.no_grad():
         for (param, group), tensor in zip(members, tensors, strict=True):
-            shard, values = local(param), local(tensor)
-            formats, kinds = kept(optimizer.rule, param, shard, group, optimizer.defaults)
-            of_param = formats[0] if formats else Format(0, shard.dtype)
-            wanted = names("", of_param.kind)
-            state = optimizer.state[param] if wanted else optimizer.state.get(param, {})
-            # of a setting that has changed since the last step
-            _drop_companions(state, of_param)
-            if not wanted:
-                param.copy_(tensor)
-                continue
-            made, (name,) = Maker(param, shard, kinds), wanted
-            companion = local(state[name]) if name in state else made.new(name)
-            encode_(of_param, values.to(shard.device), shard.detach(), companion)
-            state[name] = state.get(name, made.laid_out(name, companion))
-            torch.autograd.graph.increment_version([param])
+            set_master_weight(optimizer, param, group, tensor)
+
+
+def set_master_weight(optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], tensor: Tensor) -> None:
+    """Set the exact values of one parameter, see :func:`set_master_weights`."""
+    shard, values = local(param), local(tensor)
+    formats, kinds = kept(optimizer.rule, param, shard, group, optimizer.defaults)
+    of_param = formats[0] if formats else Format(0, shard.dtype)
+    wanted = names("", of_param.kind)
+    state = optimizer.state[param] if wanted else optimizer.state.get(param, {})
+    # of a setting that has changed since the last step
+    _drop_companions(state, of_param)
+    if not wanted:
+        param.copy_(tensor)
+        return
+    made, (name,) = Maker(param, shard, kinds), wanted
+    companion = local(state[name]) if name in state else made.new(name)
+    encode_(of_param, values.to(shard.device), shard.detach(), companion)
+    state[name] = state.get(name, made.laid_out(name, companion))
+    torch.autograd.graph.increment_version([param])

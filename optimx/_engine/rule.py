@@ -24,12 +24,14 @@ class StateKind(NamedTuple):
         reduced: Dimensions, counted from the parameter's end, of which it has one entry; it is contiguous then.
             Empty: it has the parameter's shape, and is laid out in memory as the parameter is.
         each: It is a matrix with an entry for so many elements of a row of the parameter; 1: it is not.
+        copies_param: It begins as a copy of the parameter, and ``value`` does not matter.
     """
 
     value: float = 0.0
     dtype: torch.dtype | None = None
     reduced: tuple[int, ...] = ()
     each: int = 1
+    copies_param: bool = False
 
     @property
     def is_like_param(self) -> bool:
@@ -46,6 +48,8 @@ class StateKind(NamedTuple):
 
 def new_state(kind: StateKind, param: Tensor) -> Tensor:
     """A state tensor before the first step of a parameter, or of a part of it."""
+    if kind.copies_param:
+        return torch.empty_like(param, dtype=kind.dtype, memory_format=torch.preserve_format).copy_(param.detach())
     if kind.is_like_param:
         return torch.full_like(param, kind.value, dtype=kind.dtype, memory_format=torch.preserve_format)
     return param.new_full(kind.shape(param), kind.value, dtype=kind.dtype)
