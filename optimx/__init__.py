@@ -11,6 +11,7 @@ from torch.optim import *  # noqa: F403
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
 from . import _torch_names, lr_scheduler, param_groups, search, sinks, swa_utils  # type: ignore[no-redef]
+from ._engine.averages import EMA, SWA, PowerEMA
 from ._engine.bad_gradients import BadStep
 from ._engine.guards import AutoClip, Spikes, ZClip
 from ._engine.recode import master_weights, set_master_weights
@@ -62,6 +63,7 @@ __all__ = sorted(
         "Composite",
         "Config",
         "ConfigError",
+        "EMA",
         "EarlyStop",
         "FormulaLoop",
         "GradScaler",
@@ -71,6 +73,8 @@ __all__ = sorted(
         "Lion",
         "MultiTensorStep",
         "NoiseScale",
+        "PowerEMA",
+        "SWA",
         "Spikes",
         "StateKind",
         "UpdateRule",

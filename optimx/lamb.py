@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 from . import _compat
 from ._checks import above
 from ._engine import flags
+from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule, subtract_
@@ -182,6 +183,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
             None).
         max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
+        average: Average the parameters in the step: an :class:`EMA`, :class:`SWA` or :class:`PowerEMA` (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -219,6 +221,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
         max_skips: int | None = None,
+        average: Average | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -236,7 +239,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         }  # fmt: skip
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
-            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
+            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips, average=average,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
             cautious_weight_decay=cautious_weight_decay, centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.optim import Muon as TorchMuon
 from torch.optim.optimizer import ParamsT
 
 from ._checks import check_number, one_of, within
+from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.matrices import Block, MatrixVariant, as_split, blocks_of, equalized, row_squares
 from ._engine.newton_schulz import NAMED, Iterations, first_dtype, orthogonalize_, safe
@@ -294,6 +295,7 @@ class Muon(MultiTensorStep, MuonLoop):
         skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
             None).
         max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
+        average: Average the parameters in the step: an :class:`EMA`, :class:`SWA` or :class:`PowerEMA` (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -338,6 +340,7 @@ class Muon(MultiTensorStep, MuonLoop):
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
         max_skips: int | None = None,
+        average: Average | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -369,7 +372,7 @@ class Muon(MultiTensorStep, MuonLoop):
         check_number("beta2", beta2, within("[0, 1)"))
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
-            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips,
+            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips, average=average,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
             centralize_grads=centralize_grads,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from torch.optim import RAdam as TorchRAdam
 from torch.optim.optimizer import ParamsT
 
 from . import _compat
+from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.step import MultiTensorStep
@@ -98,6 +99,7 @@ class RAdam(MultiTensorStep, TorchRAdam):
         skip_spikes: Skip steps whose gradient norm is far above those before: True, or an :class:`Spikes` (default:
             None).
         max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
+        average: Average the parameters in the step: an :class:`EMA`, :class:`SWA` or :class:`PowerEMA` (default: None).
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -131,6 +133,7 @@ class RAdam(MultiTensorStep, TorchRAdam):
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
         max_skips: int | None = None,
+        average: Average | None = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -142,6 +145,6 @@ class RAdam(MultiTensorStep, TorchRAdam):
         )  # fmt: skip
         self._init_step(
             max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
-            max_skips=max_skips, param_rounding=param_rounding, state_dtype=state_dtype,
+            max_skips=max_skips, average=average, param_rounding=param_rounding, state_dtype=state_dtype,
             rounding_seed=rounding_seed,
         )  # fmt: skip

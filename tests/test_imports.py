@@ -32,7 +32,7 @@ FLOORS = [
         f"optimx._engine.{name}"
         for name in (
             "layout", "rule", "backends", "scalars", "watched_step", "newton_schulz", "matrices", "storage", "sharding",
-            "exchange", "rounds", "guards", "optimizer", "grad_transforms", "flags",
+            "exchange", "rounds", "guards", "averages", "optimizer", "grad_transforms", "flags",
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],

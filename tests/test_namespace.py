@@ -148,7 +148,7 @@ def test_adamw_is_an_adam() -> None:
 
 
 #: Beyond torch's arguments; ``capturable`` where torch's class has none.
-WHOLE = ["max_grad_norm", "skip_nonfinite", "skip_spikes", "max_skips", "norm_group"]
+WHOLE = ["max_grad_norm", "skip_nonfinite", "skip_spikes", "max_skips", "average", "norm_group"]
 EXTRA = {case.name: WHOLE for case in TORCHS}
 EXTRA["sgd"] = EXTRA["adagrad"] = [*WHOLE, "capturable"]
 # what makes it transformers' has tests of its own

@@ -35,7 +35,7 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 _PLANS_KEPT = 4
 
 #: Settings of the whole optimizer; in a group they would mean something else.
-WHOLE = (*GUARDS, "norm_group")
+WHOLE = (*GUARDS, "norm_group", "average")
 
 
 def check_group(group: Any, optimizer: EngineOptimizer, loaded: Mapping[str, Any] = MappingProxyType({})) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import _compat
+from .averages import Average
 from .guards import Guarded
 from .rule import UpdateRule
 
@@ -34,6 +35,11 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     #: (float32; float64 where a gradient is); None where nobody asks for it. Under GradScaler it is of the unscaled
     #: gradients, and not finite where the step was skipped.
     grad_norm: Tensor | None = None
+    #: Averages the parameters in the step, see :class:`EMA`; None: nobody does.
+    average: Average | None = None
+    #: What is counted of that: ``"steps"`` that have begun, and ``"n_averaged"``, a float64 scalar where the parameters
+    #: are. Saved with the optimizer.
+    average_state: dict[str, Any] | None = None
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.

@@ -20,6 +20,7 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat
 from . import flags
+from .averages import Average, checked
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .grad_transforms import asked_for
@@ -71,8 +72,9 @@ class MultiTensorStep(EngineOptimizer):
             capturable: The step may be recorded in a CUDA graph (default: False).
             norm_group: See :attr:`norm_group` (default: None).
             settings: ``skip_nonfinite``, ``skip_spikes`` and ``max_skips``, which steps are not taken (default: all
-                are); ``param_rounding``, ``state_dtype`` and ``rounding_seed``, how parameters and states are kept
-                (default: as torch keeps them); flags (default: none is set).
+                are); ``average``, see :attr:`average` (default: None); ``param_rounding``, ``state_dtype`` and
+                ``rounding_seed``, how parameters and states are kept (default: as torch keeps them); flags (default:
+                none is set).
 
         Raises:
             ValueError: ``max_grad_norm`` is not > 0, another setting is out of range, or nothing can be kept like that.
@@ -89,11 +91,14 @@ class MultiTensorStep(EngineOptimizer):
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | Mapping[str, Any] | bool | None = None,
         max_skips: int | None = None,
+        average: Average | None = None,
         **settings: Any,
     ) -> None:
         """To be called at the end of a subclass's ``__init__``."""
         self._set_settings(settings)
         self._set_rules(max_grad_norm, skip_nonfinite, skip_spikes, max_skips)
+        if average is not None:
+            self.average = checked(average)
         if norm_group is not None:
             self.norm_group = norm_group
         if self.needs_norm and norm_group is None:
@@ -355,5 +360,5 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_data, value))
     return value is None or isinstance(
-        value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, Clipping, Spikes)
+        value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, Average, Clipping, Spikes)
     )
