@@ -10,7 +10,7 @@ from torch.optim import *  # noqa: F403
 # `from . import` would find torch's modules of these names here, and look no further
 del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 
-from . import _torch_names, lr_scheduler, param_groups, search, sinks, swa_utils  # type: ignore[no-redef]
+from . import _torch_names, averages, lr_scheduler, param_groups, search, sinks, swa_utils  # type: ignore[no-redef]
 from ._engine.averages import EMA, SWA, PowerEMA
 from ._engine.bad_gradients import BadStep
 from ._engine.guards import AutoClip, Spikes, ZClip
@@ -18,7 +18,6 @@ from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
-from ._schedule_free import averaged
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -26,6 +25,7 @@ from .adam import Adam
 from .adamax import Adamax
 from .adamw import AdamW
 from .asgd import ASGD
+from .averages import averaged
 from .bad_steps import last_bad
 from .build import Build, build
 from .clip_grad import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_, get_total_norm
@@ -83,6 +83,7 @@ __all__ = sorted(
         "ScheduleFreeAdamW",
         "ScheduleFreeSGD",
         "averaged",
+        "averages",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",

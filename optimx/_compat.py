@@ -57,6 +57,8 @@ def uncorrected_adam_(
 
 
 foreach_norm = torch._foreach_norm
+foreach_lerp_: Any = torch._foreach_lerp_
+foreach_sub: Any = torch._foreach_sub
 foreach_add_: Any = torch._foreach_add_
 foreach_mul_ = torch._foreach_mul_
 foreach_copy_: Any = torch._foreach_copy_

@@ -38,7 +38,9 @@ FLOORS = [
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [
         f"optimx._engine.{name}"
-        for name in ("placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder")
+        for name in (
+            "placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder", "averager",
+        )
     ],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
@@ -47,7 +49,7 @@ FLOORS = [
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
         "optimx.lr_finder",
-        "optimx.early_stop", "optimx.noise_scale",
+        "optimx.early_stop", "optimx.noise_scale", "optimx.averages",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],

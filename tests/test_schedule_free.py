@@ -391,7 +391,7 @@ def test_found_in_wrappers(case: Case, device: torch.device) -> None:
 def test_nothing_schedule_free(make: Callable[[Any], Any]) -> None:
     optimizer = make(make_params([(3,)]))
     with (
-        pytest.raises(TypeError, match=r"^optimizer should be schedule-free, .* but is: (AdamW|Wrapper)$"),
+        pytest.raises(TypeError, match=r"^optimizer should average, or be schedule-free, .* but is: (AdamW|Wrapper)$"),
         optimx.averaged(optimizer),
     ):
         pass

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from .._checks import Condition, above, as_steps, check_instance, check_number, told, within
 
+#: The state of a parameter that is its average.
+AVERAGE = "average"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Average:
     """A rule of averaging. The average begins as a copy of the parameters at the first step that counts.
 
@@ -97,7 +100,7 @@ class EMA(Average):
 
 @dataclass(frozen=True)
 class SWA(Average):
-    """The mean of the parameters: ``average=optimx.SWA(start=9000)`` (stochastic weight averaging, arXiv:1803.05407)."""
+    """Stochastic weight averaging, the mean of the parameters (arXiv:1803.05407): ``average=optimx.SWA(start=900)``."""
 
     def weight(self, n: Tensor) -> Tensor:
         return 1.0 / (n + 1.0)

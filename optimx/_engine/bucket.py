@@ -291,6 +291,10 @@ class Bucket:
         """Let sums ride along with the coming update: names of the engine's recorder. Returns those that do."""
         return ()
 
+    def carry_averages(self, averages: Sequence[Tensor], weight: Tensor) -> bool:
+        """Let averages of the members' parameters move in the coming update, if they can: by a float64 scalar."""
+        return False
+
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """What rode along, float64 ``[n_names, n_members]``; NaN where the step was skipped."""
         yield from ()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends
+from .averager import Averager, is_due
 from .bad_gradients import BadGradients, check_skips
 from .bucket import Bucket
 from .fallback import run_stock
@@ -109,6 +110,7 @@ class Engine:
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
         is_watched = self.recorder is not None and self.recorder.begin()
+        averages = is_due(optimizer)
         is_measured = False
         while True:
             try:
@@ -120,7 +122,7 @@ class Engine:
                     # once: other ranks may have nothing to compile again
                     self._measure(optimizer, plan, inputs, amp, total_norm, is_watched=is_watched)
                     is_measured = True
-                self._update(optimizer, plan, inputs, noise_step, may_skip=may_skip)
+                self._update(optimizer, plan, inputs, noise_step, may_skip=may_skip, averages=averages)
                 return
             except backends.CompileError as failed:
                 backends.give_up(failed, _described(failed, optimizer, plan))
@@ -267,11 +269,16 @@ class Engine:
         noise_step: int | None,
         *,
         may_skip: bool,
+        averages: bool,
     ) -> None:
         """Compile, and update: with torch's step what is left to it, the buckets together."""
         control, buckets = self.control, plan.buckets
         if self._row is not None:
             self._row.before_update()
+        averager = None
+        if averages and optimizer.average is not None and inputs.shards:
+            averager = Averager(optimizer, optimizer.average, plan, inputs)
+            averager.before_update()
         on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
         _compile(buckets, on_device)
         if plan.on_triton and _compat.is_capturing():
@@ -290,6 +297,8 @@ class Engine:
             torch.autograd.graph.increment_version(bucket.updated(bucket.members.params))
             if bucket.key.cut is not None:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
+        if averager is not None:
+            averager.after_update(control)
         if self._row is not None and self.recorder is not None and control is not None:
             self._row.after_update(control)
             self.recorder.send(self._row.numbers, control, optimizer.capturable)

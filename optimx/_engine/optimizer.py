@@ -37,9 +37,6 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     grad_norm: Tensor | None = None
     #: Averages the parameters in the step, see :class:`EMA`; None: nobody does.
     average: Average | None = None
-    #: What is counted of that: ``"steps"`` that have begun, and ``"n_averaged"``, a float64 scalar where the parameters
-    #: are. Saved with the optimizer.
-    average_state: dict[str, Any] | None = None
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.

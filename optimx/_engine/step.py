@@ -8,7 +8,8 @@ an :class:`UpdateRule`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import chain
 from typing import Any
@@ -20,7 +21,8 @@ from torch.optim.optimizer import ParamsT
 
 from .. import _compat
 from . import flags
-from .averages import Average, checked
+from .averager import swapped
+from .averages import AVERAGE, Average, checked
 from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .grad_transforms import asked_for
@@ -43,6 +45,8 @@ class MultiTensorStep(EngineOptimizer):
     """
 
     _is_copy: bool
+    #: The parameters are not those that are trained, see :meth:`averaged`.
+    _holds_averages = False
     #: Settings of the whole optimizer are known, which the first groups come before.
     _is_set_up = False
 
@@ -249,7 +253,8 @@ class MultiTensorStep(EngineOptimizer):
             kinds = kept(self.rule, param, param, group, self.defaults).kinds
             for name in saved.keys() - {*self.rule.scalars}:
                 # what is kept otherwise than torch does stays as it was saved
-                dtype = saved[name].dtype if is_set(group) else getattr(kinds.get(name), "dtype", None)
+                as_saved = is_set(group) or name == AVERAGE
+                dtype = saved[name].dtype if as_saved else getattr(kinds.get(name), "dtype", None)
                 if name == REMAINDER_NAME and dtype is torch.int32:
                     # as `_for_others` has it
                     dtype = torch.int16
@@ -306,8 +311,35 @@ class MultiTensorStep(EngineOptimizer):
         """GradScaler has looked for infinite gradients, and may not call the step."""
         self._engine.note_found_inf(self, found_inf)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the parameters hold their averages, to be evaluated, saved or sampled from.
+
+        They are written in place, and have the bits of before when it ends; meanwhile no step can be taken. Parameters
+        without an average, because none is due yet, stay as they are.
+
+        Raises:
+            RuntimeError: The optimizer averages nothing, or the context is entered twice.
+        """
+        if self.average is None:
+            raise RuntimeError(
+                f"average should be an optimx.EMA, SWA or PowerEMA of {type(self).__name__} but is: None"
+            )
+        self._check_may_step()
+        self._holds_averages = True
+        try:
+            with swapped(self):
+                yield
+        finally:
+            self._holds_averages = False
+
     def _check_may_step(self) -> None:
-        """Raise RuntimeError where no step may be taken; nothing has happened yet."""
+        """Raise RuntimeError where the parameters are not those that are trained."""
+        if self._holds_averages:
+            raise RuntimeError(
+                f"{type(self).__name__}.step() should be called in training but is called while the parameters hold "
+                "their averages; leave optimizer.averaged()"
+            )
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.
@@ -326,7 +358,12 @@ class MultiTensorStep(EngineOptimizer):
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)
-        elif not (self.needs_norm or self._engine.recorder or any(map(self._is_beyond_loop, self.param_groups))):
+        elif not (
+            self.needs_norm
+            or self.average
+            or self._engine.recorder
+            or any(map(self._is_beyond_loop, self.param_groups))
+        ):
             # under torch.compile the stock formulas, which know no formats and flags, become one graph
             self._stock_step()
         else:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import _compat
+from ...triton_kernels.device import TRITON_DTYPE
 from ...triton_kernels.grad_norm import norm_
 from ...triton_kernels.storage import Formats, Noise, Storage
 from ...triton_kernels.tensor_sums import tensor_sums_
@@ -17,6 +18,7 @@ from ...triton_kernels.tensor_table import LaunchSize, TensorTable, send, upload
 from ...triton_kernels.update import NO_RIDERS, prepare_, update_
 from .. import backends
 from ..bucket import Bucket
+from ..layout import same_layout
 from ..rounds import Update
 from ..storage import MOST_ROLES
 
@@ -157,6 +159,17 @@ class TritonBucket(Bucket):
         self._riders = self._riders._replace(sums=which, moment=moment or 0, partials=partials)
         return names
 
+    def carry_averages(self, averages: Sequence[Tensor], weight: Tensor) -> bool:
+        dtypes = {average.dtype for average in averages}
+        laid_out = map(same_layout, averages, self.members.params)
+        if not self.takes_riders or len(dtypes) != 1 or not all(laid_out) or not dtypes <= TRITON_DTYPE.keys():
+            return False
+        addresses, _ = send(self.key.device, [*map(Tensor.data_ptr, averages)], ())
+        self._riders = self._riders._replace(
+            averages=addresses, average_dtype=dtypes.pop(), weight=weight.to(self.key.device, non_blocking=True)
+        )
+        return True
+
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         which, partials = self._riders.sums, self._riders.partials
         if partials is not None:
@@ -181,12 +194,13 @@ class TritonBucket(Bucket):
 
     def _needs(self, control: Tensor | None) -> tuple[Any, ...]:
         """What tells the kernels of a step from those of others of this bucket."""
-        return control is not None, self._riders.sums
+        return control is not None, self._riders.sums, self._riders.average_dtype
 
     def update(self, control: Tensor | None) -> Update:
         if not self.key.on_device:
             self.count(self.present)
         yield from self._launch(control, warmup=False)
+        self._riders = self._riders._replace(averages=None, average_dtype=None, weight=None)
 
     def _launch(self, control: Tensor | None, warmup: bool) -> Update:
         if self.key.on_device:
