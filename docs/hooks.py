@@ -53,7 +53,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     for entry in config.nav or ():
         for section in entry.values():
             if isinstance(section, list) and "optimizers/index.md" in section:
-                section += [{name: f"optimizers/{name.lower()}.md"} for name in optimizers()]
+                section += [{name: f"optimizers/{page_of(name)}"} for name in optimizers()]
     return config
 
 
@@ -132,6 +132,11 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "" if field.default in (None, ()) else f"`{field.default!r}`"
 
 
+def page_of(name: str) -> str:
+    """The page of an optimizer, which is named as its module is."""
+    return f"{getattr(optimx, name).__module__.rpartition('.')[2]}.md"
+
+
 def paper(name: str) -> str:
     """Where an optimizer was published, as the docstring of its module says."""
     module = inspect.getmodule(getattr(optimx, name))
@@ -146,7 +151,7 @@ def cost(name: str) -> str:
 
 def costs() -> str:
     """The cost of each optimizer with its default arguments."""
-    return cost_table((f"[{name}]({name.lower()}.md)", name, {}) for name in optimizers())
+    return cost_table((f"[{name}]({page_of(name)})", name, {}) for name in optimizers())
 
 
 def cost_table(rows: Iterable[tuple[str, str, dict[str, Any]]]) -> str:

@@ -15,6 +15,7 @@ from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
+from ._schedule_free import averaged
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -37,6 +38,8 @@ from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
 from .rprop import Rprop
+from .schedule_free_adamw import ScheduleFreeAdamW
+from .schedule_free_sgd import ScheduleFreeSGD
 from .sgd import SGD
 
 _torch_names.stand_in(__name__)
@@ -55,8 +58,11 @@ __all__ = sorted(
         "LAMB",
         "Lion",
         "MultiTensorStep",
+        "ScheduleFreeAdamW",
+        "ScheduleFreeSGD",
         "StateKind",
         "UpdateRule",
+        "averaged",
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",

@@ -138,8 +138,13 @@ class Composite(Optimizer):
             What ``closure`` returned, or None.
 
         Raises:
-            RuntimeError: A member has got a setting that does not go with ``max_grad_norm``.
+            RuntimeError: A member has got a setting that does not go with ``max_grad_norm``, or is schedule-free and in
+                evaluation.
         """
+        for optimizer in self.optimizers.values():
+            if isinstance(optimizer, MultiTensorStep):
+                # before another member has stepped
+                optimizer._check_may_step()
         loss = evaluated(closure)
         self._found_inf = None
         if self._conflict is not None:
@@ -153,6 +158,19 @@ class Composite(Optimizer):
             with self._clipping(optimizer):
                 optimizer.step()
         return loss
+
+    def eval(self) -> None:
+        """Let the members that are schedule-free show their averages; the others stay as they are."""
+        self._switch("eval")
+
+    def train(self) -> None:
+        """Let the members that are schedule-free be trained again."""
+        self._switch("train")
+
+    def _switch(self, mode: str) -> None:
+        for optimizer in self.optimizers.values():
+            if callable(switch := getattr(optimizer, mode, None)):
+                switch()
 
     @_compat.disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -157,7 +157,9 @@ def _optimizers() -> Iterable[tuple[str, Any]]:
     for name in package.__all__:
         thing = getattr(package, name)
         if inspect.isclass(thing) and issubclass(thing, Optimizer) and thing not in bases:
-            yield name.lower(), thing
+            # ours have the names of their files: ScheduleFreeAdamW is schedule_free_adamw
+            package_name, _, module = thing.__module__.rpartition(".")
+            yield (module if package_name == __package__ else name.lower()), thing
 
 
 def _schedulers() -> Iterable[tuple[str, Any]]:

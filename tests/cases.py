@@ -17,6 +17,8 @@ from torch.nn import Parameter
 import optimx
 from optimx.lamb import LAMBLoop
 from optimx.lion import LionLoop
+from optimx.schedule_free_adamw import ScheduleFreeAdamWLoop
+from optimx.schedule_free_sgd import ScheduleFreeSGDLoop
 from tests.reference.adadelta import adadelta
 from tests.reference.adafactor import adafactor
 from tests.reference.adagrad import adagrad
@@ -29,6 +31,8 @@ from tests.reference.nadam import nadam
 from tests.reference.radam import radam
 from tests.reference.rmsprop import rmsprop
 from tests.reference.rprop import rprop
+from tests.reference.schedule_free_adamw import schedule_free_adamw
+from tests.reference.schedule_free_sgd import schedule_free_sgd
 from tests.reference.sgd import sgd
 
 
@@ -56,7 +60,8 @@ class Case:
 
     @property
     def name(self) -> str:
-        return self.cls.__name__.lower()
+        """That of its file, by which configs name it."""
+        return self.cls.__module__.rpartition(".")[2]
 
     @property
     def is_torchs(self) -> bool:
@@ -301,6 +306,32 @@ CASES = [
             "uncorrected": {"bias_correction": False, "lr": 0.05},
         },
         _BETAS,
+    ),
+    Case(
+        optimx.ScheduleFreeAdamW,
+        ScheduleFreeAdamWLoop,
+        schedule_free_adamw,
+        {
+            **_DECAY,
+            "betas": {"lr": 0.01, "betas": (0.8, 0.95), "eps": 0.1},
+            "warmup": {"lr": 0.05, "warmup_steps": 3, "weight_decay": 0.1},
+            "weights": {"lr": 0.01, "warmup_steps": 5, "r": 0.5, "weight_lr_power": 1.0, "maximize": True},
+        },
+        {**_BETAS, "warmup_steps": 2},
+        takes_complex=False,
+    ),
+    Case(
+        optimx.ScheduleFreeSGD,
+        ScheduleFreeSGDLoop,
+        schedule_free_sgd,
+        {
+            **_DECAY,
+            "momentum": {"lr": 0.1, "momentum": 0.7, "weight_decay": 0.1},
+            "warmup": {"lr": 0.5, "warmup_steps": 3, "weight_decay": 0.1},
+            "weights": {"lr": 0.1, "warmup_steps": 5, "r": 0.5, "weight_lr_power": 1.0, "maximize": True},
+        },
+        {"lr": 0.05, "weight_decay": 0.3, "momentum": 0.5, "warmup_steps": 2},
+        takes_complex=False,
     ),
 ]
 BY_NAME = {case.name: case for case in CASES}

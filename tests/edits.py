@@ -234,6 +234,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_momentum": {"momentum": 0},
     "max_trust_ratio": {"max_trust_ratio": 0.5},
     "always_adapt": {"always_adapt": True, "weight_decay": 0.0},
+    "warmup_steps": {"warmup_steps": 5},
+    "r": {"r": 2.0},
+    "weight_lr_power": {"weight_lr_power": 0.5},
     "no_bias_correction": {"bias_correction": False},
     "foreach": {"foreach": True},
     "fused_false": {"fused": False},
@@ -279,6 +282,13 @@ def amsgrad_with_its_state(optimizer):
     group["amsgrad"] = True
     for param in group["params"]:
         optimizer.state[param]["max_exp_avg_sq"] = torch.ones_like(param)
+
+
+@edit(lambda case, kwargs: hasattr(case.cls, "averaged"))
+def evaluated_and_trained(optimizer):
+    if isinstance(optimizer, MultiTensorStep):
+        optimizer.eval()
+        optimizer.train()
 
 
 # state

@@ -385,7 +385,7 @@ class _Wrapper:
     def step(self) -> None:
         for param in params_of(self.optimizer):
             state = self.optimizer.state[param]
-            state.setdefault("z", param.detach().clone())
+            state.setdefault("initial", param.detach().clone())
             state["seen"] = state.get("seen", 0) + 1
         self.optimizer.step()
 
@@ -400,8 +400,8 @@ def test_states_that_others_began(case: Case, device: torch.device) -> None:
         set_grads(params_of(ours), step)
         wrapper.step()
         train([stock], 1, first=step)
-    for param, z in zip(params_of(ours), initial, strict=True):
-        assert torch.equal(ours.state[param].pop("z"), z)
+    for param, before in zip(params_of(ours), initial, strict=True):
+        assert torch.equal(ours.state[param].pop("initial"), before)
         assert ours.state[param].pop("seen") == 3
     assert_same(ours, stock)
 

@@ -41,9 +41,9 @@ def test_unknown_names_are_errors(directive: str) -> None:
 
 def test_every_optimizer_has_a_page() -> None:
     pages = {page for page in PAGES if page.startswith("optimizers/")}
-    assert pages == {"optimizers/index.md", *(f"optimizers/{name.lower()}.md" for name in optimizers())}
+    assert pages == {"optimizers/index.md", *(f"optimizers/{hooks.page_of(name)}" for name in optimizers())}
     for name in optimizers():
-        page = PAGES[f"optimizers/{name.lower()}.md"]
+        page = PAGES[f"optimizers/{hooks.page_of(name)}"]
         assert f"<!-- cost {name} -->" in page
         assert f"::: optimx.{name}\n" in page
 

@@ -428,6 +428,7 @@ PROPORTIONAL: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1 / TINY},
     "asgd": {"lr": 1 / TINY, "lambd": 0.0},
     "radam": {"lr": 1 / TINY},
+    "schedule_free_sgd": {"lr": 1 / TINY},
     "adadelta": {"lr": 1 / TINY},
     # its averages are stored in float16, where these gradients have no squares
     "adafactor": {"eps": (10 * TINY, 30.0)},

@@ -39,7 +39,7 @@ FLOORS = [
     [f"optimx._engine.{name}" for name in ("placement", "recode", "states", "plan", "grad_norm", "fallback")],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
     [
-        "optimx._loop", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
+        "optimx._loop", "optimx._schedule_free", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite",

@@ -174,8 +174,11 @@ def test_equals_the_paper(case: Case, kwargs: dict, device: torch.device) -> Non
     # the interpreter takes 5 ms a step; RAdam changes its formula at the sixth
     gradients = [[rng.gauss(0, 1) for _ in theta] for _ in range(12 if INTERPRETED else 200)]
     expected = torch.tensor(case.reference(theta, gradients, **kwargs), dtype=torch.float64)
-    # torch keeps mu_product, eta and mu in float32; rounding errors of 200 steps of float32 add up
-    tolerances = {torch.float64: 1e-7 if case.name in ("nadam", "asgd") else 1e-12, torch.float32: 2e-5}
+    # torch keeps mu_product, eta and mu in float32; a float32 weight_sum rounds once a step (test_schedule_free has it
+    # in float64); rounding errors of 200 steps of float32 add up
+    scalars = case.cls.rule.scalars
+    tolerance = 2e-6 if "weight_sum" in scalars else 1e-7 if len(scalars) > 1 else 1e-12
+    tolerances = {torch.float64: tolerance, torch.float32: 2e-5}
     if INTERPRETED:
         # the same formula, beside the loop in every dtype
         del tolerances[torch.float32]

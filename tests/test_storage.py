@@ -34,6 +34,8 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (optimx.SGD, {"momentum": 0.9}),
     # its own default of eps depends on the parameter's dtype
     "adafactor": (optimx.Adafactor, {"beta1": 0.9, "eps": (1e-10, 1e-3)}),
+    # z begins as a parameter that is rounded: with lr=1 it ends where numbers cancel
+    "schedule_free_sgd": (optimx.ScheduleFreeSGD, {"lr": 0.1}),
     "muon": (optimx.Muon, {"ns_dtype": torch.float32}),
 }
 SHAPES = [(3, 5), (40, 8), (3, 5)]

@@ -166,3 +166,115 @@ def test_transformers(by_hand: list[Tensor], tmp_path: Path) -> None:
     trainer.train()
     assert trainer.state.global_step == STEPS
     assert_same(model, by_hand)
+
+
+# schedule-free optimizers, whose parameters are other ones in an evaluation
+
+
+def averages(steps: int = STEPS) -> tuple[list[Tensor], list[Tensor]]:
+    """Parameters after the plain loop: those that are trained, and those to evaluate."""
+    model = Net()
+    optimizer = optimx.ScheduleFreeAdamW(model.parameters(), lr=0.1)
+    for x, y in batches()[:steps]:
+        optimizer.zero_grad()
+        model(x, y)["loss"].backward()
+        optimizer.step()
+    trained = [p.detach().clone() for p in model.parameters()]
+    with optimizer.averaged():
+        return trained, [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_averages_in_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    trained, evaluated = averages()
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = Net()
+    prepared, optimizer = accelerator.prepare(model, optimx.ScheduleFreeAdamW(model.parameters(), lr=0.1))
+    for x, y in batches():
+        accelerator.backward(prepared(x, y)["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        with optimx.averaged(optimizer):
+            pass
+    with optimx.averaged(optimizer):
+        assert_same(model, evaluated)
+    optimizer.eval()
+    assert_same(model, evaluated)
+    optimizer.train()
+    assert_same(model, trained)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_averages_in_lightning(tmp_path: Path) -> None:
+    lightning = pytest.importorskip("lightning")
+    trained, evaluated = averages()
+    seen = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+            return self.net(*batch)["loss"]
+
+        def on_validation_model_eval(self) -> None:
+            super().on_validation_model_eval()
+            self.optimizers().eval()
+
+        def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+            seen.append([p.detach().clone() for p in self.net.parameters()])
+
+        def on_validation_model_train(self) -> None:
+            super().on_validation_model_train()
+            self.optimizers().train()
+
+        def configure_optimizers(self) -> Any:
+            return optimx.ScheduleFreeAdamW(self.parameters(), lr=0.1)
+
+    module = Module()
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, val_check_interval=STEPS // 2, num_sanity_val_steps=0,
+    )  # fmt: skip
+    loaders = [DataLoader(some, batch_size=None) for some in (batches(), batches()[:1])]
+    trainer.fit(module, *loaders)
+    assert len(seen) == 2
+    for found, expected in zip(seen, (averages(STEPS // 2)[1], evaluated), strict=True):
+        assert all(map(torch.equal, found, expected))
+    assert_same(module.net, trained)
+    with optimx.averaged(module.optimizers()):
+        assert_same(module.net, evaluated)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_averages_in_transformers(tmp_path: Path) -> None:
+    """Its Trainer evaluates them by itself."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    trained, evaluated = averages()
+    model, seen = Net(), []
+
+    class Trainer(transformers.Trainer):  # type: ignore[name-defined,misc]
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append([p.detach().clone() for p in model.parameters()])
+            return super().prediction_step(*args, **kwargs)
+
+    inputs = [{"x": x, "labels": y} for batch in batches() for x, y in zip(*batch, strict=True)]
+    optimizer = optimx.ScheduleFreeAdamW(model.parameters(), lr=0.1)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, per_device_eval_batch_size=len(inputs), report_to=[],
+        num_train_epochs=1, use_cpu=True, save_strategy="no", max_grad_norm=0.0, disable_tqdm=True,
+        eval_strategy="steps", eval_steps=STEPS // 2, remove_unused_columns=False,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    trainer = Trainer(
+        model, arguments, train_dataset=inputs, eval_dataset=inputs,
+        optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)),
+    )  # fmt: skip
+    trainer.train()
+    for found, expected in zip(seen, (averages(STEPS // 2)[1], evaluated), strict=True):
+        assert all(map(torch.equal, found, expected))
+    optimizer.train()
+    assert_same(model, trained)

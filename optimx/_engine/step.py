@@ -281,6 +281,9 @@ class MultiTensorStep(EngineOptimizer):
         """GradScaler has looked for infinite gradients, and may not call the step."""
         self._engine.note_found_inf(self, found_inf)
 
+    def _check_may_step(self) -> None:
+        """Raise RuntimeError where no step may be taken; nothing has happened yet."""
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.
 
@@ -294,6 +297,7 @@ class MultiTensorStep(EngineOptimizer):
             RuntimeError: Sparse gradients where the algorithm takes none, or ``fused=True`` where it cannot hold.
         """
         _compat.check_graph_capture(self)
+        self._check_may_step()
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
             self._engine.step(self)

@@ -1,0 +1,127 @@
+"""Schedule-free SGD (https://arxiv.org/abs/2405.15682)."""
+
+from __future__ import annotations
+
+from operator import itemgetter
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from ._engine.rule import UpdateRule, l2_gradient
+from ._engine.storage import StateDtype
+from ._loop import FormulaLoop, check_at_least_zero
+from ._schedule_free import ScheduleFree, ScheduleFreeRule, averaging, check_averaging
+
+__all__ = ["ScheduleFreeSGD"]
+
+
+class ScheduleFreeSGDRow(NamedTuple):
+    """A tensor's hyperparameters in one step: the columns of the kernel's ``HYPER``."""
+
+    factor: float
+    weight_decay: float
+    lr: float
+    share: float
+    y_size: float
+
+
+class ScheduleFreeSGDRule(ScheduleFreeRule):
+    """One step of schedule-free SGD."""
+
+    module = "schedule_free_sgd"
+    _read = itemgetter("lr", "momentum", "weight_decay", "warmup_steps", "r", "weight_lr_power", "maximize")
+
+    def beta(self, group: dict[str, Any]) -> Any:
+        return group["momentum"]
+
+    def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        *numbers, maximize = self._read(group)
+        return (*numbers, float(maximize))
+
+    def state_names(self, variant: tuple[bool, ...]) -> tuple[str, ...]:
+        return ("z",)
+
+    def prepare(self, values, scalars):
+        lr, momentum, weight_decay, warmup_steps, r, weight_lr_power, maximize = values
+        sizes, counts = averaging(lr, momentum, warmup_steps, r, weight_lr_power, scalars)
+        return ScheduleFreeSGDRow(-1.0 if maximize else 1.0, weight_decay, *sizes), counts
+
+    def formula(self, variant, row, p, g, states, scratch):
+        _, weight_decay, lr, share, y_size = row
+        (z,) = states
+        g = l2_gradient(g, p, weight_decay, scratch[0])
+        p.lerp_(z, share).add_(g, alpha=-y_size)
+        z.add_(g, alpha=-lr)
+
+
+class ScheduleFreeSGDLoop(FormulaLoop):
+    """The plain loop that :class:`ScheduleFreeSGD` falls back to."""
+
+    rule: ClassVar[UpdateRule] = ScheduleFreeSGDRule()
+
+
+class ScheduleFreeSGD(ScheduleFree, ScheduleFreeSGDLoop):
+    """Schedule-free SGD: averages its iterates in place of decaying lr. Torch has no class of this name.
+
+    Names and defaults of arguments are those of ``SGDScheduleFree`` of the package ``schedulefree``. Evaluate, save for
+    inference and export inside ``with optimizer.averaged():``, or between :meth:`eval` and :meth:`train`.
+
+    Args:
+        params: Parameters, or groups of them.
+        lr: Learning rate, a number or a tensor of one element, 10 to 50 times that of SGD with momentum; it should not
+            decay (default: 1.0).
+        momentum: How near to the average gradients are taken, in (0, 1) (default: 0.9).
+        weight_decay: L2 penalty, of the point where gradients are taken (default: 0).
+        warmup_steps: Steps in which lr rises linearly (default: 0).
+        r: Iterates count in the average with the power ``r`` of their step (default: 0).
+        weight_lr_power: And with this power of the largest lr so far, after warmup_steps (default: 2).
+        maximize: Ascend (default: False).
+        capturable: The step may be recorded in a CUDA graph (default: False).
+        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
+            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
+        norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
+            DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
+        param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
+            (default: "nearest"); docs/storage.md tells of them.
+        state_dtype: How states are kept: a dtype, "stochastic", "8bit", or a dict of these by name (default: None).
+        rounding_seed: Of the random bits (default: 0).
+
+    State: ``step``, ``weight_sum``, ``lr_max``, and ``z`` of the parameter's shape; in evaluation ``y``, what the
+    parameter goes on with.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+        RuntimeError: In a step, the parameters hold averages, a gradient is sparse, or a parameter is complex.
+    """
+
+    rule: ClassVar[ScheduleFreeRule] = ScheduleFreeSGDRule()
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1.0,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        *,
+        warmup_steps: int = 0,
+        r: float = 0.0,
+        weight_lr_power: float = 2.0,
+        maximize: bool = False,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        norm_group: Any = None,
+        param_rounding: str = "nearest",
+        state_dtype: StateDtype = None,
+        rounding_seed: int = 0,
+    ) -> None:
+        check_at_least_zero(lr=lr, weight_decay=weight_decay)
+        check_averaging("momentum", momentum, warmup_steps, r, weight_lr_power)
+        defaults = {
+            "lr": lr, "momentum": momentum, "weight_decay": weight_decay, "warmup_steps": warmup_steps, "r": r,
+            "weight_lr_power": weight_lr_power, "maximize": maximize, "train_mode": True,
+        }  # fmt: skip
+        super().__init__(
+            params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
+        )  # fmt: skip
