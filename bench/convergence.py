@@ -196,7 +196,7 @@ def compare(task: Task, name: str, recipe: Recipe, seeds: int) -> dict[str, Any]
 
 
 HEADER = (
-    f"{'task':<7} {'optimizer':<10} {'first':>6} {'stock':>8} {'ours':>8} {'gap':>8} {'std err':>8} "
+    f"{'task':<7} {'optimizer':<17} {'first':>6} {'stock':>8} {'ours':>8} {'gap':>8} {'std err':>8} "
     f"{'curves':>8} {'1 seed':>8} {'unseen':>13}"
 )
 
@@ -205,7 +205,7 @@ def line(entry: dict[str, Any]) -> str:
     """A row of the table."""
     scores = "/".join(f"{fmean(entry['scores'][side]):.2%}" for side in ("stock", "ours"))
     return (
-        f"{entry['task']:<7} {entry['optimizer']:<10} {entry['first']:>6.3f} {entry['stock']:>8.5f} "
+        f"{entry['task']:<7} {entry['optimizer']:<17} {entry['first']:>6.3f} {entry['stock']:>8.5f} "
         f"{entry['ours']:>8.5f} {entry['gap']:>8.1e} {entry['standard_error']:>8.1e} {entry['curve_gap']:>8.1e} "
         f"{entry['same_seed']:>8.1e} {scores:>13}  " + "; ".join([entry["verdict"], *entry["failures"]])
     )

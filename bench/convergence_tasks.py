@@ -137,6 +137,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], float, float]] = {
     "ASGD": ({}, 0.3, 0.5),
     "Lion": ({"weight_decay": 0.1}, 1.5e-3, 1e-3),
     "LAMB": ({"weight_decay": 0.01}, 0.02, 0.03),
+    "ScheduleFreeAdamW": ({"weight_decay": 0.1}, 5e-3, 5e-3),
+    "ScheduleFreeSGD": ({}, 1.0, 1.0),
 }
 
 #: Others get this multiple of their default learning rate: with it both tasks train with every optimizer above but SGD,

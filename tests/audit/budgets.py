@@ -24,6 +24,8 @@ BUDGETS = {
         "rprop": (31, 36, 40),
         "asgd": (11, 19, 17),
         "lion": (14, 21, 18),
+        "schedule_free_adamw": (58, 62, 96),
+        "schedule_free_sgd": (9.3, 18, 13),
         "lamb": (50, 56, 96),
         "lamb_measure": (50, 55, 95),
         "adafactor_sums": (25, 28, 42),
@@ -43,6 +45,8 @@ BUDGETS = {
         "rprop": (31, 57, 46),
         "asgd": (9, 27, 18),
         "lion": (11, 30, 21),
+        "schedule_free_adamw": (63, 86, 77),
+        "schedule_free_sgd": (7.5, 28, 15),
         "lamb": (53, 78, 74),
         "lamb_measure": (50, 53, 74),
         "adafactor_sums": (26, 28, 54),
@@ -87,5 +91,5 @@ def of_scheme(kernel: str, target: GPUTarget, scheme: str) -> float:
         return STEPS[kernel, scheme]
     param, state = scheme.split("-")
     codecs = CODECS[target.backend]
-    n_states = {"sgd": 1, "lion": 1, "adafactor_sums": 0, "adafactor_update": 1}.get(kernel, 3)
+    n_states = {"sgd": 1, "lion": 1, "schedule_free_sgd": 1, "adafactor_sums": 0, "adafactor_update": 1}.get(kernel, 3)
     return instructions(kernel, target, [torch.bfloat16]) + codecs[param] + n_states * codecs[state]

@@ -40,6 +40,8 @@ BY_PARTS: dict[str, dict[str, Any]] = {
     "ASGD": {"lr": 1e-2},
     "Lion": {"lr": 1e-3},
     "LAMB": {"lr": 1e-2},
+    "ScheduleFreeAdamW": {"lr": 1e-2, "warmup_steps": 2},
+    "ScheduleFreeSGD": {"lr": 1e-1},
     "Adafactor": {"lr": 1e-2},
 }
 
