@@ -18,7 +18,6 @@ from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.step import MultiTensorStep
 from ._loop import FormulaLoop
-from ._schedule_free import averaged
 from .adadelta import Adadelta
 from .adafactor import Adafactor
 from .adagrad import Adagrad
@@ -73,7 +72,6 @@ __all__ = sorted(
         "LRCurve",
         "Lion",
         "MultiTensorStep",
-<<<<<<< HEAD
         "NoiseScale",
         "PowerEMA",
         "SWA",
@@ -86,13 +84,6 @@ __all__ = sorted(
         "ScheduleFreeSGD",
         "averaged",
         "averages",
-=======
-        "ScheduleFreeAdamW",
-        "ScheduleFreeSGD",
-        "StateKind",
-        "UpdateRule",
-        "averaged",
->>>>>>> FREE
         "build",
         "clip_grad_norm_",
         "clip_grad_value_",

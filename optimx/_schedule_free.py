@@ -7,30 +7,19 @@ There are three sequences: ``z`` takes the steps, ``x`` is an average of it, and
 from __future__ import annotations
 
 from collections.abc import Iterator
-<<<<<<< HEAD
 from contextlib import contextmanager
-=======
-from contextlib import ExitStack, contextmanager
->>>>>>> FREE
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ._checks import as_steps, check_number, within
-<<<<<<< HEAD
 from ._engine.averages import Average
-=======
->>>>>>> FREE
 from ._engine.recode import master_weight, set_master_weight
 from ._engine.rule import StateKind, UpdateRule
 from ._engine.sharding import local
 from ._engine.step import MultiTensorStep
 from ._engine.storage import PARAM_COMPANIONS
-<<<<<<< HEAD
-=======
-from .composite import Composite
->>>>>>> FREE
 
 #: The state that a parameter has besides while it holds x: the very bits to go on with.
 KEPT = "y"
@@ -86,14 +75,11 @@ class ScheduleFree(MultiTensorStep):
 
     rule: ClassVar[ScheduleFreeRule]
 
-<<<<<<< HEAD
     def _init_step(self, max_grad_norm: Any, *, average: Average | None = None, **settings: Any) -> None:
         if average is not None:
             raise ValueError(f"average should be None, as a schedule-free optimizer has one, but is: {average}")
         super()._init_step(max_grad_norm, **settings)
 
-=======
->>>>>>> FREE
     def eval(self) -> None:
         """Let the parameters hold ``x``, to be evaluated, exported or sampled from; no step can be taken.
 
@@ -162,41 +148,6 @@ class ScheduleFree(MultiTensorStep):
             )
 
 
-<<<<<<< HEAD
-=======
-@contextmanager
-def averaged(optimizer: Any) -> Iterator[None]:
-    """A context in which the parameters of schedule-free optimizers hold the averages that are to be evaluated.
-
-    It is the optimizer's own ``averaged()``, found where wrappers have none.
-
-    Args:
-        optimizer: A schedule-free optimizer; a composite with one; or what has one, or a wrapper of one, as its
-            ``optimizer``: those of accelerate and Lightning, a :class:`~optimx.build.Build`.
-
-    Raises:
-        TypeError: There is none.
-    """
-    found = [*_schedule_free_in(optimizer)]
-    if not found:
-        raise TypeError(f"optimizer should be schedule-free, or a wrapper of one, but is: {type(optimizer).__name__}")
-    with ExitStack() as stack:
-        for each in found:
-            stack.enter_context(each.averaged())
-        yield
-
-
-def _schedule_free_in(optimizer: Any) -> Iterator[ScheduleFree]:
-    if isinstance(optimizer, ScheduleFree):
-        yield optimizer
-    elif isinstance(optimizer, Composite):
-        for member in optimizer.optimizers.values():
-            yield from _schedule_free_in(member)
-    elif hasattr(optimizer, "optimizer"):
-        yield from _schedule_free_in(optimizer.optimizer)
-
-
->>>>>>> FREE
 def _lerp_(tensor: Tensor, end: Tensor, weight: float) -> None:
     """Of DTensors, what lies in this process."""
     local(tensor).lerp_(local(end).to(tensor.dtype), weight)

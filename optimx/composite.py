@@ -151,11 +151,8 @@ class Composite(Guarded, Optimizer):
             RuntimeError: A member has got a setting that does not go with ``max_grad_norm``, or is schedule-free and in
                 evaluation.
         """
-<<<<<<< HEAD
         if self.max_skips is not None:
             check_skips(self, self._bad)
-=======
->>>>>>> FREE
         for optimizer in self.optimizers.values():
             if isinstance(optimizer, MultiTensorStep):
                 # before another member has stepped
@@ -192,7 +189,6 @@ class Composite(Guarded, Optimizer):
             if callable(switch := getattr(optimizer, mode, None)):
                 switch()
 
-<<<<<<< HEAD
     def _verdict(self, norm: Tensor, params: Sequence[Tensor]) -> Tensor:
         """What the rules make of a step with gradients of this norm: ``control`` of all members."""
         wide = norm.to(widest(norm.device))
@@ -216,8 +212,6 @@ class Composite(Guarded, Optimizer):
             clip_grads_with_norm_(_params_of(optimizer), 1.0, 1.0 / verdict[FACTOR] - 1e-6)
         optimizer.step()
 
-=======
->>>>>>> FREE
     @_compat.disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients of all members, each by its own ``zero_grad``."""

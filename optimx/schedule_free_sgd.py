@@ -8,11 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-<<<<<<< HEAD
 from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
-=======
->>>>>>> FREE
 from ._engine.rule import UpdateRule, l2_gradient
 from ._engine.storage import StateDtype
 from ._loop import FormulaLoop, check_at_least_zero
@@ -83,7 +80,6 @@ class ScheduleFreeSGD(ScheduleFree, ScheduleFreeSGDLoop):
         weight_lr_power: And with this power of the largest lr so far, after warmup_steps (default: 2).
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False).
-<<<<<<< HEAD
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -92,10 +88,6 @@ class ScheduleFreeSGD(ScheduleFree, ScheduleFreeSGDLoop):
             None).
         max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
         average: Average the parameters in the step: an :class:`EMA`, :class:`SWA` or :class:`PowerEMA` (default: None).
-=======
-        max_grad_norm: Clip the gradients of *all* groups to this 2-norm inside the step, without rewriting them
-            (default: None, no clipping). :attr:`grad_norm` then holds the norm before clipping.
->>>>>>> FREE
         norm_group: A process group, each rank of which has other parameters or other parts of them, that are no
             DTensors (default: None: they are alike on all ranks). See :attr:`norm_group`.
         param_rounding: How 16-bit parameters are kept: "nearest", "stochastic", "remainder8", "remainder16" or "master"
@@ -125,15 +117,11 @@ class ScheduleFreeSGD(ScheduleFree, ScheduleFreeSGDLoop):
         weight_lr_power: float = 2.0,
         maximize: bool = False,
         capturable: bool = False,
-<<<<<<< HEAD
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
         max_skips: int | None = None,
         average: Average | None = None,
-=======
-        max_grad_norm: float | None = None,
->>>>>>> FREE
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -147,9 +135,6 @@ class ScheduleFreeSGD(ScheduleFree, ScheduleFreeSGDLoop):
         }  # fmt: skip
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
-<<<<<<< HEAD
             skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips, average=average,
-=======
->>>>>>> FREE
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
         )  # fmt: skip

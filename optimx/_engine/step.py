@@ -311,7 +311,6 @@ class MultiTensorStep(EngineOptimizer):
         """GradScaler has looked for infinite gradients, and may not call the step."""
         self._engine.note_found_inf(self, found_inf)
 
-<<<<<<< HEAD
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """A context in which the parameters hold their averages, to be evaluated, saved or sampled from.
@@ -341,10 +340,6 @@ class MultiTensorStep(EngineOptimizer):
                 f"{type(self).__name__}.step() should be called in training but is called while the parameters hold "
                 "their averages; leave optimizer.averaged()"
             )
-=======
-    def _check_may_step(self) -> None:
-        """Raise RuntimeError where no step may be taken; nothing has happened yet."""
->>>>>>> FREE
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters.
