@@ -147,7 +147,7 @@ def check_skips(optimizer: Any, bad: BadGradients) -> None:
     n_skips = bad.skips_in_a_row(optimizer)
     if optimizer.max_skips is None or n_skips < optimizer.max_skips:
         return
-    _counters_of(optimizer)[IN_A_ROW] = 0.0
+    _counters_of(optimizer)[IN_A_ROW].fill_(0.0)
     last = bad.last(names_of(optimizer))
     raise RuntimeError(
         f"steps skipped in a row should be fewer than max_skips={optimizer.max_skips} but are: {n_skips}"

@@ -99,11 +99,11 @@ class Recorder:
         if _compat.is_capturing():
             if self._ring is None or self._count is None:
                 raise RuntimeError("a watched step should be taken once before a CUDA graph records one")
-            numbers[0] = self._count[0] + 1
+            numbers[:1].copy_(self._count + 1)
             self._ring.index_copy_(0, self._count % SLOTS, numbers.view(1, -1))
             self._count.add_(1)
             return
-        numbers[0] = self.n_steps
+        numbers[:1].fill_(self.n_steps)
         if self._count is not None:
             self._count.fill_(self.n_steps)
         if numbers.device.type == "cpu":
@@ -120,7 +120,7 @@ class Recorder:
             numbers, event = self._arriving[0]
             if event is not None and not wait and not event.query():
                 return
-            if event is not None:
+            if event is not None and wait:
                 event.synchronize()
             self._arriving.popleft()
             self._deliver(numbers)

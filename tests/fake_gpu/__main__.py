@@ -17,13 +17,14 @@ THIN = [
     "tests/test_gpu.py::test_amp_does_not_synchronise",
     "tests/test_gpu.py::test_clip_grad_norm_does_not_synchronise",
     "tests/test_graphs.py",
+    "tests/test_watched_gpu.py",
     "tests/test_storage.py",
 ]
 #: Of these tests.
 THIN_NAMES = (
     "test_device.py or test_smoke.py or (test_devices and (adamw or not test_same)) or clip_grad or first_step "
     "or (goes_on and (adamw or sgd-stoch or muon-8bit)) or clipping_and_amp or no_step_came_before "
-    "or (amp_does_not and 1.0-optimx) or tables_of or errors_under or without_capturable_says"
+    "or test_watched_gpu or (amp_does_not and 1.0-optimx) or tables_of or errors_under or without_capturable_says"
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import _fake_device
 
 from optimx._engine import engine, states
+from optimx._engine.bad_gradients import BadGradients
 from optimx._engine.engine import Engine
 from optimx._engine.plan import StepPlan
 
@@ -16,6 +17,7 @@ from optimx._engine.plan import StepPlan
 MAY_WAIT: list[tuple[str, Any, str]] = [
     ("run_stock", engine, "torch's own step waits as it likes"),
     ("take_back_first", StepPlan, "whether SGD's first step with dampening was skipped: once"),
+    ("last", BadGradients, "the report of an error: that too many steps were skipped"),
     ("settle_scalars", states, "counts that come back to the host: once"),
 ]
 _DEFAULT, _ERROR = 0, 2

@@ -14,7 +14,8 @@ from .batch import split_by_size
 @lru_cache(maxsize=256)
 def integers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """The numbers on a device, where they stay: a CUDA graph could not fetch them."""
-    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device)
+    sent = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return sent.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else sent.to(device)
 
 
 def squares(tensors: Sequence[Tensor]) -> Tensor:
