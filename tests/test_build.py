@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed import checkpoint as dcp
 import optimx
 from optimx import Build, Config, ConfigError
 from optimx.config import OptimizerConfig, ScheduleConfig
+from optimx.config.writing import to_toml
 from optimx.lr_scheduler import WSDLR, Cosine, ScheduleLR, Warmup
 from optimx.presets import PRESETS
 from tests.building import ViT, linear, problems
@@ -571,3 +573,80 @@ def test_as_lightning() -> None:
     assert (more["interval"], more["monitor"]) == ("epoch", "loss")
     without = optimx.build(linear(), {})
     assert without.as_lightning() == {"optimizer": without.optimizer}
+
+
+# rules as tables
+
+
+RULES: dict[str, Any] = {
+    "max_grad_norm": {"name": "autoclip", "percentile": 20},
+    "skip_nonfinite": True,
+    "skip_spikes": {"window": 16, "sigma": 4},
+    "max_skips": 4,
+    "average": {"name": "ema", "decay": 0.99, "dtype": "float64"},
+}
+
+
+def rules_of(optimizer: Any) -> tuple[Any, ...]:
+    return tuple(getattr(optimizer, name) for name in RULES)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "sgd"])
+def test_rules(name: str, tmp_path: Path) -> None:
+    build = optimx.build(linear(), {"optimizer": {"name": name, **RULES}})
+    average = optimx.EMA(decay=0.99, dtype=torch.float64)
+    assert rules_of(build.optimizer) == (optimx.AutoClip(20.0), True, optimx.Spikes(16, 4.0), 4, average)
+    tree = build.config.to_dict()
+    assert tree["optimizer"]["max_grad_norm"] == {"name": "autoclip", "percentile": 20.0, "window": 1000}
+    assert tree["optimizer"]["average"]["dtype"] == "float64"
+    assert build.config.optimizer == optimx.build(linear(), build.config).config.optimizer
+    path = tmp_path / "train.toml"
+    path.write_text(to_toml({"optimizer": tree["optimizer"]}))
+    assert rules_of(optimx.build(linear(), path).optimizer) == rules_of(build.optimizer)
+
+
+@pytest.mark.parametrize(
+    ("given", "rule"),
+    [
+        ({"max_grad_norm": {"name": "zclip", "max_norm": None}}, optimx.ZClip(max_norm=None)),
+        ({"max_grad_norm": optimx.AutoClip(50.0)}, optimx.AutoClip(50.0)),
+        ({"skip_spikes": True}, optimx.Spikes()),
+        ({"average": {"name": "power_ema", "sigma": 0.1}}, optimx.PowerEMA(sigma=0.1)),
+    ],
+    ids=str,
+)
+def test_rule_is_written_back(given: dict[str, Any], rule: Any) -> None:
+    (name,) = given
+    build = optimx.build(linear(), {"optimizer": given})
+    assert getattr(build.optimizer, name) == rule
+    tree = json.loads(json.dumps(build.config.to_dict()))
+    assert getattr(optimx.build(linear(), tree).optimizer, name) == rule
+
+
+WRONG_RULES = {
+    "name": ({"max_grad_norm": {"name": "autoclp"}},
+             "max_grad_norm.name should be one of 'autoclip', 'zclip' but is: 'autoclp'; did you mean 'autoclip'?"),
+    "no-name": ({"max_grad_norm": {"percentile": 10}}, "max_grad_norm.name is missing"),
+    "key": ({"max_grad_norm": {"name": "autoclip", "percentil": 10}},
+            "max_grad_norm.percentil (value: 10) is no key of optimizer.max_grad_norm (percentile, window); "
+            "did you mean 'percentile'?"),
+    "value": ({"max_grad_norm": {"name": "zclip", "decay": 1.5}},
+              "max_grad_norm is refused: decay should be in [0, 1) but is: 1.5"),
+    "type": ({"max_grad_norm": {"name": "zclip", "decay": "x"}}, "max_grad_norm.decay should be a number but is: 'x'"),
+    "spikes": ({"skip_spikes": {"windw": 8}}, "skip_spikes.windw (value: 8) is no key of optimizer.skip_spikes ("),
+    "window": ({"skip_spikes": {"window": 1}}, "skip_spikes is refused: window should be >= 2 but is: 1"),
+    "skips": ({"max_skips": 3}, "max_skips (value: 3) is refused: max_skips should be None without skip_nonfinite"),
+    "average": ({"average": {"name": "emma"}},
+                "average.name should be one of 'ema', 'swa', 'power_ema' but is: 'emma'; did you mean 'ema'?"),
+    "text": ({"average": "ema"}, "average should be a table but is: 'ema'"),
+    "stock": ({"name": "torch.optim:AdamW", "skip_nonfinite": True},
+              "skip_nonfinite (value: True) is no key of AdamW ("),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_RULES)
+def test_wrong_rules(case: str) -> None:
+    given, text = WRONG_RULES[case]
+    with pytest.raises(ConfigError) as raised:
+        optimx.build(linear(), {"optimizer": given})
+    assert str(raised.value).startswith(f"optimizer.{text}")

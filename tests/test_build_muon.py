@@ -270,13 +270,37 @@ def test_all_problems_at_once() -> None:
     ]
 
 
+def test_rules_are_of_the_composite() -> None:
+    rules = {
+        "max_grad_norm": {"name": "zclip", "warmup": 5}, "skip_nonfinite": True, "skip_spikes": {"window": 16},
+        "max_skips": 4, "average": {"name": "swa", "start": 2},
+    }  # fmt: skip
+    build = optimx.build(vit(), {"optimizer": {**BOTH, **rules}})
+    for optimizer in (build.optimizer, optimx.build(vit(), build.config.to_dict()).optimizer):
+        assert isinstance(optimizer, optimx.Composite)
+        assert optimizer.max_grad_norm == optimx.ZClip(warmup=5)
+        assert optimizer.skip_spikes == optimx.Spikes(16)
+        assert optimizer.skip_nonfinite
+        assert optimizer.max_skips == 4
+        for member in optimizer.optimizers.values():
+            assert not member.needs_norm
+            assert member.max_skips is None
+            assert member.average == optimx.SWA(start=2)
+
+
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "table": ({"optimizer": {"name": "muon", "adamw": "adamw"}}, "optimizer.adamw should be a table but is: 'adamw'"),
     "key": ({"optimizer": {**BOTH, "adamw": {"beta": [0.9, 0.9]}}},
             "optimizer.adamw.beta (value: [0.9, 0.9]) is no key of AdamW ("),
     "value": ({"optimizer": {**BOTH, "adamw": {"eps": -1.0}}}, "optimizer.adamw.eps (value: -1.0) is refused: "),
     "clip": ({"optimizer": {**BOTH, "adamw": {"max_grad_norm": 1.0}}},
-             "optimizer.adamw.max_grad_norm should be given as optimizer.max_grad_norm, as one norm clips both, but"),
+             "optimizer.adamw.max_grad_norm should be given as optimizer.max_grad_norm, which holds for both, but"),
+    "skip": ({"optimizer": {**BOTH, "adamw": {"skip_nonfinite": True}}},
+             "optimizer.adamw.skip_nonfinite should be given as optimizer.skip_nonfinite, which holds for both, but"),
+    "average": ({"optimizer": {**BOTH, "adamw": {"average": {"name": "ema"}}}},
+                "optimizer.adamw.average should be given as optimizer.average, which holds for both, but"),
+    "skips": ({"optimizer": {**BOTH, "max_skips": 3}},
+              "optimizer.max_skips (value: 3) is refused: max_skips should be None without skip_nonfinite"),
     "muon-alone": ({"groups": {"muon": "auto"}}, "groups.muon (value: 'auto') is refused: there is no table "
                    "optimizer.adamw"),
     "rule-alone": ({"groups": {"rules": [{"match": "head.*", "optimizer": "adamw"}]}},

@@ -418,7 +418,7 @@ def test_all_problems_at_once() -> None:
     assert str(raised.value).splitlines() == [
         "9 problems:",
         "  optimizer.lr should be >= 0 and finite but is: -1",
-        "  optimizer.max_grad_norm should be a number but is: 'x'",
+        "  optimizer.max_grad_norm should be a number or a table but is: 'x'",
         "  groups.layer_decay should be in (0, 1] but is: 1.5",
         "  groups.layr (value: 2) is no key of groups (freeze, include_frozen, layer_decay, layer_preset, layers, "
         "min_lr_scale, muon, no_decay, rules); did you mean 'layers'?",

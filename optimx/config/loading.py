@@ -17,7 +17,7 @@ from ..registry import normalized
 from .errors import ConfigError, join
 from .files import Tagged, read_file
 from .namespace import SECTIONS, drop_foreign, is_namespace, read_namespace
-from .sections import SearchRange
+from .sections import RULE_NAMES, SearchRange
 
 __all__ = ["load", "merge", "pairs_of", "parse_value"]
 
@@ -119,7 +119,12 @@ def _check_own(tree: Any, cfg: Any) -> None:
 
 
 def _plain(value: Any, path: str) -> Any:
-    """New dicts and lists all the way down; other values as they are. None as an attribute means not given."""
+    """New dicts and lists all the way down; other values as they are. None as an attribute means not given.
+
+    Rules, which nobody can change, are values.
+    """
+    if type(value) in RULE_NAMES:
+        return value
     if not isinstance(value, Tagged) and dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = types.SimpleNamespace(**{field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
     if is_namespace(value):

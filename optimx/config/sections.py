@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from .._checks import FINITE, Condition, above, at_least, within
+from .._engine.averages import EMA, SWA, Average, PowerEMA
+from .._engine.guards import AutoClip, Clipping, Spikes, ZClip
 from ..lr_scheduler import Absolute
+from .values import Named
 
 __all__ = [
     "EPOCHS",
@@ -45,6 +48,12 @@ Duration = Annotated[
     Condition('should be whole steps >= 0, a fraction of the total < 1, or epochs such as "2ep"', _is_duration),
 ]
 
+#: Rules that files write as tables, ``{name = "autoclip", percentile = 10}``.
+CLIPPING = Named((("autoclip", AutoClip), ("zclip", ZClip)))
+AVERAGES = Named((("ema", EMA), ("swa", SWA), ("power_ema", PowerEMA)))
+#: Names of rules in files, by class.
+RULE_NAMES = {cls: name for name, cls in (*CLIPPING.classes, *AVERAGES.classes)}
+
 
 @dataclass
 class AdamWConfig:
@@ -69,7 +78,15 @@ class OptimizerConfig:
         name: A name of :func:`optimx.list_optimizers`, ``"package.module:Class"``, or the class itself.
         lr: Learning rate (default: the class's own).
         weight_decay: Of parameters that decay (default: the class's own).
-        max_grad_norm: Clip the gradients of all groups to this norm inside the step (default: no clipping).
+        max_grad_norm: Clip the gradients of all groups to this norm inside the step, or to one that a rule finds, a
+            table of its ``name``, ``"autoclip"`` or ``"zclip"``, and what :class:`optimx.AutoClip` or
+            :class:`optimx.ZClip` takes (default: no clipping).
+        skip_nonfinite: Skip steps with infinite or NaN gradients (default: the class's own, false).
+        skip_spikes: Skip steps whose gradient norm is far above those before: true, or a table of what
+            :class:`optimx.Spikes` takes (default: none is).
+        max_skips: A step raises an error once so many before it were skipped in a row (default: none does).
+        average: Average the parameters in the step: a table of a ``name``, ``"ema"``, ``"swa"`` or ``"power_ema"``, and
+            what :class:`optimx.EMA`, :class:`optimx.SWA` or :class:`optimx.PowerEMA` takes (default: no average).
         adamw: Table of an AdamW that trains with it: ``name`` is ``"muon"``, say, and gets the parameters that
             ``groups.muon`` tells, AdamW the rest, in one :class:`optimx.Composite` (default: none).
         args: Other arguments of the class: ``betas``, ``momentum``, ...
@@ -78,7 +95,11 @@ class OptimizerConfig:
     name: str | Callable[..., Any] = "adamw"
     lr: Annotated[float, FINITE] | Tensor | None = None
     weight_decay: Annotated[float, FINITE] | Tensor | None = None
-    max_grad_norm: Annotated[float, above(0)] | None = None
+    max_grad_norm: Annotated[float, above(0)] | Annotated[Clipping, CLIPPING] | None = None
+    skip_nonfinite: bool | None = None
+    skip_spikes: bool | Spikes | None = None
+    max_skips: Annotated[int, at_least(1)] | None = None
+    average: Annotated[Average, AVERAGES] | None = None
     adamw: AdamWConfig | None = None
     args: dict[str, Any] = field(default_factory=dict)
 
@@ -226,11 +247,7 @@ class Config:
 
 def _to_dict(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        table = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        # of what is empty only the exceptional is said: nobody is without decay, nothing is Muon's
-        empty = {name for name, item in table.items() if item == () and name not in ("no_decay", "muon")}
-        table |= table.pop("args", {})
-        value = {key: item for key, item in table.items() if item is not None and key not in empty}
+        value = _table_of(value)
     if isinstance(value, Mapping):
         return {key: _to_dict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -242,3 +259,15 @@ def _to_dict(value: Any) -> Any:
     if inspect.isclass(value) or (inspect.isfunction(value) and "<" not in value.__qualname__):
         return f"{value.__module__}:{value.__qualname__}"
     return value
+
+
+def _table_of(value: Any) -> dict[str, Any]:
+    """The fields of a dataclass that say something, after the name that files have for its class, if they have one."""
+    fields = dataclasses.fields(value)
+    table = {field.name: getattr(value, field.name) for field in fields}
+    # of what is empty only the exceptional is said: nobody is without decay, nothing is Muon's, no norm is the most
+    empty = {name for name, item in table.items() if item == () and name not in ("no_decay", "muon")}
+    empty |= {field.name for field in fields if table[field.name] is None and field.default is None}
+    table |= table.pop("args", {})
+    named = {"name": RULE_NAMES[type(value)]} if type(value) in RULE_NAMES else {}
+    return named | {key: item for key, item in table.items() if key not in empty}

@@ -9,6 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
@@ -18,7 +19,31 @@ from torch import Tensor
 from .._checks import Condition, nearest
 from .errors import MISSING, Problem, Problems, join
 
-__all__ = ["check_arguments", "convert", "describe_type", "hints_of", "parameters_of", "read"]
+__all__ = ["Named", "check_arguments", "convert", "describe_type", "hints_of", "parameters_of", "read"]
+
+
+@dataclass(frozen=True)
+class Named:
+    """On an annotation: the value may be a table, of the ``name`` of a dataclass and of fields of that dataclass.
+
+    Attributes:
+        classes: The dataclasses with their names.
+    """
+
+    classes: tuple[tuple[str, type], ...]
+
+    def read(self, table: Mapping[str, Any], path: str, problems: Problems) -> Any:
+        """The dataclass that a table tells of; what is wrong with the table is added to ``problems``."""
+        classes, name = dict(self.classes), table.get("name", MISSING)
+        where = join(path, "name")
+        if name is MISSING:
+            problems.add(where, "is missing", MISSING)
+        elif name not in classes:
+            near = nearest(name, classes) if isinstance(name, str) else None
+            problems.add(where, f"should be one of {', '.join(map(repr, classes))}", name, near)
+        else:
+            return read(classes[name], {key: item for key, item in table.items() if key != "name"}, path, problems)
+        return None
 
 
 def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
@@ -28,6 +53,9 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
+        named = next((rule for rule in arguments[1:] if isinstance(rule, Named)), None)
+        if named is not None and isinstance(value, Mapping):
+            return named.read(value, path, problems)
         before = len(problems)
         converted = convert(value, arguments[0], path, problems)
         for rule in arguments[1:]:
@@ -57,11 +85,12 @@ def convert(value: Any, hint: Any, path: str, problems: Problems) -> Any:
 
 def read(cls: Any, values: Mapping[str, Any], path: str, problems: Problems) -> Any:
     """A dataclass from a mapping. A field with problems keeps its default: what depends on the others is still checked.
+    What the dataclass itself refuses is a problem, too.
 
     Keys that are no field go, unchecked, to the field ``args`` of a class that has one.
 
     Returns:
-        None if a field without a default has problems.
+        None if a field without a default has problems, or the dataclass refuses the values.
     """
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -88,7 +117,13 @@ def read(cls: Any, values: Mapping[str, Any], path: str, problems: Problems) -> 
     for field in required:
         if field.name not in values:
             problems.add(join(path, field.name), "is missing", MISSING)
-    return cls(**good) if all(field.name in good for field in required) else None
+    if any(field.name not in good for field in required):
+        return None
+    try:
+        return cls(**good)
+    except (TypeError, ValueError) as error:
+        problems.add(path, f"is refused: {error}", MISSING)
+        return None
 
 
 def parameters_of(function: Callable[..., Any], skip: int = 1) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -231,7 +266,7 @@ def describe_type(hint: Any) -> str:
     """A type annotation in words: ``"a number or a tensor"``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        return describe_type(arguments[0])
+        return "a table" if any(isinstance(rule, Named) for rule in arguments[1:]) else describe_type(arguments[0])
     if origin in (typing.Union, types.UnionType):
         return " or ".join(describe_type(argument) for argument in arguments if argument is not type(None))
     if origin is typing.Literal:

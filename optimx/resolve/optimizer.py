@@ -24,6 +24,13 @@ from .checks import attempt
 
 __all__ = ["CompositeRecipe", "OptimizerRecipe", "Recipe", "resolve_optimizer"]
 
+#: Keys of the section that are a composite's own, and none of its members'.
+OF_ALL = ("max_grad_norm", "skip_nonfinite", "skip_spikes", "max_skips")
+#: Keys that hold for both optimizers of a config.
+SHARED = (*OF_ALL, "average")
+#: Keys of the section that are arguments of the class.
+ARGUMENTS = ("lr", "weight_decay", *SHARED)
+
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
@@ -98,12 +105,12 @@ class CompositeRecipe:
 
     Attributes:
         members: By what groups say of whose they are.
-        max_grad_norm: Of the gradients of both.
+        rules: Arguments of the composite: the norm that clips both, and which steps both skip.
         config: The resolved section.
     """
 
     members: dict[str | None, OptimizerRecipe]
-    max_grad_norm: float | None
+    rules: dict[str, Any]
     config: OptimizerConfig
 
     @property
@@ -124,7 +131,13 @@ class CompositeRecipe:
     ) -> Composite:
         theirs = by_optimizer(groups)
         made = {name: make(member, theirs[name]) for name, member in self.members.items() if name in theirs}
-        return Composite(made, self.max_grad_norm)
+        return Composite(made, **self.rules)
+
+    def check_rules(self) -> None:
+        """ConfigError if the composite refuses its rules."""
+        members = {str(name): member.factory([small_like(member.like)], **member.arguments)
+                   for name, member in self.members.items()}  # fmt: skip
+        attempt(lambda **some: Composite(members, **some), self.rules, "optimizer")
 
 
 Recipe = OptimizerRecipe | CompositeRecipe
@@ -145,23 +158,27 @@ def resolve_optimizer(section: OptimizerConfig, model: nn.Module, scale: float) 
         return _resolve(section, model, scale, "optimizer")
     problems = Problems()
     first = second = None
+    rules = {key: value for key in OF_ALL if (value := getattr(section, key)) is not None}
+    none: dict[str, Any] = dict.fromkeys(OF_ALL)
+    alone = replace(section, **none, adamw=None)
     with problems.collected():
-        first = _resolve(replace(section, max_grad_norm=None, adamw=None), model, scale, "optimizer")
+        first = _resolve(alone, model, scale, "optimizer")
     table = section.adamw
-    if "max_grad_norm" in table.args:
-        rule = "should be given as optimizer.max_grad_norm, as one norm clips both,"
-        problems.add("optimizer.adamw.max_grad_norm", rule, table.args["max_grad_norm"])
-    args = {key: value for key, value in table.args.items() if key != "max_grad_norm"}
+    for key in SHARED:
+        if key in table.args:
+            rule = f"should be given as optimizer.{key}, which holds for both,"
+            problems.add(join("optimizer.adamw", key), rule, table.args[key])
+    args = {key: value for key, value in table.args.items() if key not in SHARED}
+    other = replace(alone, name=ADAMW, lr=table.lr, weight_decay=table.weight_decay, args=args)
     with problems.collected():
-        second = _resolve(
-            OptimizerConfig(ADAMW, table.lr, table.weight_decay, args=args), model, scale, "optimizer.adamw"
-        )
+        second = _resolve(other, model, scale, "optimizer.adamw")
     problems.raise_if_any()
     assert first is not None
     assert second is not None
     resolved = AdamWConfig(second.config.lr, second.config.weight_decay, second.config.args)
-    config = replace(first.config, max_grad_norm=section.max_grad_norm, adamw=resolved)
-    return CompositeRecipe({MUON: first, ADAMW: second}, section.max_grad_norm, config)
+    recipe = CompositeRecipe({MUON: first, ADAMW: second}, rules, replace(first.config, **rules, adamw=resolved))
+    recipe.check_rules()
+    return recipe
 
 
 def _resolve(section: OptimizerConfig, model: nn.Module, scale: float, path: str) -> OptimizerRecipe:
@@ -170,8 +187,7 @@ def _resolve(section: OptimizerConfig, model: nn.Module, scale: float, path: str
     if isinstance(factory, str):
         factory = OPTIMIZERS.get(factory, join(path, "name"))
     problems = Problems()
-    given = {"lr": section.lr, "weight_decay": section.weight_decay, "max_grad_norm": section.max_grad_norm}
-    given = {key: value for key, value in given.items() if value is not None} | section.args
+    given = {key: value for key in ARGUMENTS if (value := getattr(section, key)) is not None} | section.args
     named, _ = parameters_of(factory)
     defaults = {key: p.default for key, p in named.items() if p.default is not p.empty}
     arguments = check_arguments(factory, given, path, problems)
@@ -192,7 +208,7 @@ def _resolve(section: OptimizerConfig, model: nn.Module, scale: float, path: str
     problems.raise_if_any()
     assert made is not None
     complete = {key: value for key, value in {**defaults, **arguments}.items() if value is not None}
-    own = {key: complete.pop(key, None) for key in ("lr", "weight_decay", "max_grad_norm")}
+    own = {key: complete.pop(key, None) for key in ARGUMENTS}
     config = OptimizerConfig(section.name, **own, args=complete)
     return OptimizerRecipe(factory, arguments, made.defaults, config, like, isinstance(made, MultiTensorStep))
 
