@@ -19,10 +19,10 @@ from bench.provenance import circumstances, machine
 from bench.results import Row, Verdict, judge
 from bench.suite import REPLAY
 from bench.tables import text_case, text_header
-from bench.timing import CPU_THREADS, GPU, QUICK, Budget, WatchedStep, measure
+from bench.timing import CPU_THREADS, GPU, QUICK, Budget, Measured, measure
 
 #: What the session has measured: cases in order, with their verdicts.
-MEASURED = pytest.StashKey[list[tuple[WatchedStep, list[Verdict]]]]()
+MEASURED = pytest.StashKey[list[tuple[Measured, list[Verdict]]]]()
 CIRCUMSTANCES = pytest.StashKey[dict[str, str]]()
 #: The plugin that stands in for a GPU.
 STUB = "tests.fake_gpu.stub_plugin"
@@ -66,12 +66,12 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def measured(pytestconfig: pytest.Config, threads: None) -> Callable[[Case], WatchedStep]:
+def measured(pytestconfig: pytest.Config, threads: None) -> Callable[[Case], Measured]:
     """Measures a case once."""
     pytestconfig.stash[CIRCUMSTANCES] = circumstances(pytestconfig.getoption("--command"))
-    known: dict[str, WatchedStep] = {}
+    known: dict[str, Measured] = {}
 
-    def measured(case: Case) -> WatchedStep:
+    def measured(case: Case) -> Measured:
         if case.name not in known:
             # a case's tensors go before the next one's come
             gc.collect()
@@ -86,7 +86,7 @@ def measured(pytestconfig: pytest.Config, threads: None) -> Callable[[Case], Wat
 
 
 @pytest.fixture
-def enter(benchmark: Any, measured: Callable[[Case], WatchedStep]) -> Callable[[Case, str], None]:
+def enter(benchmark: Any, measured: Callable[[Case], Measured]) -> Callable[[Case, str], None]:
     """Reports a contestant of a case: as times of pytest-benchmark, as a skip or as a failure."""
 
     def enter(case: Case, contestant: str) -> None:
@@ -132,7 +132,7 @@ def filled(row: Row) -> dict[str, Any]:
     return {name: value for name, value in asdict(row).items() if value is not None}
 
 
-def left_out(result: WatchedStep) -> list[Row]:
+def left_out(result: Measured) -> list[Row]:
     return [row for name, row in result.rows.items() if name not in result.times]
 
 

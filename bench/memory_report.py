@@ -33,7 +33,7 @@ def kept_lines(results: Results) -> list[str]:
         return []
     errors = [row.kept_error for row in rows if row.kept_error is not None]
     text = (
-        f"WatchedStep bytes a parameter of parameters and states, on the matrices and vectors of {rows[0].model}; in "
+        f"Measured bytes a parameter of parameters and states, on the matrices and vectors of {rows[0].model}; in "
         f"brackets, those counted by hand. The {len(errors)} are within {max(errors):.1%} of these. The first word is "
         "how bfloat16 parameters are kept, the second how states are; `optimx` keeps all as torch does."
     )

@@ -103,14 +103,14 @@ def synchronize() -> None:
 
 
 @dataclass(frozen=True)
-class WatchedStep:
+class Measured:
     """A case's rows and, for contestants that came through, seconds of every timed call; both by contestant."""
 
     rows: dict[str, Row]
     times: dict[str, list[float]]
 
 
-def measure(case: Case, budget: Budget) -> WatchedStep:
+def measure(case: Case, budget: Budget) -> Measured:
     """Time a case. A contestant that raises or is not installed gets a row that says so, and the others go on."""
     rows = empty_rows(case)
     runs: dict[str, Run] = {}
@@ -134,7 +134,7 @@ def measure(case: Case, budget: Budget) -> WatchedStep:
                 del times[name]
     moved = {name: run.moved for name, run in runs.items() if run.moved is not None}
     summarize(case, rows, times, moved)
-    return WatchedStep(rows, times)
+    return Measured(rows, times)
 
 
 def take_turns(
