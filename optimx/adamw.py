@@ -29,6 +29,9 @@ class AdamW(Adam, TorchAdamW):
             https://arxiv.org/abs/2304.13013) (default: False).
         centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
             (https://arxiv.org/abs/2004.01461) (default: False).
+        agc: Adaptive gradient clipping: units of a gradient (entries of the first dimension, or vectors) are clipped to
+            this times the norm of the parameter's unit, at least 1e-3; 0.01 is usual, and None for the last layer
+            (https://arxiv.org/abs/2102.06171) (default: None).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -69,6 +72,7 @@ class AdamW(Adam, TorchAdamW):
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,
+        agc: float | None = None,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -88,5 +92,5 @@ class AdamW(Adam, TorchAdamW):
             max_grad_norm, norm_group=norm_group, skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes,
             max_skips=max_skips, average=average, param_rounding=param_rounding, state_dtype=state_dtype,
             rounding_seed=rounding_seed, cautious=cautious, cautious_weight_decay=cautious_weight_decay,
-            update_clipping=update_clipping, centralize_grads=centralize_grads,
+            update_clipping=update_clipping, centralize_grads=centralize_grads, agc=agc,
         )  # fmt: skip

@@ -16,6 +16,7 @@ from . import _compat
 from ._checks import check_instance, one_of
 from ._engine.bad_gradients import BadGradients, check_skips
 from ._engine.engine import flat_shards_message
+from ._engine.flags import FLAGS
 from ._engine.grad_norm import FACTOR, SKIP, Measurement, widest
 from ._engine.grad_transforms import asked_for
 from ._engine.guards import SETTINGS, Clipping, Guarded, Spikes
@@ -293,7 +294,11 @@ class Composite(Guarded, Optimizer):
                 if own.norm_group is not None and own.norm_group is not self.norm_group:
                     return f"norm_group should be that of {name!r} but is: {self.norm_group}"
             if asked := asked_for(own.param_groups):
-                return f"{asked[0]} should be False in {name!r} beside the composite's max_grad_norm but is: True"
+                values = [group[asked[0]] for group in own.param_groups if group.get(asked[0])]
+                return (
+                    f"{asked[0]} should be {FLAGS[asked[0]]} in {name!r} beside the composite's max_grad_norm but is: "
+                    f"{values[0]}"
+                )
             if self.norm_group is None and any(map(_compat.is_flat_shard, _params_of(own))):
                 return flat_shards_message(self.max_grad_norm)
         return None

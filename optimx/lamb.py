@@ -176,6 +176,9 @@ class LAMB(MultiTensorStep, LAMBLoop):
             (https://arxiv.org/abs/2510.12402) (default: False).
         centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
             (https://arxiv.org/abs/2004.01461) (default: False).
+        agc: Adaptive gradient clipping: units of a gradient (entries of the first dimension, or vectors) are clipped to
+            this times the norm of the parameter's unit, at least 1e-3; 0.01 is usual, and None for the last layer
+            (https://arxiv.org/abs/2102.06171) (default: None).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -217,6 +220,7 @@ class LAMB(MultiTensorStep, LAMBLoop):
         capturable: bool = False,
         cautious_weight_decay: bool = False,
         centralize_grads: bool = False,
+        agc: float | None = None,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -241,6 +245,6 @@ class LAMB(MultiTensorStep, LAMBLoop):
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
             skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips, average=average,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
-            cautious_weight_decay=cautious_weight_decay, centralize_grads=centralize_grads,
+            cautious_weight_decay=cautious_weight_decay, centralize_grads=centralize_grads, agc=agc,
         )  # fmt: skip
         self.normalize_grads = normalize_grads

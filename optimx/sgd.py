@@ -89,6 +89,9 @@ class SGD(MultiTensorStep, TorchSGD):
     """SGD, a drop-in for :class:`torch.optim.SGD`: same arguments, state and numbers.
 
     Args beyond torch's:
+        agc: Adaptive gradient clipping: units of a gradient (entries of the first dimension, or vectors) are clipped to
+            this times the norm of the parameter's unit, at least 1e-3; 0.01 is usual, and None for the last layer
+            (https://arxiv.org/abs/2102.06171) (default: None).
         max_grad_norm: Clip the gradients of *all* groups to this 2-norm, or to what an :class:`AutoClip` or a
             :class:`ZClip` finds, inside the step, without rewriting them (default: None, no clipping).
             :attr:`grad_norm` then holds the norm before clipping.
@@ -127,6 +130,7 @@ class SGD(MultiTensorStep, TorchSGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        agc: float | None = None,
         max_grad_norm: float | Clipping | None = None,
         skip_nonfinite: bool = False,
         skip_spikes: Spikes | bool | None = None,
@@ -145,5 +149,5 @@ class SGD(MultiTensorStep, TorchSGD):
         self._init_step(
             max_grad_norm, capturable=capturable, norm_group=norm_group, skip_nonfinite=skip_nonfinite,
             skip_spikes=skip_spikes, max_skips=max_skips, average=average, param_rounding=param_rounding,
-            state_dtype=state_dtype, rounding_seed=rounding_seed,
+            state_dtype=state_dtype, rounding_seed=rounding_seed, agc=agc,
         )  # fmt: skip

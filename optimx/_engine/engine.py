@@ -98,8 +98,8 @@ class Engine:
             check_skips(optimizer, self.bad)
         self.read_groups(optimizer)
         inputs = StepInputs(optimizer, self.values, self.device_counts)
-        inputs.transform_grads(optimizer.param_groups)
         amp = self._amp(optimizer)
+        inputs.transform_grads(optimizer, amp.grad_scale)
         total_norm = self._given_norm(optimizer)
         plan = self._plan(optimizer, inputs)
         rules = optimizer.rules

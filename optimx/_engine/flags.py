@@ -18,12 +18,10 @@ from .rule import UpdateRule
 #: Flags of updates: which of them an algorithm has, its rule tells.
 OF_UPDATES = ("cautious_weight_decay", "cautious", "update_clipping")
 #: All flags, and their values in groups that do not have them.
-FLAGS: dict[str, Any] = dict.fromkeys((*OF_UPDATES, *TRANSFORMS), False)
-
-
-def chosen(group: Mapping[str, Any]) -> list[str]:
-    """The flags that a group sets."""
-    return [name for name in FLAGS if group.get(name)]
+FLAGS: dict[str, Any] = {
+    **dict.fromkeys(OF_UPDATES, False),
+    **{name: transform.off for name, transform in TRANSFORMS.items()},
+}
 
 
 def of_update(rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
@@ -70,10 +68,17 @@ def check_decay(group: Mapping[str, Any]) -> None:
 
 
 def check(rule: UpdateRule, group: dict[str, Any]) -> None:
-    """Raise ValueError where a group's flags are not the algorithm's, are no flags, or do not suit its settings."""
-    found = chosen(group)
+    """Raise where a group's flags are not the algorithm's, do not suit its settings, or have values of no use.
+
+    Raises:
+        ValueError: That is so.
+        TypeError: What should be a number is none.
+    """
+    for name, transform in TRANSFORMS.items():
+        transform.check(name, group.get(name))
+    found = [name for name in OF_UPDATES if group.get(name)]
     for name in found:
-        if name not in (*rule.optional_settings, *TRANSFORMS):
+        if name not in rule.optional_settings:
             raise ValueError(f"{name} is no flag of {type(rule).__name__}'s updates but a group has: {group[name]}")
         if group[name] is not True:
             raise ValueError(f"{name} should be True or False but is: {group[name]!r}")

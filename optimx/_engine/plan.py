@@ -66,12 +66,21 @@ class StepInputs:
         self.grad_types = [*map(type, self.grads)]
         self.read_states(optimizer)
 
-    def transform_grads(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Put other gradients in the places of those that groups want changed; parameters keep theirs."""
-        names = grad_transforms.asked_for(groups)
+    def transform_grads(self, optimizer: EngineOptimizer, grad_scale: Tensor | None) -> None:
+        """Put other gradients in the places of those that groups want changed; parameters keep theirs.
+
+        Args:
+            optimizer: Whose step it is.
+            grad_scale: What GradScaler multiplied the gradients by, which stays; None: nothing.
+        """
+        names = grad_transforms.asked_for(optimizer.param_groups)
         if not names:
             return
-        self.grads = grad_transforms.transformed(groups, self.params, self.grads, names)
+        if optimizer.norm_group is not None and "max_group_norm" in names:
+            raise RuntimeError(
+                "max_group_norm should be None with norm_group, because other ranks have other parts of a group"
+            )
+        self.grads = grad_transforms.transformed(optimizer.param_groups, self.params, self.grads, names, grad_scale)
         self.like_grads = self.whole_grads = self.grads
         if self.is_sharded:
             self.whole_grads = [
