@@ -65,6 +65,8 @@ DEFAULT = {backend: tuple(map(max, zip(*budgets.values(), strict=True))) for bac
 
 #: What cautious steps and cautious decay may take besides.
 CAUTIOUS = 10
+#: What the largest gradient and the number of zeros may take besides their norm.
+WATCHED = 6
 
 
 def instructions(kernel: str, target: GPUTarget, dtypes: Iterable[torch.dtype]) -> float:
@@ -93,3 +95,13 @@ def of_scheme(kernel: str, target: GPUTarget, scheme: str) -> float:
     codecs = CODECS[target.backend]
     n_states = {"sgd": 1, "lion": 1, "schedule_free_sgd": 1, "adafactor_sums": 0, "adafactor_update": 1}.get(kernel, 3)
     return instructions(kernel, target, [torch.bfloat16]) + codecs[param] + n_states * codecs[state]
+
+
+#: What a thread executes for a sum and for an average that ride along, a fifth more than it does.
+RIDERS = {"cuda": (2.6, 6.7), "hip": (1.3, 4.1)}
+
+
+def of_riders(target: GPUTarget, n_sums: int, n_averages: int) -> float:
+    """What an update may execute besides for what rides along."""
+    of_sum, of_average = RIDERS[target.backend]
+    return n_sums * of_sum + n_averages * of_average

@@ -13,7 +13,20 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from optimx.triton_kernels import adafactor, adam, grad_norm, lamb, matrix_walk, measured, muon, newton_schulz, update
+from optimx.triton_kernels import (
+    adafactor,
+    adam,
+    grad_norm,
+    guards,
+    lamb,
+    matrix_walk,
+    measured,
+    muon,
+    newton_schulz,
+    sgd,
+    tensor_sums,
+    update,
+)
 from optimx.triton_kernels.device import TRITON_DTYPE
 from optimx.triton_kernels.matrix_table import Shape, tables
 from optimx.triton_kernels.storage import PLAIN
@@ -23,7 +36,7 @@ from triton.backends.compiler import GPUTarget
 from tests.cases import CASES
 
 from .assembly import Limits
-from .budgets import CAUTIOUS, instructions, of_scheme
+from .budgets import CAUTIOUS, WATCHED, instructions, of_riders, of_scheme
 from .compiler import TARGETS, Launch, record
 from .sizes import Sizes, addresses, numbers
 from .storage import MANY_SCHEMES, SCHEMES, Scheme, adafactor_scheme, scheme
@@ -47,6 +60,12 @@ SHARED_SCALES = 64
 THREADS_STORAGE = 512
 #: Where a block's columns are summed, one value a column and warp; and where averages of columns meet a block of them.
 SHARED_COLUMNS = 16384
+#: A sort of a thousand norms, in a single program.
+SHARED_JUDGE = 4096
+#: Sums that ride along meet at the end of a program, where each thread has a few elements of them.
+SHARED_RIDERS = 2048
+#: With sums, 16-bit parameters take up to 96 registers on sm_90; 640 threads have 40 KB in flight.
+THREADS_RIDERS = 640
 
 
 @dataclass(frozen=True)
@@ -132,6 +151,7 @@ class Variant:
         scheme: How roles are kept, where these are no plain tensors.
         architectures: Those that it is compiled for; empty: all.
         position: Which of the launches it is, where the launcher makes several.
+        riders: How many sums and averages ride along.
     """
 
     kernel: str
@@ -145,6 +165,7 @@ class Variant:
     scheme: str = ""
     architectures: tuple[str, ...] = ()
     position: int = 0
+    riders: tuple[int, int] = (0, 0)
 
     def on(self, target: GPUTarget) -> tuple[Launch, Limits]:
         """What is launched on ``target``, and what its assembly must keep to."""
@@ -152,7 +173,8 @@ class Variant:
         launch = record(lambda: self.call(Sizes(tiles)))[self.position]
         n_threads = launch.options["num_warps"] * target.warp_size
         tile = launch.options.get("TILE")
-        block = launch.options["BLOCK_SIZE"] if tile is None else math.prod(tile[:3])
+        # what looks at numbers alone has no blocks of elements
+        block = launch.options.get("BLOCK_SIZE", 0) if tile is None else math.prod(tile[:3])
         n_elements = block // n_threads
         sizes = ([dtype.itemsize * n_elements for dtype in role] for role in (self.reads, self.writes))
         reads, writes = ([size for size in role if size >= NARROWEST] for role in sizes)
@@ -162,8 +184,11 @@ class Variant:
             budget = instructions(self.kernel, target, self.reads)
             if "cautious" in self.options:
                 budget += CAUTIOUS
+            if "watched" in self.options:
+                budget += WATCHED
             if self.scheme:
                 budget = of_scheme(self.kernel, target, self.scheme)
+            budget += of_riders(target, *self.riders)
             limits = replace(limits, instructions=budget, walk=Walk(reads, n_elements, n_blocks))
         return launch, limits
 
@@ -202,6 +227,48 @@ def _update_variants() -> Iterator[Variant]:
                 # control is read before the walk
                 counted=not control,
             )
+
+
+#: Sums, and dtypes of averages, that ride along with an update: those that every state has, all, averages without sums,
+#: and with them.
+RIDERS = [
+    ((0, 1), None), ((0, 1, 2, 3), None), ((), torch.float32), ((), torch.bfloat16), ((0, 1, 2, 3), torch.float32),
+]  # fmt: skip
+
+
+def _riders_variants() -> Iterator[Variant]:
+    """Adam in 32 and 16 bits; of the others, whose arithmetic does not matter here, SGD, which has the least."""
+    choices = [(adam, name) for name in ("float32", "bfloat16", "float32-bfloat16_grads")] + [(sgd, "float32")]
+    usual = {algorithm.module: algorithm.update_variants for algorithm in ELEMENTWISE}
+    for (module, name), (sums, average), control in product(choices, RIDERS, (False, True)):
+        if control and name != "float32":
+            continue
+        variant, n_states = max(usual[module].values(), key=lambda found: (found[1] > 0, -found[1], -sum(found[0])))
+        p, g, state = DTYPES[name]
+        dtypes = (p, g, *[state] * n_states)
+
+        def call(
+            size, module=module, variant=variant, control=control, dtypes=dtypes, sums=sums, average=average
+        ) -> None:
+            table = size.table(len(dtypes) - 1)
+            partials = torch.empty(len(sums), table.n_chunks)
+            riders = update.Riders(sums, 0, partials if sums else None)
+            if average is not None:
+                averages, weight = addresses(size.n_tensors), size.scalar(torch.float64)
+                riders = riders._replace(averages=averages, average_dtype=average, weight=weight)
+            update.update_(
+                module, table, size.grads(), numbers(1, len(module.HYPER)), numbers(3) if control else None,
+                variant=variant, dtypes=dtypes, riders=riders,
+            )  # fmt: skip
+
+        averages = () if average is None else (average,)
+        kinds = [*[f"{len(sums)}_sums"] * bool(sums), *(f"{str(dtype)[6:]}_average" for dtype in averages)]
+        yield Variant(
+            module.__name__.rpartition(".")[2], _name(name, *kinds, control=control), call,
+            reads=(*dtypes, *averages), writes=(p, *[state] * n_states, *averages),
+            threads=THREADS_RIDERS if sums and p.itemsize == 2 else THREADS,
+            shared=SHARED_RIDERS if sums else 0, counted=not control, riders=(len(sums), len(averages)),
+        )  # fmt: skip
 
 
 #: Schemes that are compiled for an algorithm; Adam has all. What control and counts on a device do is the same for all.
@@ -577,6 +644,62 @@ def _norm_variants() -> Iterator[Variant]:
             shared=SHARED_REDUCTION,
             counted=True,
         )
+    yield from _watched_norm_variants()
+
+
+def _watched_norm_variants() -> Iterator[Variant]:
+    """Of gradients that somebody watches: the 2-norm, the largest, and how many are 0."""
+    for dtype, scaled in product(TRITON_DTYPE, (False, True)):
+
+        def call(size: Sizes, dtype=dtype, scaled=scaled) -> None:
+            grad_norm.norm_(
+                size.table(), size.grads(), size.scalar() if scaled else None,
+                numbers(4, size.offset + size.n_tensors), size.offset, dtype=dtype, norm_type=2.0, watched=True,
+            )  # fmt: skip
+
+        yield Variant(
+            "norm", _name(str(dtype)[6:], "watched", scaled=scaled), call, reads=[dtype], threads=_threads([dtype]),
+            shared=SHARED_REDUCTION, counted=True,
+        )  # fmt: skip
+
+
+def _tensor_sums_variants() -> Iterator[Variant]:
+    """What is watched of gradients, and what rides along with an update."""
+    kinds = {
+        "watched": (torch.float64, (False, True, True, False)),
+        **{f"{n}_sums": (torch.float32, (False,) * n) for n in (1, 2, 4)},
+    }
+    for kind, (dtype, maxima) in kinds.items():
+
+        def call(size: Sizes, dtype=dtype, maxima=maxima) -> None:
+            table = size.table()
+            partials = torch.empty(len(maxima), size.offset + table.n_chunks, dtype=dtype)[:, size.offset :]
+            tensor_sums.tensor_sums_(partials, table.first_chunk, numbers(len(maxima), size.n_tensors), maxima=maxima)
+
+        yield Variant("tensor_sums", kind, call, threads=THREADS_FLOAT64, shared=SHARED_REDUCTION)
+
+
+def _judge_variants() -> Iterator[Variant]:
+    """A program that reads one norm: every kind of clipping, with and without the window in which spikes are seen."""
+    kinds = {
+        "plain": guards.Clip(guards.NO_CLIPPING.value, (0.0,) * 4),
+        "fixed": guards.Clip(guards.FIXED.value, (1.0, 0.0, 0.0, 0.0)),
+        "normalize": guards.Clip(guards.FIXED.value, (1.0, 0.0, 0.0, 0.0), clamp=False),
+        "percentile": guards.Clip(guards.PERCENTILE.value, (90.0, 0.0, 0.0, 0.0), window=1000),
+        "z_score": guards.Clip(guards.Z_SCORE.value, (2.5, 0.97, 25.0, 1.0)),
+    }
+    for (kind, clip), window, skips in product(kinds.items(), (0, 128), (False, True)):
+        spike = guards.Spike(window, (64.0, 6.0, 8.0, 0.01))
+
+        def call(size: Sizes, clip=clip, spike=spike, skips=skips) -> None:
+            spikes = numbers(3 + spike.window) if spike.window else None
+            clipping = numbers(3 + clip.window) if clip.kind > guards.FIXED.value else None
+            guards.judge_(numbers(3), numbers(13), spikes, clipping, spike=spike, clip=clip, skips_nonfinite=skips)
+
+        yield Variant(
+            "judge", _name(kind, spikes=window > 0, skips=skips), call, threads=THREADS_FLOAT64,
+            shared=SHARED_JUDGE,
+        )  # fmt: skip
 
 
 def _finish_variants() -> Iterator[Variant]:
@@ -632,7 +755,10 @@ def variants() -> tuple[Variant, ...]:
         _storage_measured_variants,
         _storage_adafactor_variants,
         _prepare_variants,
+        _riders_variants,
         _norm_variants,
+        _tensor_sums_variants,
+        _judge_variants,
         _finish_variants,
         _scale_variants,
     )
