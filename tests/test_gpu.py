@@ -114,6 +114,31 @@ def test_the_first_step_does_not_synchronise_either(case: Case, kwargs: dict) ->
         optimizer.step()
 
 
+@pytest.mark.parametrize("clip", [1.0, optimx.AutoClip(50.0, 16), optimx.ZClip(warmup=2)], ids=lambda c: str(c)[:8])
+@each_case
+def test_rules_do_not_synchronise(case: Case, clip: Any) -> None:
+    """All together, also in a step that is skipped, and in the one after it, which may hear of it."""
+    params = make_params(device="cuda")
+    optimizer = case.cls(
+        two_groups(case)(params), **usual(case), skip_nonfinite=True, skip_spikes=optimx.Spikes(8), max_skips=3,
+        max_grad_norm=clip,
+    )  # fmt: skip
+    for step in range(8):
+        set_grads(params, step)
+        if step == 4:
+            params[3].grad.view(-1)[-1] = float("nan")
+        if step == 6:
+            params[3].grad.mul_(1e6)
+        with no_sync() if step >= 2 else nullcontext():
+            optimizer.step()
+        assert bool(optimizer.step_was_skipped) == (step in (4, 6))
+    assert {name: int(count) for name, count in optimizer.counters.items() if name != "clipped"} == {
+        "steps": 8, "skipped": 2, "nonfinite": 1, "in_a_row": 0,
+    }  # fmt: skip
+    bad = optimx.last_bad(optimizer)
+    assert (bad.step, bad.names) == (5, ("parameter 3 of group 0",))
+
+
 def test_clip_grad_norm_does_not_synchronise() -> None:
     params = make_params(device="cuda")
     for step in range(3):

@@ -92,6 +92,32 @@ def test_graph_replay_equals_eager(case: Case, kwargs: dict, max_grad_norm: floa
         torch.testing.assert_close(captured.grad_norm, eager.grad_norm)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, optimx.AutoClip(50.0)], ids=["plain", "autoclip"])
+@each_case
+def test_graph_replay_skips(case: Case, max_grad_norm: optimx.AutoClip | None) -> None:
+    """What a step finds at replay decides about that step; counters and norms go on."""
+    params, twin = make_params(device="cuda"), make_params(device="cuda")
+    kwargs = {**usual(case), "capturable": True, "skip_nonfinite": True, "max_grad_norm": max_grad_norm}
+    captured, eager = (case.cls(some, **kwargs) for some in (params, twin))
+    fill = filler(params, twin)
+    warm_up((captured, eager), fill)
+    graph = captured_step(captured)
+    for step in range(3, 8):
+        fill(step)
+        if step == 5:
+            for some in (params, twin):
+                some[3].grad.view(-1)[-1] = float("nan")
+        before = [param.detach().clone() for param in params]
+        graph.replay()
+        eager.step()
+        assert all(map(torch.equal, before, params)) == bool(captured.step_was_skipped) == (step == 5)
+    assert_same(captured, eager)
+    assert int(captured.counters["steps"]) == 8
+    torch.testing.assert_close(captured.guard_state, eager.guard_state, rtol=0.0, atol=0.0, equal_nan=True)
+    assert optimx.last_bad(captured) == optimx.last_bad(eager)
+    assert optimx.last_bad(captured).step == 6
+
+
 def test_graph_replay_normalizes() -> None:
     params, twin = make_params(device="cuda"), make_params(device="cuda")
     captured, eager = (optimx.LAMB(some, normalize_grads=True, capturable=True) for some in (params, twin))
