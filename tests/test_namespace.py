@@ -222,7 +222,7 @@ def test_defaults_and_repr_of_our_own(case: Case) -> None:
     whole = {"params", "capturable", "normalize_grads", *WHOLE, *SETTINGS, *FLAGS}
     parameters = inspect.signature(case.cls).parameters
     # what nobody sets, but groups tell
-    told = {"train_mode": True} if hasattr(ours, "averaged") else {}
+    told = {"train_mode": True} if hasattr(ours, "eval") else {}
     expected = {name: p.default for name, p in parameters.items() if name not in whole}
     assert ours.defaults == {**expected, **told, "lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]
