@@ -284,7 +284,7 @@ def amsgrad_with_its_state(optimizer):
         optimizer.state[param]["max_exp_avg_sq"] = torch.ones_like(param)
 
 
-@edit(lambda case, kwargs: hasattr(case.cls, "averaged"))
+@edit(lambda case, kwargs: hasattr(case.cls, "eval"))
 def evaluated_and_trained(optimizer):
     if isinstance(optimizer, MultiTensorStep):
         optimizer.eval()

@@ -158,10 +158,6 @@ EXTRA["adafactor"] = [
 ]  # fmt: skip
 
 
-#: Of torch's, those that have adaptive gradient clipping as an argument.
-WITH_AGC = {"adam", "adamw", "nadam", "rmsprop", "sgd"}
-
-
 @each_of_torchs
 def test_signature(case: Case) -> None:
     ours = [*inspect.signature(case.cls).parameters.values()]
@@ -172,7 +168,6 @@ def test_signature(case: Case) -> None:
     values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
     values["skip_nonfinite"] = False
     flags = dict.fromkeys((*case.cls.rule.flags, "centralize_grads") if case.cls.rule.flags else (), False)
-    flags.update({"agc": None} if case.name in WITH_AGC else {})
     others = {name: values.get(name) for name in EXTRA[case.name]}
     assert {p.name: p.default for p in extra} == {**others, **SETTINGS, **flags}
 
@@ -227,7 +222,7 @@ def test_defaults_and_repr_of_our_own(case: Case) -> None:
     whole = {"params", "capturable", "normalize_grads", *WHOLE, *SETTINGS, *FLAGS}
     parameters = inspect.signature(case.cls).parameters
     # what nobody sets, but groups tell
-    told = {"train_mode": True} if case.name.startswith("schedule_free") else {}
+    told = {"train_mode": True} if hasattr(ours, "eval") else {}
     expected = {name: p.default for name, p in parameters.items() if name not in whole}
     assert ours.defaults == {**expected, **told, "lr": 0.5}
     assert list(ours.param_groups[0]) == ["params", *ours.defaults]

@@ -406,7 +406,7 @@ def _adafactor_update_kernel(
     COMPUTE: tl.constexpr,
     FACTORED: tl.constexpr,
     MOMENT: tl.constexpr,
-    MEASURE: tl.constexpr,  # write squares of updates; False: take the step
+    ONLY_LENGTHS: tl.constexpr,  # write squares of updates; False: take the step
     HAS_CONTROL: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     N_DIVISOR: tl.constexpr,
@@ -438,7 +438,7 @@ def _adafactor_update_kernel(
     means_ptr += tl.load(shape_ptr + 6)
     # not before: what is held for long takes registers
     average_ptr = _pointer(fixed_ptr, tensor * (len(DTYPES) - 1) + 1, DTYPES[2], 1)
-    if not MEASURE:
+    if not ONLY_LENGTHS:
         size = (tl.load(sizes_ptr + 2 * index) * tl.load(row_ptr)).to(COMPUTE)
         decay = tl.load(sizes_ptr + 2 * index + 1).to(COMPUTE)
         beta1_c = tl.load(row_ptr + _BETA1_C).to(COMPUTE)
@@ -452,7 +452,7 @@ def _adafactor_update_kernel(
         if FACTORED:
             root = _row_roots(average_ptr, means_ptr, shape, matrices, rows, COMPUTE)[:, :, None] * root
         u = _direction(g, root, eps)
-        if MEASURE:
+        if ONLY_LENGTHS:
             squares += u * u
         else:
             groups = _groups(shape, matrices, rows, block, FORMATS, TILE)
@@ -460,7 +460,7 @@ def _adafactor_update_kernel(
             _take_step(
                 (pointers, offsets, mask, groups, runs, noise, FORMATS), u, size, decay, beta1_c, FACTORED, MOMENT
             )
-    if MEASURE:
+    if ONLY_LENGTHS:
         tl.store(lengths_ptr + 2 * tl.program_id(0) + 1, tl.sum(tl.ravel(squares), axis=0).to(tl.float64))
 
 

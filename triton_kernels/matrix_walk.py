@@ -269,10 +269,10 @@ def _launchers(
     length, update = (
         Launcher(
             adafactor._adafactor_update_kernel, DTYPES=packed_dtypes(dtypes), FACTORED=factored,
-            MOMENT=moment, MEASURE=measure, NOISE=formats.noise(width), **_widths(dtypes, aligned), TILE=tuple(tile),
-            num_warps=num_warps, **common, **storage,
+            MOMENT=moment, ONLY_LENGTHS=only_lengths, NOISE=formats.noise(width), **_widths(dtypes, aligned),
+            TILE=tuple(tile), num_warps=num_warps, **common, **storage,
         )
-        for measure in (True, False)
+        for only_lengths in (True, False)
     )  # fmt: skip
     return _Variants(
         (rows, columns),
