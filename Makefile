@@ -22,7 +22,7 @@ help:
 	@echo "make bench       benchmarks beside torch.optim and other packages; convergence"
 	@echo "make report      a page and charts of all results, and the tables of README and docs"
 	@echo "make demo        train a small GPT twice, with torch.optim and with optimx"
-	@echo "make plots       draw the documentation's pictures: schedules, singular values, a watched run"
+	@echo "make plots       draw the documentation's pictures: schedules, singular values, a watched run, bad batches"
 	@echo "make docs        build the documentation in site/"
 	@echo "make gpu-smoke   every optimizer once on a GPU, then kernels and test_gpu: 4 minutes"
 	@echo "make gpu-test    all tests that need a GPU: 8 minutes"
@@ -87,9 +87,10 @@ bench: .venv-bench/.installed
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_muon
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.convergence_storage
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.lr_find
+	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.bad_steps
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md docs/lr_find.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/sharding.md docs/optimizers/muon.md docs/storage.md docs/lr_find.md docs/bad_steps.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

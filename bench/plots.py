@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from bench import singular_values, watching
+from bench import bad_steps_chart, singular_values, watching
 from bench.chart_style import OURS, figure, save
 from optimx.lr_scheduler import (
     REX,
@@ -123,6 +123,7 @@ PICTURES: dict[str, Callable[[Path], None]] = {
     "docs/schedules.png": draw,
     "docs/optimizers/singular_values.png": singular_values.draw,
     "docs/watching.png": watching.draw,
+    "docs/bad_steps.png": bad_steps_chart.draw,
 }
 
 if __name__ == "__main__":

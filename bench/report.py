@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import lr_find_report, memory_report, muon_report, ranks, storage_report
+from bench import bad_steps_report, lr_find_report, memory_report, muon_report, ranks, storage_report
 from bench.case import COPY, FUSED, KEPT_ERROR, OURS, STOCK
 from bench.results import Verdict
 from bench.saved import Question, Results, load
@@ -86,6 +86,8 @@ def report(results: Results, charts: Sequence[str]) -> str:
     if results.lr_find:
         lines += ["## Learning rates that a sweep suggests", "", *lr_find_report.lines(results.lr_find), ""]
         lines += [lr_find_report.picture(), ""] if lr_find_report.PICTURE in charts else []
+    if results.bad_steps:
+        lines += ["## Bad batches", "", *bad_steps_report.lines(results.bad_steps), ""]
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -278,6 +280,10 @@ def lr_find_part(results: Results, folder: str) -> list[str]:
     return [lr_find_report.picture(f"{folder}/"), "", *lines] if drawn else lines
 
 
+def bad_steps_part(results: Results, folder: str) -> list[str]:
+    return bad_steps_report.lines(results.bad_steps) if results.bad_steps else []
+
+
 def kept_part(results: Results, folder: str) -> list[str]:
     return [*memory_report.kept_lines(results), "", f"All rows are in the [report]({folder}/report.md)."]
 
@@ -299,6 +305,7 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "muon-steps": muon_steps_part,
     "storage": storage_part,
     "lr-find": lr_find_part,
+    "bad-steps": bad_steps_part,
     "kept": kept_part,
     "kept-packages": packages_part,
 }

@@ -11,7 +11,7 @@ from typing import Any
 from bench.results import Row, Verdict
 
 #: Stems of files that :mod:`bench.convergence` and its like leave.
-CHECKS = ("convergence", "convergence_muon", "convergence_storage", "lr_find")
+CHECKS = ("convergence", "convergence_muon", "convergence_storage", "lr_find", "bad_steps")
 
 
 @dataclass
@@ -40,6 +40,7 @@ class Results:
     convergence_muon: dict[str, Any] | None = None
     convergence_storage: dict[str, Any] | None = None
     lr_find: dict[str, Any] | None = None
+    bad_steps: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[Row]:

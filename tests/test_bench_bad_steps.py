@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from bench import bad_steps
+from bench import bad_steps, bad_steps_report, report
 from bench.bad_steps import MODEL, MULTIPLIED, NAN, NOISE, WAYS, bad_loss, main, train
 from bench.gpt import GPT
 
@@ -54,3 +55,34 @@ def test_a_run_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (entry["way"], entry["plan"]) == ("`max_grad_norm=1`", "bad")
     assert [len(losses) for losses in entry["losses"]] == [2, 2]
     assert all(math.isnan(losses[-1]) for losses in entry["losses"])
+
+
+def results() -> dict[str, Any]:
+    """What ``python -m bench.bad_steps`` leaves behind: a way that ends in NaN, and one that skips."""
+    head = {"run": {"command": "python -m bench.bad_steps"}, "bad_steps": {"none": {}, "bad": {"3": NAN}}}
+    stock = {"way": WAYS[0].name, "counters": [{}, {}], "last_bad": [None, None]}
+    ours = {"way": WAYS[4].name, "counters": [{"skipped": 3, "clipped": 7}] * 2, "last_bad": ["step 3: bad"] * 2}
+    good, bad = [[3.0, 2.0], [3.0, 2.5]], [[3.0, math.nan], [3.0, math.nan]]
+    entries = [{**stock, "plan": "none", "losses": good}, {**stock, "plan": "bad", "losses": bad}]
+    entries += [{**ours, "plan": plan, "losses": good} for plan in ("none", "bad")]
+    return {**head, "entries": entries}
+
+
+def test_table() -> None:
+    text = "\n".join(bad_steps_report.lines(results()))
+    assert "| torch | 2.250 (2.000 to 2.500) | NaN | - | - |" in text
+    assert "`max_grad_norm=1` | 2.250 (2.000 to 2.500) | 2.250 (2.000 to 2.500) | 3 | 7 |" in text
+    assert "```\nstep 3: bad\n```" in text
+
+
+def test_report_has_it(tmp_path: Path) -> None:
+    block = "<!-- bench some bad-steps -->\n<!-- bench end -->\n"
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / "bad_steps.json").write_text(json.dumps(results()))
+    head = {"machine_info": {"device": "some"}, "run": {}, "benchmarks": [], "left_out": [], "targets": []}
+    (folder / "step.json").write_text(json.dumps(head))
+    page = tmp_path / "page.md"
+    page.write_text(block)
+    assert "| torch | 2.250" in report.with_blocks(page, tmp_path)
+    assert "## Bad batches" in report.report(report.load(folder), [])

@@ -158,6 +158,10 @@ EXTRA["adafactor"] = [
 ]  # fmt: skip
 
 
+#: Of torch's, those that have adaptive gradient clipping as an argument.
+WITH_AGC = {"adam", "adamw", "nadam", "rmsprop", "sgd"}
+
+
 @each_of_torchs
 def test_signature(case: Case) -> None:
     ours = [*inspect.signature(case.cls).parameters.values()]
@@ -168,6 +172,7 @@ def test_signature(case: Case) -> None:
     values = {"capturable": False, "variant": "torch", "scale_parameter": True, "warmup_init": False}
     values["skip_nonfinite"] = False
     flags = dict.fromkeys((*case.cls.rule.flags, "centralize_grads") if case.cls.rule.flags else (), False)
+    flags.update({"agc": None} if case.name in WITH_AGC else {})
     others = {name: values.get(name) for name in EXTRA[case.name]}
     assert {p.name: p.default for p in extra} == {**others, **SETTINGS, **flags}
 

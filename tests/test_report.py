@@ -363,6 +363,7 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
         "docs/optimizers/muon.md",
         "docs/storage.md",
         "docs/lr_find.md",
+        "docs/bad_steps.md",
     ],
 )
 def test_the_projects_pages_are_up_to_date(page):
