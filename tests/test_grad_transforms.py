@@ -288,3 +288,11 @@ def test_groups_that_other_ranks_have_parts_of_are_refused() -> None:
     with pytest.raises(RuntimeError, match="max_group_norm should be None with norm_group"):
         optimizer.step()
     assert torch.equal(params[0], make_params([(3,)])[0])
+
+
+def test_configs_leave_the_last_layer_out() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    rules = [{"match": "1.*", "agc": None}]
+    optimizer = optimx.build(model, {"optimizer": {"name": "sgd", "agc": 0.01}, "groups": {"rules": rules}}).optimizer
+    found = {name: group["agc"] for group in optimizer.param_groups for name in group["param_names"]}
+    assert found == {"0.weight": 0.01, "0.bias": 0.01, "1.weight": None, "1.bias": None}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .._engine.grad_transforms import TRANSFORMS
 from .._engine.rule import UpdateRule
 from .._engine.step import MultiTensorStep
 from .._engine.storage import SETTINGS as STORAGE
@@ -68,7 +69,7 @@ class OptimizerRecipe:
         named, takes_any = parameters_of(self.factory)
         rule = getattr(self.factory, "rule", None)
         # some are in no group where nobody chooses them
-        more = (*STORAGE, *rule.optional_settings) if isinstance(rule, UpdateRule) else ()
+        more = (*STORAGE, *rule.optional_settings, *TRANSFORMS) if isinstance(rule, UpdateRule) else ()
         return {key for key in (*self.defaults, *more) if takes_any or key in named}
 
     def check(self, options: dict[str, Any], path: str) -> None:
