@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ._engine.averages import AVERAGE
 from ._engine.bucket import BucketKey
 from ._engine.placement import Placement, place_all
 from ._engine.rule import StateKind, UpdateRule
@@ -169,6 +170,8 @@ def rows_of(optimizer: Optimizer, placements: Sequence[Placement]) -> tuple[Memo
             part = local(param)
             of_param = kept(optimizer.rule, param, part, group, optimizer.defaults)
             kinds = of_param.kinds
+            if optimizer.average is not None:
+                kinds = {**kinds, AVERAGE: StateKind(dtype=optimizer.average.dtype_of(part))}
             names = [str(part.dtype), *(f"{name} {kind.dtype or part.dtype}" for name, kind in kinds.items())]
             sums = found.setdefault(", ".join(names).replace("torch.", ""), _Sums())
             states = sum(_bytes(kind, part) for kind in kinds.values())

@@ -296,3 +296,11 @@ def test_bad_types() -> None:
         optimx.SGD(make_params()).averaged(),
     ):
         pass
+
+
+def test_memory_tells_of_averages() -> None:
+    params = make_params([(64, 128)], dtype=torch.bfloat16)
+    plain, averaging = (optimx.memory(optimx.AdamW(params, average=rule)) for rule in (None, optimx.EMA()))
+    assert averaging.rows[0].states - plain.rows[0].states == 4 * 64 * 128
+    assert averaging.traffic - plain.traffic == 8 * 64 * 128
+    assert "average float32" in averaging.rows[0].kept
