@@ -167,3 +167,27 @@ def test_what_is_stored_counts(settings: dict[str, Any]) -> None:
     # kernels see all bits, torch's operators those that show
     assert moved == (pytest.approx(64 * 128 * 1e-12, rel=0.1) if interprets(settings) else 0.0)
     assert rows[0].sums["param_sq"][0] == pytest.approx(64 * 128, rel=1e-4)
+
+
+@interpreted
+@pytest.mark.parametrize("scaler", [torch.amp.GradScaler, optimx.GradScaler])
+@pytest.mark.parametrize("fused", [None, True])
+def test_scaled_gradients(scaler: type[torch.amp.GradScaler], fused: bool | None) -> None:
+    """Sums are of unscaled ones, and to unscale is not to clip."""
+    plain, scaled = (optimx.AdamW(make_params([(5, 3), (4,)]), fused=fused, max_grad_norm=1.0) for _ in range(2))
+    rows, expected = watched(scaled), watched(plain)
+    scale = scaler("cpu", init_scale=256.0)
+    scale.scale(torch.ones(()))
+    for step in range(3):
+        set_grads(params_of(plain), step)
+        set_grads(params_of(scaled), step, scale=256.0)
+        plain.step()
+        scale.step(scaled)
+        scale.update()
+    for optimizer in (plain, scaled):
+        flush(optimizer)
+    for mine, theirs in zip(rows, expected, strict=True):
+        assert mine.totals == pytest.approx(theirs.totals, rel=1e-5)
+        assert mine.totals["clip_factor"] < 1.0
+        for name, numbers in theirs.sums.items():
+            assert mine.sums[name] == pytest.approx(numbers, rel=1e-5, abs=1e-9, nan_ok=True), name

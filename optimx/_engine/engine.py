@@ -302,7 +302,7 @@ class Engine:
         if self._row is not None and self.recorder is not None and control is not None:
             self._row.after_update(control)
             capturable = any(group.get("capturable", optimizer.capturable) for group in optimizer.param_groups)
-            self.recorder.send(self._row.numbers, control, capturable)
+            self.recorder.send(self._row, control, capturable)
             self._row = None
         if plan.is_first and control is not None and may_skip:
             plan.take_back_first(inputs.params, optimizer.state, control)

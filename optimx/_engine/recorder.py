@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -87,10 +88,12 @@ class Recorder:
                     self._deliver(row)
             self.n_steps = max(self.n_steps, self._last_step)
 
-    def send(self, row: Tensor, control: Tensor, capturable: bool) -> None:
-        """Send what was measured, ``[n_sums, n_params]``, to the host; nobody waits."""
+    def send(self, measured: Row, control: Tensor, capturable: bool) -> None:
+        """Send what was measured to the host; nobody waits."""
+        row = measured.numbers
         control = control.to(row.device, torch.float64)
-        factor = torch.where(control[SKIP] != 0, 1.0, control[FACTOR])
+        # a factor that unscales is no clipping
+        factor = torch.where(control[SKIP] != 0, 1.0, control[FACTOR] / measured.inverse)
         totals = torch.stack([control[NORM], factor, (control[SKIP] != 0).double()])
         numbers = torch.cat([totals.new_zeros(1), totals, row.reshape(-1)])
         if capturable and numbers.device.type == "cuda" and self._ring is None and not _compat.is_capturing():
@@ -143,6 +146,10 @@ class Row:
         plan: Of the step.
         inputs: Of the step.
         states: Of the optimizer.
+
+    Attributes:
+        numbers: What is measured.
+        inverse: What unscales gradients.
     """
 
     def __init__(self, recorder: Recorder, plan: StepPlan, inputs: StepInputs, states: Mapping[Tensor, Any]) -> None:
@@ -153,7 +160,7 @@ class Row:
         shape = len(self._sums), len(inputs.params)
         self.numbers = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._before: dict[int, Tensor] = {}
-        self._inverse: Tensor | float = 1.0
+        self.inverse: Tensor | float = 1.0
         # of each sum, whose does not ride along
         with_grad = [i for i, grad in enumerate(inputs.grads) if grad is not None and grad.layout is torch.strided]
         self._rest = {name: {*with_grad} for name in self._sums}
@@ -169,15 +176,27 @@ class Row:
                 self._put_members(found, bucket)
                 for name in self._rest.keys() & found.keys():
                     self._rest[name].difference_update(bucket.positions)
-        self._inverse = 1.0 if amp.grad_scale is None else amp.grad_scale.double().reciprocal()
+        self.inverse = 1.0 if amp.grad_scale is None else amp.grad_scale.double().reciprocal()
         self._measure_grads()
 
     def _measure_grads(self) -> None:
         """By torch's operators."""
-        inverse = self._inverse
-        self._put("grad_sq", lambda positions: squares(self._grads(positions)) * inverse * inverse)
-        self._put("grad_max", lambda positions: maxima(self._grads(positions)) * inverse)
-        self._put("grad_zeros", lambda positions: zeros(self._grads(positions)))
+        measures = {"grad_sq": squares, "grad_max": maxima, "grad_zeros": zeros}
+        for name, measure in measures.items():
+            self._put(name, partial(self._of_scaled, name, measure))
+
+    def _of_scaled(self, name: str, measure: Callable[[Sequence[Tensor]], Tensor], positions: Sequence[int]) -> Tensor:
+        return measure(self._grads(positions)) * self._unscaling(name)
+
+    def _unscaling(self, name: str) -> Tensor | float:
+        """What makes a sum over scaled gradients one over gradients."""
+        if name == "grad_sq":
+            return self.inverse * self.inverse
+        return self.inverse if name in ("grad_max", "grad_moment") else 1.0
+
+    def _grad_moments(self, positions: Sequence[int]) -> Tensor:
+        moments = [*map(self._moment, positions)]
+        return products(moments, self._grads(positions)) * self._unscaling("grad_moment")
 
     def before_update(self) -> None:
         """Look at what changes, where nothing rides along."""
@@ -185,14 +204,15 @@ class Row:
             if name in self._rest:
                 self._rest[name] = {i for i in self._rest[name] if self._moment(i) is not None}
         self._put("moment_sq", lambda positions: squares([*map(self._moment, positions)]))
-        self._put("grad_moment", lambda positions: products([*map(self._moment, positions)], self._grads(positions)))
+        self._put("grad_moment", self._grad_moments)
         self._before = {i: self._inputs.shards[i].detach().clone() for i in self._rest.get("update_sq", ())}
 
     def after_update(self, control: Tensor) -> None:
         """Take what rode along, and look at what has changed."""
         for bucket in self._plan.buckets:
             for names, found in bucket.carried():
-                self._put_members(dict(zip(names, found, strict=True)), bucket)
+                sums = {name: numbers * self._unscaling(name) for name, numbers in zip(names, found, strict=True)}
+                self._put_members(sums, bucket)
         self._put("param_sq", lambda positions: squares(self._shards(positions)))
         self._put("update_sq", lambda positions: squares([*map(self._change, positions)]))
         self._before = {}
