@@ -109,7 +109,7 @@ def test_the_driver_needs_torch_and_pytest_alone():
     reports = {"charts", "chart_style", "plots", "singular_values", "demo", "convergence"}
     # and for where there is no GPU
     reports |= {"convergence_chart", "convergence_muon", "convergence_storage", "convergence_tasks", "convergence_text"}
-    reports |= {"profile_host"}
+    reports |= {"profile_host", "bad_steps", "bad_steps_chart", "lr_find", "lr_find_chart", "watching"}
     for path in Path(driver.__file__).parent.glob("*.py"):
         if path.stem in reports:
             continue

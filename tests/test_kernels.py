@@ -762,8 +762,9 @@ def test_no_kernel_is_compiled_anew_for_an_integer() -> None:
                 found.add(param.name)
                 # sides of matrices are always multiples of 16, which newton_schulz.multiply_ makes sure of
                 told = param.do_not_specialize or param.name in ("n_rows", "n_columns", "n_inner")
-                assert told or param.annotation_type == "fp32", f"{name}: {param.name}"
-    assert found == {"n_tensors", "n_partials", "max_norm", "n_rows", "n_columns", "n_inner", "beta", "alpha"}
+                assert told or param.annotation_type in ("fp32", "fp64"), f"{name}: {param.name}"
+    numbers = {"from_norms", "sigma", "accept_after", "least_spread", "clip_a", "clip_b", "clip_c", "clip_d"}
+    assert found == {"n_tensors", "n_partials", "max_norm", "n_rows", "n_columns", "n_inner", "beta", "alpha", *numbers}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -89,6 +89,10 @@ class Signum(MultiTensorStep, SignumLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False).
         max_grad_norm: Clip the gradients of all groups to this 2-norm inside the step (default: None, no clipping).
+        skip_nonfinite: Skip steps with infinite or NaN gradients (default: False).
+        skip_spikes: Skip steps whose gradient norm is far above those before (default: None).
+        max_skips: Raise RuntimeError after so many skipped steps in a row (default: None).
+        average: Average the parameters in the step (default: None).
         norm_group: A process group with other parts of the parameters (default: None).
         param_rounding: How a 16-bit parameter is kept (default: "nearest").
         state_dtype: How states are kept (default: None: as the parameter).
@@ -109,6 +113,10 @@ class Signum(MultiTensorStep, SignumLoop):
         maximize: bool = False,
         capturable: bool = False,
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        skip_spikes: Any = None,
+        max_skips: int | None = None,
+        average: Any = None,
         norm_group: Any = None,
         param_rounding: str = "nearest",
         state_dtype: StateDtype = None,
@@ -118,6 +126,7 @@ class Signum(MultiTensorStep, SignumLoop):
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(
             params, defaults, max_grad_norm=max_grad_norm, capturable=capturable, norm_group=norm_group,
+            skip_nonfinite=skip_nonfinite, skip_spikes=skip_spikes, max_skips=max_skips, average=average,
             param_rounding=param_rounding, state_dtype=state_dtype, rounding_seed=rounding_seed,
         )  # fmt: skip
 ''',

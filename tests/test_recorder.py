@@ -25,12 +25,12 @@ def watched(
 ) -> list[WatchedStep]:
     """What will have been measured."""
     rows: list[WatchedStep] = []
-    optimizer._engine.recorder = Recorder(every, sums, rows.append)
+    optimizer._recorder = Recorder(every, sums, rows.append)
     return rows
 
 
 def flush(optimizer: optimx.MultiTensorStep) -> None:
-    recorder = optimizer._engine.recorder
+    recorder = optimizer._recorder
     assert recorder is not None
     recorder.flush()
 

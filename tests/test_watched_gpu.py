@@ -27,7 +27,7 @@ OPTIMIZERS = [optimx.AdamW, optimx.SGD, optimx.LAMB, optimx.Adafactor]
 
 def watched(optimizer: optimx.MultiTensorStep) -> list[WatchedStep]:
     rows: list[WatchedStep] = []
-    optimizer._engine.recorder = Recorder(1, (*OF_GRADS, *OF_UPDATES), rows.append)
+    optimizer._recorder = Recorder(1, (*OF_GRADS, *OF_UPDATES), rows.append)
     return rows
 
 
@@ -48,7 +48,7 @@ def test_nobody_waits(cls: type[optimx.MultiTensorStep]) -> None:
         else:
             optimizer.step()
         plain.step()
-    optimizer._engine.recorder.flush()
+    optimizer._recorder.flush()
     assert [row.step for row in rows] == [*range(1, 8)]
     assert [row.totals["skipped"] for row in rows] == [0.0] * 5 + [1.0, 0.0]
     assert optimizer.counters["skipped"] == 1
@@ -89,7 +89,7 @@ def test_graph_replay_equals_eager(cls: type[optimx.MultiTensorStep]) -> None:
         assert torch.equal(captured.state[a][AVERAGE], eager.state[b][AVERAGE])
     assert captured.counters["skipped"] == 1
     for optimizer in (captured, eager):
-        optimizer._engine.recorder.flush()
+        optimizer._recorder.flush()
     assert [row.step for row in rows] == [row.step for row in expected] == [*range(1, 8)]
     for mine, theirs in zip(rows, expected, strict=True):
         assert mine.totals == theirs.totals or mine.step == 6

@@ -26,7 +26,7 @@ from .guards import SETTINGS as GUARDS
 from .guards import Clipping
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
-from .recorder import Recorder, Row
+from .recorder import Row
 from .sharding import gathered
 from .storage import SETTINGS, STOCHASTIC
 
@@ -68,7 +68,6 @@ class Engine:
         deferred_found_inf: Left by GradScaler, to be written by the coming step.
         verdict: The ``control`` of the coming step, where a composite has decided about it.
         bad: Which gradients were infinite or NaN, where rules look for them.
-        recorder: Measures some steps; None: nobody watches.
     """
 
     def __init__(self) -> None:
@@ -79,7 +78,6 @@ class Engine:
         self.deferred_found_inf: Tensor | None = None
         self.verdict: Tensor | None = None
         self.bad = BadGradients()
-        self.recorder: Recorder | None = None
         self._row: Row | None = None
         self._settings: list[Any] = []
         self._n_group_keys = 0
@@ -109,7 +107,7 @@ class Engine:
             self.device_counts = inputs.device_counts = True
             self._forget_plans()
             plan = self._plan(optimizer, inputs)
-        is_watched = self.recorder is not None and self.recorder.begin()
+        is_watched = optimizer._recorder is not None and optimizer._recorder.begin()
         averages = is_due(optimizer)
         is_measured = False
         while True:
@@ -254,8 +252,8 @@ class Engine:
                     optimizer._judge(self.control)
                 self.bad.note(optimizer, inputs.grads, measured)
         self._row = None
-        if is_watched and measured is not None and self.recorder is not None:
-            self._row = Row(self.recorder, plan, inputs, optimizer.state)
+        if is_watched and measured is not None and optimizer._recorder is not None:
+            self._row = Row(optimizer._recorder, plan, inputs, optimizer.state)
             self._row.of_grads(measured, amp)
         if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found
@@ -299,10 +297,10 @@ class Engine:
                 torch.autograd.graph.increment_version([inputs.params[i] for i in bucket.updated(bucket.positions)])
         if averager is not None:
             averager.after_update(control)
-        if self._row is not None and self.recorder is not None and control is not None:
+        if self._row is not None and optimizer._recorder is not None and control is not None:
             self._row.after_update(control)
             capturable = any(group.get("capturable", optimizer.capturable) for group in optimizer.param_groups)
-            self.recorder.send(self._row, control, capturable)
+            optimizer._recorder.send(self._row, control, capturable)
             self._row = None
         if plan.is_first and control is not None and may_skip:
             plan.take_back_first(inputs.params, optimizer.state, control)

@@ -39,6 +39,8 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     average: Average | None = None
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
+    #: Measures some steps, a ``Recorder``; None: nobody watches. Of the optimizer, because a compiler looks at it.
+    _recorder: Any = None
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
     loop_keeps_dtypes: ClassVar[bool] = False
     #: And it knows the flags of updates; others are refused where they would have to take it.

@@ -359,10 +359,7 @@ class MultiTensorStep(EngineOptimizer):
         if not torch.compiler.is_compiling():
             self._engine.step(self)
         elif not (
-            self.needs_norm
-            or self.average
-            or self._engine.recorder
-            or any(map(self._is_beyond_loop, self.param_groups))
+            self.needs_norm or self.average or self._recorder or any(map(self._is_beyond_loop, self.param_groups))
         ):
             # under torch.compile the stock formulas, which know no formats and flags, become one graph
             self._stock_step()

@@ -37,18 +37,18 @@ class OfOptimizer:
     """
 
     def __init__(self, optimizer: MultiTensorStep, every: int, sums: Collection[str], receive: Receive) -> None:
-        if optimizer._engine.recorder is not None:
+        if optimizer._recorder is not None:
             raise RuntimeError(
                 f"{type(optimizer).__name__} should be watched by one watcher but has one; close() it first"
             )
         self._optimizer = optimizer
-        self._recorder = optimizer._engine.recorder = Recorder(every, [*sums], receive)
+        self._recorder = optimizer._recorder = Recorder(every, [*sums], receive)
 
     def flush(self) -> None:
         self._recorder.flush()
 
     def close(self) -> None:
-        self._optimizer._engine.recorder = None
+        self._optimizer._recorder = None
 
 
 class OfComposite:

@@ -34,7 +34,7 @@ def trained(rank: int, name: str) -> dict[str, Any]:
     made = {**ENGINES, "one_process": one_process}[name](rank, partial(optimx.AdamW, **SETTINGS))
     optimizer = made.optimizer
     rows: list[WatchedStep] = []
-    optimizer._engine.recorder = Recorder(1, (*OF_GRADS, *OF_UPDATES), rows.append)
+    optimizer._recorder = Recorder(1, (*OF_GRADS, *OF_UPDATES), rows.append)
     skipped = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -45,7 +45,7 @@ def trained(rank: int, name: str) -> dict[str, Any]:
             next(grad for grad in map(local, grads) if grad.numel()).view(-1)[0] = torch.nan
         optimizer.step()
         skipped.append(bool(optimizer.step_was_skipped))
-    optimizer._engine.recorder.flush()
+    optimizer._recorder.flush()
     with optimizer.averaged():
         averages = made.params()
     states = [optimizer.state[param] for param in params_of(optimizer)]
