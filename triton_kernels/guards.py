@@ -225,5 +225,5 @@ def _judge_launcher(skips_nonfinite: bool, spikes: int, kind: int, clamp: bool, 
     return Launcher(
         _judge_kernel, SKIPS_NONFINITE=skips_nonfinite, SPIKES=spikes,
         SPIKES_BLOCK=triton.next_power_of_2(max(spikes, 1)), CLIPPING=kind, CLAMP=clamp, CLIP_WINDOW=window,
-        CLIP_BLOCK=triton.next_power_of_2(window), num_warps=4,
+        CLIP_BLOCK=triton.next_power_of_2(window), num_warps=8,
     )  # fmt: skip

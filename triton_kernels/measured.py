@@ -46,13 +46,17 @@ from .update import NO_RIDERS, Riders, named_after, update_
 
 
 @triton.jit
+def _read_all(block, N_STATES: tl.constexpr, COMPUTE: tl.constexpr):
+    return read(block, 0, COMPUTE), read_states(block, N_STATES, COMPUTE)
+
+
+@triton.jit
 def _measure_block(sums, pointers, args, first, offsets, mask, CONSTANTS: tl.constexpr):
     of_a, of_b = sums
     scale, hyper = args
     MEASURE: tl.constexpr = CONSTANTS[0]
     groups = groups_of(first, offsets, mask, CONSTANTS[3])
-    block = (pointers, offsets, mask, groups, (), (), CONSTANTS[4])
-    p, states = read(block, 0, scale.dtype), read_states(block, CONSTANTS[2], scale.dtype)
+    p, states = _read_all((pointers, offsets, mask, groups, (), (), CONSTANTS[4]), CONSTANTS[2], scale.dtype)
     g = load(pointers[1] + offsets, mask, scale.dtype) * scale
     a, b = MEASURE(p, g, states, hyper, CONSTANTS[1])
     if mask is not None:

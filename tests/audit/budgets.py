@@ -63,8 +63,8 @@ BUDGETS = {
 DEFAULT = {backend: tuple(map(max, zip(*budgets.values(), strict=True))) for backend, budgets in BUDGETS.items()}
 
 
-#: What cautious steps and cautious decay may take besides.
-CAUTIOUS = 10
+#: What cautious steps, or cautious decay, may take besides.
+CAUTIOUS = 11
 #: What the largest gradient and the number of zeros may take besides their norm.
 WATCHED = 6
 

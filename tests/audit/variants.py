@@ -61,7 +61,7 @@ THREADS_STORAGE = 512
 #: Where a block's columns are summed, one value a column and warp; and where averages of columns meet a block of them.
 SHARED_COLUMNS = 16384
 #: A sort of a thousand norms, in a single program.
-SHARED_JUDGE = 4096
+SHARED_JUDGE = 8192
 #: Sums that ride along meet at the end of a program, where each thread has a few elements of them.
 SHARED_RIDERS = 2048
 #: With sums, 16-bit parameters take 96 registers on sm_90 and 122 on sm_80; with an average besides, those of 32 bits
@@ -185,7 +185,7 @@ class Variant:
             n_blocks = launch.options["CHUNK_SIZE"] // block if tile is None else tile[3] // tile[1]
             budget = instructions(self.kernel, target, self.reads)
             if "cautious" in self.options:
-                budget += CAUTIOUS
+                budget += CAUTIOUS * (2 if "both" in self.options else 1)
             if "watched" in self.options:
                 budget += WATCHED
             if self.scheme:
@@ -203,10 +203,28 @@ def _threads(dtypes: Dtypes, threads: int = THREADS) -> int:
     return THREADS_FLOAT64 if torch.float64 in dtypes else threads
 
 
+#: For variants with a flag, whose few instructions more come in any of them.
+FLAGGED = [("float32", False), ("bfloat16", True)]
+
+
+def _is_flagged(variant: str) -> bool:
+    return "cautious" in variant or "clipped" in variant
+
+
+def _choices(algorithm: Algorithm, variant: str) -> list[tuple[str, bool]]:
+    """Dtypes, with control, of a variant."""
+    if _is_flagged(variant):
+        return FLAGGED
+    return EVERYTHING if algorithm.module is adam else REDUCED
+
+
 def _update_variants() -> Iterator[Variant]:
     for algorithm in ELEMENTWISE:
-        choices = EVERYTHING if algorithm.module is adam else REDUCED
-        for (flags, (variant, n_states)), (name, control) in product(algorithm.update_variants.items(), choices):
+        choices = [
+            (of_flags, choice) for of_flags in algorithm.update_variants.items()
+            for choice in _choices(algorithm, of_flags[0])
+        ]  # fmt: skip
+        for (flags, (variant, n_states)), (name, control) in choices:
             p, g, state = DTYPES[name]
             states = [state] * n_states
             if len({p, g, *states}) < len({*DTYPES[name]}):
@@ -225,7 +243,8 @@ def _update_variants() -> Iterator[Variant]:
                 call,
                 reads=[p, g, *states],
                 writes=[p, *states],
-                threads=_threads([p, g, *states]),
+                # flags take up to 69 registers in 16 bits on sm_90
+                threads=_threads([p, g, *states], 896 if _is_flagged(flags) else THREADS),
                 # control is read before the walk
                 counted=not control,
             )
@@ -474,7 +493,8 @@ def _product_variants() -> Iterator[Variant]:
 def _measured_variants() -> Iterator[Variant]:
     """The launches before the update."""
     for algorithm, (flags, (variant, n_states)) in _measured():
-        for name, control in REDUCED:
+        # without a flag it is LAMB
+        for name, control in FLAGGED if flags else REDUCED:
             p, g, state = DTYPES[name]
             dtypes = (p, g, *[state] * n_states)
 
@@ -497,6 +517,8 @@ def _measured_variants() -> Iterator[Variant]:
                 threads=_threads(dtypes, 896),
                 shared=SHARED_REDUCTION,
                 counted=is_whole and not control,
+                # for sm_80, ptxas has up to 16 bytes of two of them on the stack
+                architectures=("sm_90", "sm_100", "gfx942", "gfx950") if flags and name == "bfloat16" else (),
             )
             if name == "float32":
                 yield Variant(
@@ -706,6 +728,8 @@ def _judge_variants() -> Iterator[Variant]:
         yield Variant(
             "judge", _name(kind, spikes=window > 0, skips=skips), call, threads=THREADS_FLOAT64,
             shared=SHARED_JUDGE,
+            # for sm_100, ptxas has 8 bytes of the single program on the stack
+            architectures=("sm_80", "sm_90", "gfx942", "gfx950") if kind == "percentile" and window else (),
         )  # fmt: skip
 
 
