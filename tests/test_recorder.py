@@ -12,8 +12,8 @@ from torch.nn import Parameter
 
 import optimx
 from optimx._engine import backends
-from optimx._engine.recorder import MOMENTS, OF_GRADS, OF_UPDATES, Recorder
-from optimx._engine.watched_step import WatchedStep
+from optimx._engine.recorder import Recorder
+from optimx._engine.watched_step import MOMENTS, OF_GRADS, OF_UPDATES, WatchedStep
 from tests.cases import CASES, Case, make_params, set_grads
 from tests.engine import KINDS, each_of, interpreted, params_of, usual
 

@@ -9,8 +9,8 @@ import torch
 
 import optimx
 from optimx._engine.averages import AVERAGE
-from optimx._engine.recorder import OF_GRADS, OF_UPDATES, Recorder
-from optimx._engine.watched_step import WatchedStep
+from optimx._engine.recorder import Recorder
+from optimx._engine.watched_step import OF_GRADS, OF_UPDATES, WatchedStep
 from tests.cases import make_params, set_grads
 from tests.engine import params_of
 from tests.test_gpu import no_sync

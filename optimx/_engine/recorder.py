@@ -21,16 +21,10 @@ from .cpu.sums import integers, maxima, products, squares, zeros
 from .grad_norm import FACTOR, NORM, SKIP, Amp, Measurement
 from .plan import StepInputs, StepPlan
 from .sharding import all_reduced, cutting, is_here
-from .watched_step import WatchedStep
+from .watched_step import MOMENTS, OF_GRADS, OF_MOMENTS, OF_UPDATES, WatchedStep
 
-#: What is measured of gradients, and of what the update reads and writes.
-OF_GRADS = ("grad_sq", "grad_max", "grad_zeros")
-OF_UPDATES = ("param_sq", "update_sq", "moment_sq", "grad_moment")
-OF_MOMENTS = OF_UPDATES[2:]
 #: What the host learns of a step besides.
 TOTALS = ("step", "grad_norm", "clip_factor", "skipped")
-#: States that are a first moment.
-MOMENTS = ("exp_avg", "momentum_buffer")
 #: Steps that a CUDA graph may take before somebody asks for its rows; older ones are lost.
 SLOTS = 64
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 import optimx
 from optimx._engine.averages import AVERAGE
-from optimx._engine.recorder import OF_GRADS, OF_UPDATES, Recorder
-from optimx._engine.watched_step import WatchedStep
+from optimx._engine.recorder import Recorder
+from optimx._engine.watched_step import OF_GRADS, OF_UPDATES, WatchedStep
 from tests.distributed import ranks
 from tests.distributed.engines import ENGINES, full, local, one_process
 

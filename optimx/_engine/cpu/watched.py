@@ -8,14 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ..watched_step import OF_GRADS, OF_MOMENTS, OF_UPDATES, moment_in
 from .piece import Piece, Walk
 from .sums import integers
-
-#: What is measured, of those that the engine's recorder asks for.
-NAMES = ("grad_sq", "grad_max", "grad_zeros", "param_sq", "update_sq", "moment_sq", "grad_moment")
-OF_MOMENTS = NAMES[5:]
-#: States that are a first moment.
-MOMENTS = ("exp_avg", "momentum_buffer")
 
 
 class Watched:
@@ -35,9 +30,9 @@ class Watched:
     def __init__(
         self, names: Sequence[str], numels: Sequence[int], state_names: Sequence[str], dtype: torch.dtype
     ) -> None:
-        self._moment = next((i for i, name in enumerate(state_names) if name in MOMENTS), None)
-        known = NAMES if self._moment is not None else NAMES[:5]
-        self.names = [name for name in known if name in names]
+        self._moment = moment_in(state_names)
+        unknown = () if self._moment is not None else OF_MOMENTS
+        self.names = [name for name in (*OF_GRADS, *OF_UPDATES) if name in names and name not in unknown]
         self.numbers = torch.full((len(self.names), len(numels)), torch.nan, dtype=torch.float64, device="cpu")
         # nothing walks over what is empty
         self.numbers[:, [i for i, numel in enumerate(numels) if not numel]] = 0.0

@@ -21,15 +21,10 @@ from ..bucket import Bucket
 from ..layout import same_layout
 from ..rounds import Update
 from ..storage import MOST_ROLES
+from ..watched_step import OF_MOMENTS, OF_UPDATES, moment_in
 
 #: Where an empty gradient lies: its tensor takes the step, and nobody reads.
 _NOWHERE = 16
-
-#: Names of sums that an update can write, in the order of the kernel's, and those that are of a first moment.
-SUMS = ("param_sq", "update_sq", "moment_sq", "grad_moment")
-OF_MOMENTS = SUMS[2:]
-#: States that are a first moment.
-MOMENTS = ("exp_avg", "momentum_buffer")
 
 #: Tile sizes of new tables; None: the kernels' own.
 launch_size: LaunchSize | None = None
@@ -149,13 +144,13 @@ class TritonBucket(Bucket):
         return sums
 
     def carry(self, sums: Sequence[str]) -> Sequence[str]:
-        moment = next((i for i, name in enumerate(self.state_names) if name in MOMENTS), None)
-        names = [name for name in SUMS if name in sums and (moment is not None or name not in OF_MOMENTS)]
+        moment = moment_in(self.state_names)
+        names = [name for name in OF_UPDATES if name in sums and (moment is not None or name not in OF_MOMENTS)]
         if not self.takes_riders or not names:
             return ()
         shape = len(names), self.table.n_chunks
         partials = torch.full(shape, torch.nan, dtype=torch.float32, device=self.key.device)
-        which = tuple(SUMS.index(name) for name in names)
+        which = tuple(OF_UPDATES.index(name) for name in names)
         self._riders = self._riders._replace(sums=which, moment=moment or 0, partials=partials)
         return names
 
@@ -176,7 +171,7 @@ class TritonBucket(Bucket):
             self._riders = self._riders._replace(sums=(), moment=0, partials=None)
             sums = torch.empty(len(which), len(self.positions), dtype=torch.float64, device=self.key.device)
             tensor_sums_(partials, self.table.first_chunk, sums, maxima=(False,) * len(which))
-            yield [SUMS[i] for i in which], sums
+            yield [OF_UPDATES[i] for i in which], sums
 
     def compile(self, control: Tensor | None) -> None:
         """Compile what :meth:`update` will launch.
