@@ -46,8 +46,10 @@ def test_every_algorithm_is_listed() -> None:
 def test_every_constant_takes_every_value(launches: list[tuple[str, Launch]]) -> None:
     seen: dict[tuple[str, str], set] = {}
     for kernel, launch in launches:
+        # passes of one walk take all together; algorithms of which only flags need it are compiled for some
+        walk = kernel.rpartition("_")[2] if kernel.endswith(("_measure", "_adapt")) else kernel
         for name, value in launch.options.items():
-            seen.setdefault((kernel, name), set()).add(value)
+            seen.setdefault((walk, name), set()).add(value)
     for (kernel, name), values in seen.items():
         if any(isinstance(value, bool) for value in values):
             assert values == {False, True}, (kernel, name)
