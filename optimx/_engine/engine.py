@@ -229,6 +229,9 @@ class Engine:
         found = Found(plan.buckets, others, plan.cuts_of_leftovers, plan.reduction, total_norm)
         takes_part = bool(plan.buckets or others or plan.reduction or total_norm is not None)
         self.control, self.verdict = self.verdict, None
+        self._row = None
+        if is_watched and takes_part and optimizer._recorder is not None:
+            self._row = Row(optimizer._recorder, plan, inputs, optimizer.state)
         if needs_norm or optimizer.grad_norm is not None:
             optimizer.grad_norm = None
         measured = None if self.control is None else Measurement(self.control[NORM], self.control)
@@ -241,19 +244,19 @@ class Engine:
             if rules is not None or isinstance(max_norm, Clipping):
                 max_norm = None
             device = inputs.shards[0].device
+            needed = needs_norm
+            if self._row is not None and not needs_norm:
+                needed = not self._row.find_norm()
             measured = measure(
-                found, max_norm, amp, device, needed=needs_norm or is_watched, clamp=not optimizer.normalize_grads,
-                watched=is_watched,
-            )  # fmt: skip
+                found, max_norm, amp, device, needed=needed, clamp=not optimizer.normalize_grads, watched=is_watched
+            )
             self.control = measured.control
             optimizer.grad_norm = measured.norm if needs_norm else None
             if rules is not None:
                 with backends.compiling(*(bucket.kernel_key for bucket, _ in measured.partials)):
                     optimizer._judge(self.control)
                 self.bad.note(optimizer, inputs.grads, measured)
-        self._row = None
-        if is_watched and measured is not None and optimizer._recorder is not None:
-            self._row = Row(optimizer._recorder, plan, inputs, optimizer.state)
+        if self._row is not None and measured is not None:
             self._row.of_grads(measured, amp)
         if isinstance(amp.found_inf, Tensor) and not takes_part:
             # nothing to update here, but a rank may tell what the others have found

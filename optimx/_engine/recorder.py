@@ -88,7 +88,7 @@ class Recorder:
         control = control.to(row.device, torch.float64)
         # a factor that unscales is no clipping
         factor = torch.where(control[SKIP] != 0, 1.0, control[FACTOR] / measured.inverse)
-        totals = torch.stack([control[NORM], factor, (control[SKIP] != 0).double()])
+        totals = torch.stack([measured.norm(control), factor, (control[SKIP] != 0).double()])
         numbers = torch.cat([totals.new_zeros(1), totals, row.reshape(-1)])
         if capturable and numbers.device.type == "cuda" and self._ring is None and not _compat.is_capturing():
             self._ring = numbers.new_zeros(SLOTS, len(numbers))
@@ -154,6 +154,7 @@ class Row:
         shape = len(self._sums), len(inputs.params)
         self.numbers = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         self._before: dict[int, Tensor] = {}
+        self._finds_norm = False
         self.inverse: Tensor | float = 1.0
         # of each sum, whose does not ride along
         with_grad = [i for i, grad in enumerate(inputs.grads) if grad is not None and grad.layout is torch.strided]
@@ -161,6 +162,17 @@ class Row:
         for bucket in plan.buckets:
             for name in bucket.carry(self._sums):
                 self._rest[name].difference_update(bucket.positions)
+
+    def find_norm(self) -> bool:
+        """Find the norm of all gradients among what is measured, if it is: nobody has to measure it before."""
+        plan = self._plan
+        is_alone = not (plan.on_triton or plan.leftovers or plan.reduction or self._inputs.is_sharded)
+        self._finds_norm = is_alone and not self._rest.get("grad_sq", {None})
+        return self._finds_norm
+
+    def norm(self, control: Tensor) -> Tensor:
+        """The norm of all gradients, a float64 scalar."""
+        return self.numbers[self._sums.index("grad_sq")].nansum().sqrt() if self._finds_norm else control[NORM]
 
     def of_grads(self, measured: Measurement, amp: Amp) -> None:
         """Measure gradients, unscaled and before clipping, with what the kernels have found of them."""
@@ -262,6 +274,8 @@ class Row:
 
     def _meet(self) -> None:
         """Combine with what other ranks have found of their parts of DTensors; all of them come to the same steps."""
+        if not self._inputs.is_sharded:
+            return
         over: dict[Any, list[int]] = {}
         for i, param in enumerate(self._inputs.params):
             if is_here(param):

@@ -95,7 +95,10 @@ class Watcher:
         values = self._values(measured)
         self._history.add(measured.step, values)
         broken = not math.isfinite(measured.totals["grad_norm"])
-        row = {key: value for key, value in zip(self.keys, values, strict=True) if broken or not math.isnan(value)}
+        row = dict(zip(self.keys, values, strict=True))
+        # a sum is quickly looked at
+        if not broken and math.isnan(sum(values)):
+            row = {key: value for key, value in row.items() if not math.isnan(value)}
         if self._rules is not None:
             self._rules.read(measured.step, row)
         for i, sink in enumerate(self._sinks):

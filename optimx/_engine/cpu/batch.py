@@ -73,7 +73,7 @@ def in_order(tensors: Sequence[Tensor]) -> bool:
 
 
 class Batch:
-    """Small tensors that are updated together.
+    """Tensors that are updated together, because calls for each would take longer.
 
     Args:
         indices: Which of a call's members.
@@ -83,6 +83,7 @@ class Batch:
     Attributes:
         sizes: Elements of each tensor.
         numel: Elements of all.
+        are_small: They are small, most of them at least: what is done with all costs less in one tensor.
     """
 
     def __init__(self, indices: list[int], members: Members, together: bool = False) -> None:
@@ -92,6 +93,7 @@ class Batch:
         params = self._pick(members.params)
         self.sizes = [param.numel() for param in params]
         self.numel = sum(self.sizes)
+        self.are_small = self.numel <= SMALL * len(self.sizes)
         self._are_vectors = all(param.dim() == 1 for param in params)
         self._views: dict[Hashable, list[Tensor]] = {}
 
@@ -99,10 +101,10 @@ class Batch:
         """The batch's tensors of those of its call."""
         return members.pick(self._pick)
 
-    def flatten(self, grads: Sequence[Tensor]) -> Tensor:
-        """The batch's gradients in one tensor."""
+    def flatten(self, role: Sequence[Tensor]) -> Tensor:
+        """The elements of a role's tensors in one tensor."""
         # the second one makes each of them a vector first, in twice the time
-        return torch.cat([*grads]) if self._are_vectors else _compat.flatten_dense_tensors([*grads])
+        return torch.cat([*role]) if self._are_vectors else _compat.flatten_dense_tensors([*role])
 
     def where_they_are(self, role: Sequence[Tensor]) -> Tensor:
         """All elements of a role that lies together, as one tensor."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..bucket import Bucket, Members, picker
-from .batch import batches_of
+from .batch import Batch, batches_of, cut
+from .piece import PIECE
 
 #: Rows that are one member's or two's, if there are as many of them, and members up to this many elements: a call
 #: for each takes longer than a formula for all (measured from 4 to 1024 elements).
@@ -22,20 +23,34 @@ class Call:
         bucket: Theirs, bound.
         members: Their indices; None stands for all.
         index: Where their row is among all rows.
-        together: Where the states lie makes a difference (see :func:`optimx._engine.cpu.batch.batches_of`).
+        by_formula: A formula takes one tensor a role, so that it makes a difference where states lie (see
+            :func:`optimx._engine.cpu.batch.batches_of`), and large tensors come one by one.
+        room: Elements of a piece.
 
     Attributes:
+        batches: Of small members.
+        large: The others.
+        bundles: Batches of those of them that a piece has room for.
+        alone: Those that are in none.
         parts: Calls that can take this one's place.
         row: For an operator the hyperparameters, for a formula the row.
     """
 
-    def __init__(self, bucket: Bucket, members: list[int] | None, index: int, together: bool) -> None:
+    def __init__(
+        self, bucket: Bucket, members: list[int] | None, index: int, by_formula: bool, room: int = PIECE
+    ) -> None:
         self.index = index
         self.parts: Sequence[Call] = [self]
         self.row: tuple[Any, ...] = ()
         self.indices = members
         self._pick = None if members is None else picker(members)
-        self.batches, self.large = batches_of(self.of(bucket.members), together)
+        its_members = self.of(bucket.members)
+        self.batches, self.large = batches_of(its_members, by_formula)
+        params = its_members.params
+        fitting = [i for i in self.large if not by_formula and params[i].is_contiguous()]
+        bundles = [indices for indices in cut(fitting, params, room) if len(indices) > 1]
+        self.bundles = [Batch(indices, its_members) for indices in bundles]
+        self.alone = sorted({*self.large}.difference(*bundles))
 
     def of(self, members: Members) -> Members:
         """The call's tensors of those of its bucket."""
@@ -55,7 +70,7 @@ class MixedCall(Call):
 
     def __init__(self, bucket: Bucket, parts: Sequence[Call], dtype: torch.dtype) -> None:
         indices = [i for part in parts for i in part.indices or ()]
-        super().__init__(bucket, indices, parts[0].index, together=True)
+        super().__init__(bucket, indices, parts[0].index, by_formula=True)
         self.parts = parts
         self._indices = [part.index for part in parts for _ in part.indices or ()]
         self._by_element = bucket.rule.by_element

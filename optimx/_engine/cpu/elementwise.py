@@ -22,12 +22,8 @@ from ..rule import Row
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
 from .coder import Coder
-from .piece import Piece, Walk
+from .piece import PIECE, Piece, Walk
 from .watched import Watched
-
-#: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
-#: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
-PIECE = 1 << 19
 
 
 class NativeBucket(Bucket):
@@ -118,7 +114,7 @@ class NativeBucket(Bucket):
 
     def new_call(self, members: list[int] | None, index: int) -> Call:
         """Members (None stands for all) with equal rows, those at ``index`` of all rows."""
-        return Call(self, members, index, together=self.has_formula)
+        return Call(self, members, index, by_formula=self.has_formula, room=PIECE)
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
@@ -143,7 +139,7 @@ class NativeBucket(Bucket):
 
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         if self._watched is not None:
-            yield self._watched.names, self._watched.numbers
+            yield self._watched.names, self._watched.numbers()
             self._watched = None
 
     def update(self, control: Tensor | None) -> Update:
@@ -216,9 +212,9 @@ class NativeBucket(Bucket):
         if self.coder is not None:
             yield from self.coder.walks(call, members, factor)
             return
-        for batch in call.batches:
+        for batch in chain(call.batches, call.bundles):
             yield batch.indices, partial(self._batch, batch, members, factor, self.has_formula)
-        for i in call.large:
+        for i in call.alone:
             yield [i], partial(self._pieces, i, members, factor)
 
     def _update_tensors(self, row: tuple[Any, ...], pieces: Walk) -> None:
@@ -255,7 +251,6 @@ class NativeBucket(Bucket):
         """A batch as one piece: as one tensor a role for a formula, else the tensors themselves."""
         params, grads, states, scalars = batch.of(members)
         roles = (params, *states)
-        memory = [self.scratch(i, batch.numel) for i in range(1 + len(roles))]
         working_grads = self.batch_grads(batch, grads, factor, by_formula)
         # a formula takes one tensor a role
         whole = [
@@ -267,25 +262,35 @@ class NativeBucket(Bucket):
             for slot, (role, tensor) in enumerate(zip(roles, whole, strict=True), 1)
             if tensor is None and (by_formula or not self._computes_in(role))
         ]
+        memory = {slot: self.scratch(slot, batch.numel) for slot in copied}
         for slot in copied:
             batch.gather(slot, roles[slot - 1], memory[slot])
         if by_formula:
-            p, *others = ([m if tensor is None else tensor] for m, tensor in zip(memory[1:], whole, strict=True))
+            p, *others = ([memory[i] if tensor is None else tensor] for i, tensor in enumerate(whole, 1))
             yield Piece(p, working_grads, others, [], batch.sizes, batch.numel)
         else:
             working, *working_states = (
                 batch.views(slot, role, memory[slot]) if slot in copied else role for slot, role in enumerate(roles, 1)
             )
-            yield Piece(working, working_grads, working_states, scalars[0] if scalars else [], batch.sizes, batch.numel)
+            steps = scalars[0] if scalars else []
+            join = batch.flatten if batch.are_small and len(batch.sizes) > 1 else None
+            yield Piece(working, working_grads, working_states, steps, batch.sizes, batch.numel, join)
         for slot in copied:
             batch.scatter(slot, roles[slot - 1], memory[slot])
 
     def batch_grads(self, batch: Batch, grads: Sequence[Tensor], factor: float, by_formula: bool) -> Sequence[Tensor]:
         """A batch's gradients times a factor, in the dtype to compute in: one tensor for a formula."""
-        flat_grads = self._flatten(batch, grads)
-        if factor == 1.0 and flat_grads.dtype is self.compute_dtype:
-            return [flat_grads] if by_formula else grads
-        scaled = self.scratch(0, batch.numel).copy_(flat_grads).mul_(factor)
+        plain = factor == 1.0 and self._computes_in(grads)
+        if plain and not by_formula:
+            return grads
+        if plain:
+            return [self._flatten(batch, grads)]
+        scaled = self.scratch(0, batch.numel)
+        if batch.are_small:
+            scaled.copy_(self._flatten(batch, grads)).mul_(factor)
+        else:
+            for view, grad in zip(batch.views(0, grads, scaled), grads, strict=True):
+                view.copy_(grad).mul_(factor)
         return [scaled] if by_formula else batch.views(0, grads, scaled)
 
     def _computes_in(self, role: Sequence[Tensor]) -> bool:

@@ -317,7 +317,7 @@ class FactoredCall(Call):
     """Members with equal rows."""
 
     def __init__(self, bucket: FactoredBucket, members: list[int] | None, index: int) -> None:
-        super().__init__(bucket, members, index, together=False)
+        super().__init__(bucket, members, index, by_formula=True)
         call_members = self.of(bucket.members)
         of_bucket = members if members is not None else [*range(len(bucket.positions))]
         alike: dict[tuple[torch.Size, torch.Size], list[int]] = {}

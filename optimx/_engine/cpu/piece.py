@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+#: Elements a piece of a large tensor has: 2 MB of float32 a role. Smaller pieces lose more to calls and to threads that
+#: wait for each other, larger ones leave the cache (measured from 2**13 to 2**21).
+PIECE = 1 << 19
+
 
 class Piece(NamedTuple):
-    """Elements to update at once, in the dtype to compute in: a part of a large tensor, or a batch of small ones.
+    """Elements to update at once, in the dtype to compute in: a part of a large tensor, or a batch of smaller ones.
 
     For an operator the lists hold the tensors of a batch; for a formula they hold one tensor without dimensions of its
     own, in which those of a batch follow each other.
@@ -19,6 +23,7 @@ class Piece(NamedTuple):
         steps: Of each tensor.
         sizes: Elements of each of the tensors that lie in it, whole or in part.
         numel: Elements of those tensors, all of them.
+        join: Puts the elements of small tensors together, one list of which has their order; None: they are few.
     """
 
     params: Sequence[Tensor]
@@ -27,6 +32,7 @@ class Piece(NamedTuple):
     steps: Sequence[Tensor]
     sizes: Sequence[int]
     numel: int
+    join: Callable[[Sequence[Tensor]], Tensor] | None = None
 
 
 #: Begins a walk over tensors.
