@@ -74,6 +74,40 @@ def test_is_torchs_averaged_model(case: Case, name: str) -> None:
         torch.testing.assert_close(a, b.detach(), rtol=0.0, atol=0.0)
 
 
+def a_new_one(optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[params_of(optimizer)[5]]
+    state[AVERAGE] = state[AVERAGE].clone()
+
+
+def loaded(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def other_strides(optimizer: torch.optim.Optimizer) -> None:
+    state = optimizer.state[params_of(optimizer)[6]]
+    state[AVERAGE] = state[AVERAGE].mT.clone().mT
+
+
+VECTORS, MIXED = [(6,)] * 20, [(3, 4), (7,), (0,), ()] * 15
+
+
+@pytest.mark.parametrize(
+    ("change", "shapes"),
+    [(a_new_one, VECTORS), (loaded, VECTORS), (a_new_one, MIXED), (loaded, MIXED), (other_strides, [(3, 2)] * 20)],
+)
+def test_many_small_tensors(shapes: list[tuple[int, ...]], change: Callable[[torch.optim.Optimizer], None]) -> None:
+    """Whose averages lie together, or not any more."""
+    optimizer = optimx.AdamW(make_params(shapes), average=optimx.EMA(0.8))
+    averaged = AveragedModel(Holder(params_of(optimizer)), multi_avg_fn=get_ema_multi_avg_fn(0.8))
+    for number in range(6):
+        if number == 3:
+            change(optimizer)
+        step(optimizer, number)
+        averaged.update_parameters(Holder(params_of(optimizer)))
+    for a, b in zip(averages_of(optimizer), averaged.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def timm_decay(number: int, decay: float, gamma: float, power: float, least: float) -> float:
     """Of ``ModelEmaV3`` after so many updates."""
     t = max(0, number - 1)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .. import _compat
 from .averages import AVERAGE, Average
-from .backends import TRITON
 from .grad_norm import SKIP
 from .optimizer import EngineOptimizer
 from .plan import StepInputs, StepPlan
 from .recode import master_weight, set_master_weight
 from .sharding import like, local
+from .states import AVERAGES, side_by_side
 from .storage import PARAM_COMPANIONS
 
 #: What groups keep: steps that have begun, and how many parameters were averaged, a float64 scalar on their device.
@@ -44,21 +44,18 @@ class Averager:
 
     def before_update(self) -> None:
         """Let averages ride along with updates where all members of a bucket have one and a gradient."""
-        averages = self._averages()
         for bucket in self._plan.buckets:
-            found = [averages[i] for i in bucket.positions if i in averages]
-            if bucket.key.backend == TRITON and not bucket.absent and len(found) == len(bucket.positions):
-                if bucket.carry_averages(found, self._weight):
-                    self._riding.update(bucket.positions)
+            if bucket.averages and bucket.carry_averages(self._weight):
+                self._riding.update(bucket.positions)
 
     def after_update(self, control: Tensor | None) -> None:
         """Move the others, begin those that are missing, and count."""
         taken = None if control is None else (control[SKIP] == 0).to(self._count.device, torch.float64)
-        averages = self._averages()
-        rest = [i for i in averages if i not in self._riding]
+        averages = {i: self._inputs.values[where] for i, where in self._plan.averages.items()}
+        rest = averages.keys() - self._riding
         weight = self._weight if taken is None else self._weight * taken
         alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for i in rest:
+        for i in sorted(rest):
             alike.setdefault((averages[i].device, averages[i].dtype), []).append(i)
         for (device, _), positions in alike.items():
             values = [self._value(i, averages[i]) for i in positions]
@@ -66,21 +63,19 @@ class Averager:
         self._begin(averages)
         self._count.add_(1.0 if taken is None else taken)
 
-    def _averages(self) -> dict[int, Tensor]:
-        """Those there are, in this process, by the positions of their parameters."""
-        states = self._optimizer.state
-        params = enumerate(self._inputs.params)
-        found = {i: states[param][AVERAGE] for i, param in params if AVERAGE in states.get(param, ())}
-        return dict(zip(found, _compat.local_tensors([*found.values()]), strict=True))
-
     def _begin(self, averages: dict[int, Tensor]) -> None:
         """Copies of parameters that have taken a step and have no average yet."""
-        for i, param in enumerate(self._inputs.params):
-            if i in averages or self._inputs.grads[i] is None:
-                continue
+        new = [i for i, grad in enumerate(self._inputs.grads) if grad is not None and i not in averages]
+        copies = []
+        for i in new:
             shard = self._inputs.shards[i]
             copy = torch.empty_like(shard, dtype=self._rule.dtype_of(shard))
-            self._optimizer.state[param][AVERAGE] = like(param, copy.copy_(self._value(i, copy)))
+            copies.append(copy.copy_(self._value(i, copy)))
+        if all(copy.device.type == "cpu" for copy in copies):
+            copies = side_by_side(copies, AVERAGES)
+        for i, copy in zip(new, copies, strict=True):
+            param = self._inputs.params[i]
+            self._optimizer.state[param][AVERAGE] = like(param, copy)
 
     def _value(self, position: int, average: Tensor) -> Tensor:
         """A parameter as exactly as it is known, in its average's dtype."""

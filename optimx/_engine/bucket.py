@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .averages import AVERAGE
 from .rounds import ROUNDS_OF, Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
@@ -104,6 +105,7 @@ class Bucket:
         seeds: Of each member's stochastic rounding.
         noise_step: The step that is taken, 1 for the first; of rules that count none.
         members: The tensors, between :meth:`bind` and :meth:`release`.
+        averages: Of the members' parameters, meanwhile; empty where not all members have one.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
         absent: Members that have none.
         n_roles: The parameter and the states.
@@ -132,6 +134,7 @@ class Bucket:
         self.seeds: list[int] = []
         self.noise_step = 1
         self.members = NOBODY
+        self.averages: Sequence[Tensor] = ()
         self.present: Tensor | None = None
         self.absent: list[int] = []
         #: None where the host does not count.
@@ -167,6 +170,8 @@ class Bucket:
         self._pick = picker(self.positions)
         self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
         self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.scalars]
+        averages = [where[AVERAGE] for where in values_of if AVERAGE in where]
+        self._pick_averages = picker(averages) if len(averages) == len(values_of) else None
 
     def mark(self, has_grad: Sequence[int]) -> None:
         """Say which of all parameters have a gradient in the coming steps: 1, else 0."""
@@ -186,10 +191,12 @@ class Bucket:
             [pick(values) for pick in self._pick_states],
             [pick(values) for pick in self._pick_scalars],
         )
+        self.averages = () if self._pick_averages is None else self._pick_averages(values)
 
     def release(self) -> None:
         """Forget the tensors of the step."""
         self.members = NOBODY
+        self.averages = ()
         if self.scalars is not None:
             self.scalars.forget()
 
@@ -276,7 +283,7 @@ class Bucket:
             states = [[role[i] for i in self._few] for role in states]
         # scalars that lie together are known by their addresses
         scalars = self.members.scalars if len(self.positions) <= FEW else ()
-        return [*chain(*states, *scalars)]
+        return [*chain(*states, *scalars, self.averages)]
 
     @property
     def compares_addresses(self) -> bool:
@@ -291,8 +298,8 @@ class Bucket:
         """Let sums ride along with the coming update: names of the engine's recorder. Returns those that do."""
         return ()
 
-    def carry_averages(self, averages: Sequence[Tensor], weight: Tensor) -> bool:
-        """Let averages of the members' parameters move in the coming update, if they can: by a float64 scalar."""
+    def carry_averages(self, weight: Tensor) -> bool:
+        """Let :attr:`averages` move in the coming update, if they can: by a float64 scalar."""
         return False
 
     def carried(self) -> Iterator[tuple[Sequence[str], Tensor]]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends, flags, grad_transforms, sharding
+from .averages import AVERAGE
 from .bucket import WHOLE, Bucket, BucketKey
 from .grad_norm import SKIP
 from .layout import same_layout
@@ -223,8 +224,11 @@ class StepPlan:
             if isinstance(state, dict):
                 where[id(param)] = {name: n_values + i for i, name in enumerate(state)}
                 n_values += len(state)
+        where_of = [where.get(id(param), {}) for param in inputs.params]
+        #: By the positions of their parameters, where averages are among all values.
+        self.averages = {i: of_param[AVERAGE] for i, of_param in enumerate(where_of) if AVERAGE in of_param}
         for bucket in self.buckets:
-            bucket.locate([where.get(id(inputs.params[i]), {}) for i in bucket.positions])
+            bucket.locate([where_of[i] for i in bucket.positions])
         self._mark(inputs.grad_types)
         self.bind(inputs)
         scalars = [

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _compat
 from . import backends, sharding
+from .averages import AVERAGE
 from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
@@ -34,6 +35,8 @@ State = dict[str, Any]
 SCALARS = 1 << 10
 #: Elements that lie together, at most, where torch's operator updates them: a few tensors in a cache line.
 NEIGHBOURS = 1 << 8
+#: Elements of averages that lie together, at most.
+AVERAGES = 1 << 12
 
 
 def create_states(
@@ -167,9 +170,9 @@ def own_states(optimizer: EngineOptimizer, snapshot: Any = None, *, keep_shared:
                 together = _settled_scalars(optimizer, state)
                 if together:
                     scalars.setdefault(state[together[0]].device, []).append(state)
-                neighbours, most = _small_states(optimizer, param, group, state)
-                for name in neighbours:
-                    small.setdefault((name, most), []).append(state)
+                neighbours = _small_states(optimizer, param, group, state)
+                for entry in neighbours.items():
+                    small.setdefault(entry, []).append(state)
                 for name in state.keys() - {*together, *neighbours}:
                     state[name] = _apart_from(taken, state[name])
         for key in optimizer.state.keys() - {param for group in optimizer.param_groups for param in group["params"]}:
@@ -194,12 +197,10 @@ def _settled_scalars(optimizer: EngineOptimizer, state: State) -> tuple[str, ...
     return names if all(_is_plain(state.get(name)) and state[name].dim() == 0 for name in names) else ()
 
 
-def _small_states(
-    optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], state: State
-) -> tuple[list[str], int]:
-    """Names of states that lie beside those of other parameters, and how many elements may lie together."""
+def _small_states(optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], state: State) -> dict[str, int]:
+    """States that lie beside those of other parameters: of each name how many elements may lie together."""
     if backends.choose(param.device)[0] != backends.NATIVE:
-        return [], 0
+        return {}
     rule = optimizer.rule
     names = [
         name
@@ -207,8 +208,9 @@ def _small_states(
         if not (name in rule.scalars and _settled_scalars(optimizer, state))
         and _is_plain(value) and value.device == param.device and is_small(value)
     ]  # fmt: skip
-    variant = rule.variant_of(rule.group_variant(group), param)
-    return names, _most_neighbours(optimizer, variant, param.dtype)
+    most = _most_neighbours(optimizer, rule.variant_of(rule.group_variant(group), param), param.dtype)
+    # averages move together, whoever updates their parameters
+    return {name: AVERAGES if name == AVERAGE else most for name in names}
 
 
 def _is_plain(value: Any) -> bool:

@@ -19,6 +19,7 @@ from ..bucket import Bucket, Members
 from ..layout import flat
 from ..rounds import Update
 from ..rule import Row
+from .averaged import Places
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
 from .coder import Coder
@@ -50,6 +51,9 @@ class NativeBucket(Bucket):
         self._row_of_each: Sequence[int] = []
         self._calls: Sequence[Call] = []
         self._watched: Watched | None = None
+        self._average_weight: float | None = None
+        self._places: Places | None = None
+        self._average_addresses: list[int] = []
         #: Walks instead of this bucket where roles are kept in formats of their own.
         self.coder = Coder(self) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
@@ -75,6 +79,7 @@ class NativeBucket(Bucket):
         super().release()
         # copies of this step's gradients
         self._flat_grads.clear()
+        self._average_weight = None
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         if self.has_formula:
@@ -142,11 +147,23 @@ class NativeBucket(Bucket):
             yield self._watched.names, self._watched.numbers()
             self._watched = None
 
+    def carry_averages(self, weight: Tensor) -> bool:
+        averages = self.averages
+        if self.coder is not None or weight.device.type != "cpu" or len({average.dtype for average in averages}) != 1:
+            return False
+        addresses = [*map(Tensor.data_ptr, averages)]
+        if self._places is None or addresses != self._average_addresses:
+            self._places, self._average_addresses = Places(self.members.params, averages), addresses
+        self._average_weight = float(weight)
+        return True
+
     def update(self, control: Tensor | None) -> Update:
         _, scale, skip = (0.0, 1.0, 0.0) if control is None else control.tolist()
         if not skip:
             self.count()
             yield from self.take_step(scale)
+            if self._places is not None and self._average_weight is not None:
+                self._places.move(self.averages, self.members.params, self._average_weight)
 
     def take_step(self, scale: float) -> Update:
         """Update all members with gradients times ``scale``; counts are those of after the step."""

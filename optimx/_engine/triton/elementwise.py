@@ -154,10 +154,17 @@ class TritonBucket(Bucket):
         self._riders = self._riders._replace(sums=which, moment=moment or 0, partials=partials)
         return names
 
-    def carry_averages(self, averages: Sequence[Tensor], weight: Tensor) -> bool:
+    def carry_averages(self, weight: Tensor) -> bool:
+        averages = self.averages
         dtypes = {average.dtype for average in averages}
         laid_out = map(same_layout, averages, self.members.params)
-        if not self.takes_riders or len(dtypes) != 1 or not all(laid_out) or not dtypes <= TRITON_DTYPE.keys():
+        if (
+            not self.takes_riders
+            or self.absent
+            or len(dtypes) != 1
+            or not all(laid_out)
+            or not dtypes <= TRITON_DTYPE.keys()
+        ):
             return False
         addresses, _ = send(self.key.device, [*map(Tensor.data_ptr, averages)], ())
         self._riders = self._riders._replace(
