@@ -15,10 +15,12 @@ class Piece(NamedTuple):
     own, in which those of a batch follow each other.
 
     Attributes:
-        grads: Multiplied by their factor.
+        grads: Multiplied by their factor, but for ``factor``.
         steps: Of each tensor.
         sizes: Elements of each of the tensors that lie in it, whole or in part.
         numel: Elements of those tensors, all of them.
+        factor: What the gradients are still to be multiplied by.
+        stored: These are the tensors themselves, whatever their dtypes: for compiled formulas.
     """
 
     params: Sequence[Tensor]
@@ -27,6 +29,8 @@ class Piece(NamedTuple):
     steps: Sequence[Tensor]
     sizes: Sequence[int]
     numel: int
+    factor: float = 1.0
+    stored: bool = False
 
 
 #: Begins a walk over tensors.
