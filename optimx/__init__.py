@@ -13,6 +13,7 @@ del lr_scheduler, swa_utils  # type: ignore[name-defined]  # noqa: F821
 from . import _torch_names, averages, lr_scheduler, param_groups, search, sinks, swa_utils  # type: ignore[no-redef]
 from ._engine.averages import EMA, SWA, PowerEMA
 from ._engine.bad_gradients import BadStep
+from ._engine.cpu.compiled import compile_formulas
 from ._engine.guards import AutoClip, Spikes, ZClip
 from ._engine.recode import master_weights, set_master_weights
 from ._engine.rule import StateKind, UpdateRule
@@ -88,6 +89,7 @@ __all__ = sorted(
         "clip_grad_norm_",
         "clip_grad_value_",
         "clip_grads_with_norm_",
+        "compile_formulas",
         "explain",
         "get_total_norm",
         "last_bad",

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -373,3 +373,113 @@ def new_dtensor_spec(mesh: Any, placements: tuple[Any, ...], shape: torch.Size, 
 
     stride = torch.empty(shape, device="meta").stride()
     return DTensorSpec(mesh, placements, tensor_meta=TensorMeta(shape, stride, dtype))
+
+
+def traced(
+    function: Callable[..., Any], kinds: Sequence[tuple[torch.dtype, Sequence[int]]], constant: Sequence[int] = ()
+) -> tuple[torch.fx.GraphModule, list[Tensor]]:
+    """A function of CPU tensors as a graph of functional operators, then copies to what the function has written.
+
+    Args:
+        function: To trace.
+        kinds: Dtypes and shapes of the tensors; sizes above 1 may be others, but sizes that are equal stay so.
+        constant: Tensors whose shapes are what they are.
+
+    Returns:
+        The graph, and stand-ins for the tensors.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    inputs: list[Tensor] = []
+    for i, (dtype, shape) in enumerate(kinds):
+        sizes = DimDynamic.STATIC if i in constant else DimDynamic.DUCK
+        context: Any = StatelessSymbolicContext(dynamic_sizes=[sizes] * len(shape))
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        inputs.append(mode.from_tensor(tensor, symbolic_context=context))
+    with mode:
+        graph = make_fx(torch.func.functionalize(function))(*inputs)
+    return graph, inputs
+
+
+@functools.cache
+def cpu_features() -> str:
+    """What code that is compiled for this processor may rely on."""
+    read = getattr(torch.cpu, "get_capabilities", None)
+    found = read() if read is not None else torch.backends.cpu.get_cpu_capability()
+    return str(sorted(found.items()) if isinstance(found, dict) else found)
+
+
+class KernelCall(NamedTuple):
+    """A call of a kernel that torch's compiler has made.
+
+    Attributes:
+        library: A shared library, with a C function ``kernel``.
+        arguments: Of each what it is: ``("input", i)``, ``("size", n)`` of the size that was ``n`` when traced, or
+            ``("scratch", i)``.
+    """
+
+    library: str
+    arguments: list[tuple[str, int]]
+
+
+#: Bytes of a kernel's own memory.
+LARGEST_SCRATCH = 64
+
+
+def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[KernelCall]:
+    """Compile a graph of :func:`traced`, in C++.
+
+    Raises:
+        Exception: It does not compile, or to something else than kernels that need no memory of the inputs' size.
+    """
+    from torch._guards import TracingContext, tracing
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class NoOperator(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise NotImplementedError(f"it does not compile to kernels alone: {func} is left")
+
+    mode = inputs[0].fake_mode  # type: ignore[attr-defined]
+    # threads as many as torch has at the time; no processes that compile
+    settings = {"cpp.dynamic_threads": True, "compile_threads": 1, "size_asserts": False, "cpp_wrapper": False}
+    with config.patch(settings), tracing(TracingContext(mode)):
+        with mode:
+            graph = make_fx(graph, decomposition_table=select_decomp_table())(*inputs)
+        call = compile_fx_inner(graph, inputs).current_callable  # type: ignore[attr-defined]
+    names = call.__func__.__globals__
+    shapes = [[int(size) for size in tensor.shape] for tensor in inputs]
+    real = [torch.zeros(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)]
+    places = {tensor.data_ptr(): ("input", i) for i, tensor in enumerate(real)}
+    scratch: list[Tensor] = []
+    calls: list[KernelCall] = []
+
+    def place(argument: Any) -> tuple[str, int]:
+        if isinstance(argument, int):
+            return "size", argument
+        if argument.data_ptr() not in places:
+            if argument.nbytes > LARGEST_SCRATCH:
+                raise NotImplementedError("it needs memory of the inputs' size")
+            places[argument.data_ptr()] = "scratch", len(scratch)
+            scratch.append(argument)
+        return places[argument.data_ptr()]
+
+    kernels = {name: value for name, value in names.items() if getattr(value, "__name__", "") == "kernel"}
+    for name, kernel in kernels.items():
+
+        def record(*arguments: Any, library: str = kernel.__self__.__file__) -> None:
+            calls.append(KernelCall(library, [*map(place, arguments)]))
+
+        names[name] = record
+    try:
+        with NoOperator():
+            call([*real])
+    finally:
+        names.update(kernels)
+    return calls

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -94,7 +93,7 @@ class NAdamRule(UpdateRule):
         g = l2_gradient(g, p, l2, scratch[2])
         exp_avg.lerp_(g, beta1_c)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
-        denominator = torch.sqrt(exp_avg_sq, out=scratch[1]).div_(math.sqrt(bias2)).add_(eps)
+        denominator = torch.sqrt(exp_avg_sq, out=scratch[1]).div_(torch.sym_sqrt(bias2)).add_(eps)
         step = torch.mul(g, grad_size, out=scratch[0]).add_(exp_avg, alpha=avg_size)
         sizes = torch.div(g, denominator, out=scratch[3]) if is_clipped else None
         taken = flags.cautious(step, g, scratch[4]) if is_cautious else None

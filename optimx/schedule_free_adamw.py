@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from operator import itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -65,7 +64,7 @@ class ScheduleFreeAdamWRule(ScheduleFreeRule):
         _, weight_decay, beta2, beta2_c, bias2, eps, lr, share, y_size = row
         z, exp_avg_sq = states
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
-        denominator = torch.sqrt(exp_avg_sq, out=scratch[0]).div_(math.sqrt(bias2)).add_(eps)
+        denominator = torch.sqrt(exp_avg_sq, out=scratch[0]).div_(torch.sym_sqrt(bias2)).add_(eps)
         step = torch.div(g, denominator, out=scratch[0])
         if weight_decay:
             step.add_(p, alpha=weight_decay)

@@ -23,6 +23,7 @@ from .averaged import Places
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
 from .coder import Coder
+from .compiled import CompiledUpdates, is_asked
 from .piece import PIECE, Piece, Walk
 from .watched import Watched
 
@@ -54,6 +55,7 @@ class NativeBucket(Bucket):
         self._average_weight: float | None = None
         self._places: Places | None = None
         self._average_addresses: list[int] = []
+        self._compiled: CompiledUpdates | None = None
         #: Walks instead of this bucket where roles are kept in formats of their own.
         self.coder = Coder(self) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
@@ -120,6 +122,23 @@ class NativeBucket(Bucket):
     def new_call(self, members: list[int] | None, index: int) -> Call:
         """Members (None stands for all) with equal rows, those at ``index`` of all rows."""
         return Call(self, members, index, by_formula=self.has_formula, room=PIECE)
+
+    def compile(self, control: Tensor | None) -> None:
+        self._compiled = self._new_compiled() if self.has_formula and is_asked() else None
+
+    def _new_compiled(self) -> CompiledUpdates | None:
+        """Compiled formulas for the calls of this step; None if they cannot be had."""
+        dtypes = self.key.dtypes[: 1 + self.n_roles]
+        updates = CompiledUpdates(self.rule, self.key.variant, self.compute_dtype, dtypes)
+        kinds = {self._takes_wholes} if any(call.large for call in self._calls) else set()
+        if any(call.batches for call in self._calls):
+            kinds.add(False)
+        return updates if updates.is_ready([call.row for call in self._calls], kinds) else None
+
+    @property
+    def _takes_wholes(self) -> bool:
+        """Whether a compiled formula takes large tensors as they are, not in pieces."""
+        return self.coder is None and self._watched is None
 
     def norms(self, wide: bool = False) -> list[Tensor]:
         """Norms whose norm is the norm of this step's gradients; in float64 with ``wide``."""
@@ -210,6 +229,10 @@ class NativeBucket(Bucket):
         return pieces if self._watched is None else partial(self._watched.walk, call.of_bucket(indices), pieces, scale)
 
     def _formula(self, row: Row, piece: Piece) -> None:
+        if self._compiled is not None:
+            tensors = [role[0] for role in (piece.params, piece.grads, *piece.states)]
+            self._compiled.update(row, tensors, piece.factor, stored=piece.stored)
+            return
         p, g, *states = (role[0] for role in (piece.params, piece.grads, *piece.states))
         self.rule.formula(self.key.variant, row, p, g, states, self.temporaries(p))
 
@@ -291,7 +314,7 @@ class NativeBucket(Bucket):
             )
             steps = scalars[0] if scalars else []
             join = batch.flatten if batch.are_small and len(batch.sizes) > 1 else None
-            yield Piece(working, working_grads, working_states, steps, batch.sizes, batch.numel, join)
+            yield Piece(working, working_grads, working_states, steps, batch.sizes, batch.numel, join=join)
         for slot in copied:
             batch.scatter(slot, roles[slot - 1], memory[slot])
 
@@ -318,6 +341,11 @@ class NativeBucket(Bucket):
         grad = members.grads[i]
         steps = [members.scalars[0][i]] if members.scalars else []
         roles_of_tensor = (members.params[i], *(role[i] for role in members.states))
+        if self._compiled is not None and self._takes_wholes:
+            p, *states = roles_of_tensor
+            numel = grad.numel()
+            yield Piece([p], [grad], [[state] for state in states], steps, [numel], numel, factor, stored=True)
+            return
         split = [self.split(tensor) for tensor in (grad, *roles_of_tensor)]
         for g, *roles in zip(*split, strict=True):
             g = self.piece_grad(g, factor)

@@ -344,6 +344,9 @@ class FactoredBucket(NativeBucket):
 
     takes_riders = False
 
+    def _new_compiled(self) -> None:
+        return None
+
     _calls: Sequence[FactoredCall]
 
     def new_call(self, members: list[int] | None, index: int) -> FactoredCall:

@@ -18,6 +18,9 @@ class MeasuredBucket(NativeBucket):
 
     takes_riders = False
 
+    def _new_compiled(self) -> None:
+        return None
+
     def take_step(self, scale: float) -> Update:
         if not self.meets:
             yield from super().take_step(scale)

@@ -49,6 +49,9 @@ class OrthogonalBucket(NativeBucket):
 
     takes_riders = False
 
+    def _new_compiled(self) -> None:
+        return None
+
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
         self.memory = Scratch(self.key.device)

@@ -19,10 +19,12 @@ class Piece(NamedTuple):
     own, in which those of a batch follow each other.
 
     Attributes:
-        grads: Multiplied by their factor.
+        grads: Multiplied by their factor, but for ``factor``.
         steps: Of each tensor.
         sizes: Elements of each of the tensors that lie in it, whole or in part.
         numel: Elements of those tensors, all of them.
+        factor: What the gradients are still to be multiplied by.
+        stored: These are the tensors themselves, whatever their dtypes: for compiled formulas.
         join: Puts the elements of small tensors together, one list of which has their order; None: they are few.
     """
 
@@ -32,6 +34,8 @@ class Piece(NamedTuple):
     steps: Sequence[Tensor]
     sizes: Sequence[int]
     numel: int
+    factor: float = 1.0
+    stored: bool = False
     join: Callable[[Sequence[Tensor]], Tensor] | None = None
 
 

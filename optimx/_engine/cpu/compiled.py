@@ -1,0 +1,273 @@
+"""Formulas compiled into kernels of torch's C++ compiler, inductor, on request.
+
+A formula is a dozen operators, each of which reads and writes its pieces; compiled it is one pass over whole tensors. A
+kernel is made for each rule, variant, dtypes and way through the branches of the formula; lengths and hyperparameters
+are data. It is called as the C function that it is: torch's own way to it takes longer than the update of a small
+tensor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from operator import itemgetter
+from pathlib import Path
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _compat
+from ..rule import Row, UpdateRule
+from . import traced
+from .traced import MOST_NUMBERS, Kinds, Traced
+
+#: Elements of the tensors a formula is traced with.
+LENGTH = 4111
+
+_Numbers = ctypes.c_double * MOST_NUMBERS
+_lock = RLock()
+_asked = os.environ.get("OPTIMX_COMPILE", "0") == "1"
+
+
+def compile_formulas(enabled: bool = True) -> None:
+    """Let optimizers update CPU tensors with compiled kernels where torch has no fused operator of its own.
+
+    This holds for all optimizers, from their next step on. The environment variable ``OPTIMX_COMPILE=1`` asks for the
+    same; then a missing compiler is a warning, and steps go on as without it. A kernel takes seconds to compile, once:
+    it is kept in ``$TORCHINDUCTOR_CACHE_DIR/optimx``, or in ``optimx`` in the user's directory of caches.
+
+    Args:
+        enabled: False: steps go back to torch's operators.
+
+    Raises:
+        RuntimeError: There is no C++ compiler (``CXX``, or the system's).
+    """
+    global _asked
+    if enabled and not _compiler():
+        raise RuntimeError(_NO_COMPILER)
+    _asked = bool(enabled)
+
+
+_NO_COMPILER = "formulas are compiled with a C++ compiler, and there is none: set CXX, or put one on PATH"
+
+
+def _compiler() -> str | None:
+    name = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    return shutil.which(os.environ.get("CXX", name))
+
+
+@cache
+def _warn_of_compiler() -> None:
+    warnings.warn(f"OPTIMX_COMPILE=1 has no effect: {_NO_COMPILER}", RuntimeWarning, stacklevel=2)
+
+
+def is_asked() -> bool:
+    """Whether formulas are to be compiled, and can be."""
+    if not _asked:
+        return False
+    if not _compiler():
+        _warn_of_compiler()
+        return False
+    return True
+
+
+class Kernel:
+    """A compiled way through a formula.
+
+    Args:
+        way: Which one.
+        calls: What to call, see :class:`optimx._compat.KernelCall`.
+        n_inputs: The vector of numbers and the tensors.
+        sizes: Of the tensors it was traced with.
+    """
+
+    def __init__(self, way: Traced, calls: Sequence[_compat.KernelCall], n_inputs: int, sizes: Sequence[int]) -> None:
+        self.suits, self._numbers = way.suits, way.numbers
+        arguments = [argument for call in calls for argument in call.arguments]
+        n_scratch = 1 + max((i for kind, i in arguments if kind == "scratch"), default=-1)
+        self._scratch = ctypes.c_byte * (n_scratch * _compat.LARGEST_SCRATCH) if n_scratch else None
+        self._n_scratch = n_scratch
+        first = {"input": 0, "scratch": n_inputs + len(sizes)}
+        self._calls = []
+        for call in calls:
+            function = ctypes.CDLL(call.library).kernel
+            function.restype = None
+            function.argtypes = [ctypes.c_int64 if kind == "size" else ctypes.c_void_p for kind, _ in call.arguments]
+            places = [n_inputs + sizes.index(i) if kind == "size" else first[kind] + i for kind, i in call.arguments]
+            self._calls.append((function, itemgetter(*places)))
+
+    def __call__(self, row: Row, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Update tensors whose dimensions have these sizes, in place."""
+        numbers = _Numbers(*self._numbers(row))
+        places = [ctypes.addressof(numbers), *map(Tensor.data_ptr, tensors), *sizes]
+        if self._scratch is not None:
+            scratch = self._scratch()
+            begin = ctypes.addressof(scratch)
+            places += [begin + i * _compat.LARGEST_SCRATCH for i in range(self._n_scratch)]
+        for function, pick in self._calls:
+            function(*pick(places))
+
+
+class Formula:
+    """A step of tensors of some dtypes, which is compiled for each way through its branches.
+
+    Args:
+        name: Of the algorithm.
+        step: Called with a row and tensors, see :class:`~.traced.Traced`.
+        dtype: To compute in.
+        kinds: Dtypes and shapes of the tensors.
+        sizes: The sizes among these that may be others.
+    """
+
+    def __init__(
+        self, name: str, step: Callable[..., None], dtype: torch.dtype, kinds: Kinds, sizes: Sequence[int] = (LENGTH,)
+    ) -> None:
+        self._name, self._step, self._dtype, self._kinds, self._sizes = name, step, dtype, kinds, sizes
+        self._kernels: list[Kernel] = []
+        self._is_refused = False
+
+    def kernel(self, row: Row) -> Kernel | None:
+        """The kernel of a row; None where there is none yet."""
+        return next((kernel for kernel in self._kernels if kernel.suits(row)), None)
+
+    def is_ready(self, row: Row) -> bool:
+        """Whether there is a kernel of a row, which is made first; where that fails, a warning says why."""
+        if self.kernel(row) is None and not self._is_refused:
+            with _lock:
+                try:
+                    self._kernels.append(self._made(row))
+                except Exception as error:
+                    self._is_refused = True
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    warnings.warn(f"{self._name} goes on without a compiled formula: {reason}", RuntimeWarning, 2)
+        return not self._is_refused
+
+    def _made(self, row: Row) -> Kernel:
+        way = Traced(self._step, row, self._dtype, self._kinds)
+        store = Store(way.text)
+        n_inputs = 1 + len(self._kinds)
+        try:
+            return Kernel(way, store.read(), n_inputs, self._sizes)
+        except (OSError, ValueError, KeyError):
+            # what torch's compiler deprecates of torch is not the user's concern
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                calls = way.compile()
+        store.write(calls)
+        return Kernel(way, calls, n_inputs, self._sizes)
+
+    def __call__(self, row: Row, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
+        """Update tensors, after :meth:`is_ready`."""
+        kernel = self.kernel(row)
+        assert kernel is not None
+        kernel(row, tensors, sizes)
+
+
+@cache
+def _environment() -> str:
+    """What kernels depend on besides the formula."""
+    sources = [Path(module.__file__ or "").read_bytes() for module in (traced, _compat)]
+    found = hashlib.sha256(b"".join(sources)).hexdigest()
+    return f"{torch.__version__} {_compat.cpu_features()} {sys.platform} {found}"
+
+
+class Store:
+    """Kernels on disk, for other processes.
+
+    Args:
+        text: Tells the formula from others.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._key = hashlib.sha256(f"{_environment()}\n{text}".encode()).hexdigest()[:40]
+        torchs = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+        users = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        self._folder = Path(torchs or users) / "optimx"
+
+    def read(self) -> list[_compat.KernelCall]:
+        """What to call. Raises OSError, ValueError or KeyError where it is not there."""
+        calls = json.loads((self._folder / f"{self._key}.json").read_text())
+        return [
+            _compat.KernelCall(str(self._folder / name), [(kind, i) for kind, i in arguments])
+            for name, arguments in calls
+        ]
+
+    def write(self, calls: Sequence[_compat.KernelCall]) -> None:
+        """Keep kernels, if the folder can be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            kept = []
+            for i, call in enumerate(calls):
+                name = f"{self._key}-{i}.so"
+                self._put(name, Path(call.library).read_bytes())
+                kept.append((name, call.arguments))
+            self._put(f"{self._key}.json", json.dumps(kept).encode())
+        except OSError:
+            pass
+
+    def _put(self, name: str, content: bytes) -> None:
+        """Write a file at once: other processes may look for it."""
+        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, self._folder / name)
+
+
+@lru_cache(maxsize=512)
+def elementwise(
+    rule: UpdateRule, variant: Any, make_row: Callable[..., Any], dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]
+) -> Formula:
+    """The formula of a rule's variant: of parameter, gradient and states, with the gradient's factor after the row.
+
+    Args:
+        rule, variant: Whose.
+        make_row: Makes the row of its numbers.
+        dtype: To compute in.
+        dtypes: Of the tensors.
+    """
+
+    def step(numbers: Sequence[Any], *stored: Tensor) -> None:
+        *row, factor = numbers
+        p, g, *states = (tensor.to(dtype) for tensor in stored)
+        scratch = tuple(torch.empty_like(p) for _ in range(rule.temporaries))
+        rule.formula(variant, make_row(row), p, g * factor, states, scratch)
+        for tensor, values in zip((stored[0], *stored[2:]), (p, *states), strict=True):
+            if tensor is not values:
+                tensor.copy_(values)
+
+    return Formula(type(rule).__name__, step, dtype, [(kind, (LENGTH,)) for kind in dtypes])
+
+
+class CompiledUpdates:
+    """The compiled formula of a bucket's updates.
+
+    Args:
+        rule, variant: The bucket's.
+        dtype: To compute in.
+        dtypes: Of parameter, gradient and states, as they are stored.
+    """
+
+    def __init__(self, rule: UpdateRule, variant: Any, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
+        self._rule, self._variant, self._dtype = rule, variant, dtype
+        self._dtypes = {True: dtypes, False: (dtype,) * len(dtypes)}
+
+    def is_ready(self, rows: Sequence[Row], kinds: set[bool]) -> bool:
+        """Whether there are kernels of rows, for tensors as they are stored (True) or in the dtype to compute in."""
+        return all(self._formula(row, stored).is_ready((*row, 1.0)) for row in rows for stored in kinds)
+
+    def _formula(self, row: Row, stored: bool) -> Formula:
+        make_row = getattr(type(row), "_make", tuple)
+        return elementwise(self._rule, self._variant, make_row, self._dtype, self._dtypes[stored])
+
+    def update(self, row: Row, tensors: Sequence[Tensor], factor: float, *, stored: bool) -> None:
+        """Update parameter and states by a gradient times ``factor``: tensors of as many elements, without gaps."""
+        self._formula(row, stored)((*row, factor), tensors, (tensors[0].numel(),))
