@@ -44,6 +44,7 @@ from .nadam import NAdam
 from .noise_scale import GradientNoise, NoiseScale, noise_scale
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
+from .release import Release, release_gradients
 from .rmsprop import RMSprop
 from .rprop import Rprop
 from .schedule_free_adamw import ScheduleFreeAdamW
@@ -75,6 +76,7 @@ __all__ = sorted(
         "MultiTensorStep",
         "NoiseScale",
         "PowerEMA",
+        "Release",
         "SWA",
         "Spikes",
         "StateKind",
@@ -102,6 +104,7 @@ __all__ = sorted(
         "noise_scale",
         "register_optimizer",
         "register_scheduler",
+        "release_gradients",
         "param_groups",
         "search",
         "set_master_weights",

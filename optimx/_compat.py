@@ -95,6 +95,11 @@ def is_called_unnoticed(optimizer: Optimizer, step: Any) -> bool:
     )
 
 
+def has_step_pre_hooks(optimizer: Optimizer) -> bool:
+    """Whether something runs before its step, or before every optimizer's."""
+    return bool(optimizer._optimizer_step_pre_hooks or _global_optimizer_pre_hooks)
+
+
 _SUPPORT = "_step_supports_amp_scaling"
 
 

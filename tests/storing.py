@@ -94,8 +94,9 @@ class Stored:
         )  # fmt: skip
         self.bucket = bucket_class(backend, self.rule.walk_of(variant))(key, self.rule)
         for i, param in enumerate(self.params):
+            place = i if positions is None else positions[i]
             self.bucket.add(
-                i if positions is None else positions[i], 0, param.shape,
+                place, place, 0, param.shape,
                 WHOLE if geometries is None else geometries[i], 0 if seeds is None else seeds[i],
             )  # fmt: skip
         self._is_planned = False

@@ -99,6 +99,7 @@ class Bucket:
 
     Attributes:
         positions: Index in the step's list of all parameters.
+        places: Index among all parameters of the optimizer, which noise depends on; others in the step of a part.
         groups: Index of the parameter's group.
         shapes: Of the whole parameters, parts of which are members.
         geometries: Where members are in these.
@@ -128,6 +129,7 @@ class Bucket:
         self.key = key
         self.rule = rule
         self.positions: list[int] = []
+        self.places: list[int] = []
         self.groups: list[int] = []
         self.shapes: list[torch.Size] = []
         self.geometries: list[Geometry] = []
@@ -143,9 +145,12 @@ class Bucket:
         self.n_roles = 1 + len(names)
         self.state_names = tensor_names(names, key.formats) if key.formats else names
 
-    def add(self, position: int, group: int, shape: torch.Size, geometry: Geometry = WHOLE, seed: int = 0) -> None:
+    def add(
+        self, position: int, place: int, group: int, shape: torch.Size, geometry: Geometry = WHOLE, seed: int = 0
+    ) -> None:
         """Make a parameter, of which ``shape`` is all, a member."""
         self.positions.append(position)
+        self.places.append(place)
         self.groups.append(group)
         self.shapes.append(shape)
         self.geometries.append(geometry)

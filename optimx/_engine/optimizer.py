@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +41,10 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     capturable: bool = False
     #: Measures some steps, a ``Recorder``; None: nobody watches. Of the optimizer, because a compiler looks at it.
     _recorder: Any = None
+    #: Takes steps of parts of it during backward, a ``Released``; None: nobody does. For a compiler, too.
+    _release: Any = None
+    #: Of such a part: where its parameters are among all. None: they are all.
+    _places: Sequence[int] | None = None
     #: That step keeps plain states in the dtypes that groups ask for; others are refused where they ask.
     loop_keeps_dtypes: ClassVar[bool] = False
     #: And it knows the flags of updates; others are refused where they would have to take it.

@@ -179,6 +179,7 @@ class StepPlan:
         placements = place_all(optimizer, shards, like_grads, device_counts=inputs.device_counts)
         by_key: dict[BucketKey, Bucket] = {}
         group_of = chain.from_iterable([i] * len(group["params"]) for i, group in enumerate(groups))
+        places = range(len(params)) if optimizer._places is None else optimizer._places
         for position, (param, placement, g) in enumerate(zip(params, placements, group_of, strict=True)):
             if placement is None:
                 continue
@@ -209,7 +210,7 @@ class StepPlan:
                     by_key[key] = bucket_class(key.backend, optimizer.rule.walk_of(key.variant))(key, optimizer.rule)
                 seed = groups[g].get("rounding_seed", 0)
                 geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
-                by_key[key].add(position, g, param.shape, geometry, seed)
+                by_key[key].add(position, places[position], g, param.shape, geometry, seed)
         return [*by_key.values()]
 
     def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -64,6 +64,11 @@ class Recorder:
         self._count: Tensor | None = None
         self._last_step = 0
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the coming step is measured."""
+        return self.n_steps % self.every == 0
+
     def begin(self) -> bool:
         """A step begins: hand over what has arrived, and say whether the step is measured."""
         if _compat.is_capturing():

@@ -357,9 +357,13 @@ class MultiTensorStep(EngineOptimizer):
         self._check_may_step()
         loss = evaluated(closure)
         if not torch.compiler.is_compiling():
-            self._engine.step(self)
+            (self._release or self._engine).step(self)
         elif not (
-            self.needs_norm or self.average or self._recorder or any(map(self._is_beyond_loop, self.param_groups))
+            self.needs_norm
+            or self.average
+            or self._recorder
+            or self._release
+            or any(map(self._is_beyond_loop, self.param_groups))
         ):
             # under torch.compile the stock formulas, which know no formats and flags, become one graph
             self._stock_step()
@@ -370,7 +374,7 @@ class MultiTensorStep(EngineOptimizer):
 
 @_compat.disable_dynamo
 def _step_outside_of_the_graph(optimizer: MultiTensorStep) -> None:
-    optimizer._engine.step(optimizer)
+    (optimizer._release or optimizer._engine).step(optimizer)
 
 
 def _as_saved(optimizer: Any, state_dict: dict[str, Any], *, compressed: bool) -> dict[str, Any]:

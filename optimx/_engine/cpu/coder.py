@@ -33,7 +33,7 @@ class CodedBucket(Protocol):
 
     key: BucketKey
     members: Members
-    positions: list[int]
+    places: list[int]
     geometries: list[Geometry]
     seeds: list[int]
     noise_step: int
@@ -214,7 +214,7 @@ class Coder:
         # counted already
         scalars = bucket.members.scalars
         steps = [int(scalars[0][i]) if scalars else bucket.noise_step for i in members]
-        streams = [bucket.positions[i] * MOST_ROLES + role for i in members]
+        streams = [bucket.places[i] * MOST_ROLES + role for i in members]
         seeds = [bucket.seeds[i] for i in members]
         return noise.draw(where, of_counters(seeds), of_counters(steps), of_counters(streams), self.memory)
 

@@ -64,8 +64,8 @@ class TritonBucket(Bucket):
         self.storage = Storage(formats)
         self._riders = NO_RIDERS
         if formats.is_random:
-            of_members = zip(self.seeds, self.positions, self.geometries, strict=True)
-            rows = [(seed, position * MOST_ROLES, *geometry) for seed, position, geometry in of_members]
+            of_members = zip(self.seeds, self.places, self.geometries, strict=True)
+            rows = [(seed, place * MOST_ROLES, *geometry) for seed, place, geometry in of_members]
             noise = upload(torch.tensor(rows, dtype=torch.int64, device="cpu"), device)
             steps = self._scalar_table[:, 0].contiguous() if formats.counts_on_device else noise
             self.storage = Storage(formats, Noise(noise, steps))
