@@ -41,6 +41,7 @@ from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
 from .noise_scale import GradientNoise, NoiseScale, noise_scale
+from .offload import offload_states
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .rmsprop import RMSprop
@@ -98,6 +99,7 @@ __all__ = sorted(
         "master_weights",
         "memory",
         "noise_scale",
+        "offload_states",
         "register_optimizer",
         "register_scheduler",
         "param_groups",

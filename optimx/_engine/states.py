@@ -23,6 +23,7 @@ from . import backends, sharding
 from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
+from .offload import state_device
 from .optimizer import EngineOptimizer
 from .recode import bring_to_formats
 from .rule import new_state
@@ -198,14 +199,15 @@ def _small_states(
     optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], state: State
 ) -> tuple[list[str], int]:
     """Names of states that lie beside those of other parameters, and how many elements may lie together."""
-    if backends.choose(param.device)[0] != backends.NATIVE:
+    device = state_device(optimizer, param)
+    if backends.choose(device)[0] != backends.NATIVE:
         return [], 0
     rule = optimizer.rule
     names = [
         name
         for name, value in state.items()
         if not (name in rule.scalars and _settled_scalars(optimizer, state))
-        and _is_plain(value) and value.device == param.device and is_small(value)
+        and _is_plain(value) and value.device == device and is_small(value)
     ]  # fmt: skip
     variant = rule.variant_of(rule.group_variant(group), param)
     return names, _most_neighbours(optimizer, variant, param.dtype)
