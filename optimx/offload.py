@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._checks import check_instance
+from ._engine.averager import N_AVERAGED
 from ._engine.offload import state_device
 from ._engine.states import own_states
 from ._engine.step import MultiTensorStep
@@ -60,9 +61,8 @@ def _bring_states(optimizer: MultiTensorStep) -> None:
                 if isinstance(value, Tensor):
                     state[name] = value.to(state_device(optimizer, param))
         for group in optimizer.param_groups:
-            for name, value in group.items():
-                if isinstance(value, Tensor) and value.is_cuda:
-                    group[name] = value.to(HOST)
+            if isinstance(group.get(N_AVERAGED), Tensor):
+                group[N_AVERAGED] = group[N_AVERAGED].to(HOST)
         if optimizer.guard_state is not None:
             optimizer.guard_state = {name: vector.to(HOST) for name, vector in optimizer.guard_state.items()}
     own_states(optimizer)

@@ -172,6 +172,13 @@ def _looks(shard: Tensor) -> Any:
     return shard.data_ptr(), shard.device, shard.dtype, shard.shape, shard.stride()
 
 
+def like_on_host(tensor: Tensor) -> Tensor:
+    """What has the looks of a tensor's twin; the tensor itself where it would have none. Its memory is not touched."""
+    if _looks(tensor) is None:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=HOST)
+
+
 def on_host(tensor: Any) -> Any:
     """A number on the host, which this waits for; anything but a tensor as it is."""
     return tensor.to(HOST) if isinstance(tensor, Tensor) else tensor
