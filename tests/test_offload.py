@@ -208,9 +208,12 @@ def test_clipping_and_skipping(name: str, rules: dict[str, Any], late: Late) -> 
             for optimizer in (ours, host):
                 params_of(optimizer)[-1].grad.view(-1)[7] = torch.inf
         poison(ours)
+        late.log.clear()
         ours.step()
         host.step()
         torch.testing.assert_close(ours.grad_norm, host.grad_norm, rtol=0, atol=0, equal_nan=True)
+        leaves = any(entry[0] == "copy" and entry[2] == "cuda" for entry in late.log)
+        assert leaves != bool(ours.step_was_skipped)
         assert bool(ours.step_was_skipped) == bool(host.step_was_skipped) == (step == 3 and "skip_nonfinite" in rules)
     assert_equal(ours, host)
 
@@ -547,6 +550,50 @@ def test_watched_steps(late: Late) -> None:
     mine, theirs = (watcher.frame() for watcher in watchers)
     for name, column in theirs.items():
         assert mine[name] == pytest.approx(column, rel=1e-5, nan_ok=True), name
+
+
+@pytest.fixture
+def mesh() -> Any:
+    """A mesh of one rank, which has nobody to communicate with."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    yield DeviceMesh("cuda", [0])
+    torch.distributed.destroy_process_group()
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["adamw", "lamb", "adafactor"])
+@pytest.mark.parametrize("later", [False, True], ids=["", "later"])
+def test_dtensors(name: str, later: bool, mesh: Any, late: Late) -> None:
+    """What of them lies in this process travels; states are DTensors on the host."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    def sharded(tensor: Tensor) -> Any:
+        return DTensor.from_local(tensor.cuda(), mesh, [Shard(0)])
+
+    case, generator = BY_NAME[name], torch.Generator().manual_seed(0)
+    plain = [Parameter(torch.randn(shape, generator=generator)) for shape in [(8, 6), (4, 10), (7,)]]
+    params = [Parameter(sharded(param.detach())) for param in plain]
+    kwargs = usual(case, lr=0.01)
+    ours, host = case.cls(params, **kwargs, max_grad_norm=1.0), case.cls(plain, **kwargs, max_grad_norm=1.0)
+    for step in range(5):
+        if step == 2 * later:
+            optimx.offload_states(ours, bucket_mb=100 / (1 << 20))
+        set_grads(plain, step)
+        for param, twin in zip(params, plain, strict=True):
+            param.grad = sharded(twin.grad)
+        poison(ours)
+        ours.step()
+        host.step()
+        if step == 3:
+            ours.load_state_dict(ours.state_dict())
+    for param, twin in zip(params, plain, strict=True):
+        torch.testing.assert_close(param.to_local().cpu(), twin.detach())
+        for key, value in ours.state[param].items():
+            assert value.device.type == "cpu"
+            assert isinstance(value, DTensor) == (value.dim() > 0), key
 
 
 # copies and waits

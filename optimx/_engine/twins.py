@@ -42,7 +42,7 @@ class Offload:
     pin_memory: bool = True
 
     def __post_init__(self) -> None:
-        check_number("bucket_mb", self.bucket_mb, above(0.0))
+        check_number("bucket_mb", self.bucket_mb, above(0))
         check_instance("pin_memory", self.pin_memory, bool, "a bool")
 
 
