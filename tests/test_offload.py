@@ -677,6 +677,20 @@ def test_transfers_are_of_one_dtype_and_device_and_no_longer_than_they_may_be(la
         assert torch.equal(a.cpu(), b)
 
 
+@on_gpu
+@pytest.mark.parametrize(
+    ("cls", "how"), [(optimx.RMSprop, {}), (optimx.AdamW, {"state_dtype": "8bit"}), (optimx.Muon, {})], ids=str
+)
+def test_scratch_memory_does_not_grow_with_the_number_of_transfers(cls: Any, how: dict[str, Any], late: Late) -> None:
+    ours, host = pair(cls, make_params([(64, 128)] * 5, "cuda", torch.bfloat16), lr=0.01, **how)
+    train(ours, host, range(2))
+    buckets = ours._engine.plans[0].buckets
+    assert len(buckets) == len(ours._twins.transfers) > 2
+    assert len({id(bucket._scratch) for bucket in buckets}) == 1
+    assert len({id(bucket.scratch_for("codecs")) for bucket in buckets}) == 1
+    assert_equal(ours, host)
+
+
 # errors
 
 

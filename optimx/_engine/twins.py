@@ -8,8 +8,10 @@ and the parameters before them leave. A parameter that somebody else has written
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from .. import _compat
 from .._checks import above, check_instance, check_number
 from .layout import flat, is_dense, same_layout
+from .matrices import Scratch
 from .rounds import Update
 
 HOST = torch.device("cpu")
@@ -46,15 +49,30 @@ class Offload:
         check_instance("pin_memory", self.pin_memory, bool, "a bool")
 
 
+class Workspace:
+    """Scratch memory of all buckets of an optimizer, which are many, and are updated one after the other.
+
+    Attributes:
+        pieces: By the dtype to compute in.
+        scratches: By what they are for.
+    """
+
+    def __init__(self) -> None:
+        self.pieces: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self.scratches: defaultdict[str, Scratch] = defaultdict(partial(Scratch, HOST))
+
+
 class Transfer:
     """Parameters that travel together: of one device and dtype.
 
     Attributes:
         positions: Of the parameters, among all.
         twins: Of these.
+        workspace: Of the updates.
     """
 
-    def __init__(self, lanes: Lanes, dtype: torch.dtype) -> None:
+    def __init__(self, lanes: Lanes, dtype: torch.dtype, workspace: Workspace) -> None:
+        self.workspace = workspace
         self.positions: list[int] = []
         self.twins: list[Tensor] = []
         self._lanes = lanes
@@ -204,6 +222,7 @@ class Twins:
     def __init__(self, settings: Offload) -> None:
         self._settings = settings
         self._lanes: dict[torch.device, Lanes] = {}
+        self._workspace = Workspace()
         self._shards: list[Tensor] = []
         self._seen: list[Any] = []
         self._versions: list[int] = []
@@ -250,7 +269,7 @@ class Twins:
             if kind not in filling or filling[kind].nbytes + shard.nbytes > most:
                 if shard.device not in self._lanes:
                     self._lanes[shard.device] = Lanes(shard.device, self._settings.pin_memory)
-                filling[kind] = Transfer(self._lanes[shard.device], shard.dtype)
+                filling[kind] = Transfer(self._lanes[shard.device], shard.dtype, self._workspace)
                 self.transfers.append(filling[kind])
             filling[kind].add(position, shard)
             self.transfer_of[position] = filling[kind]
