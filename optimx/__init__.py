@@ -42,6 +42,7 @@ from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
 from .noise_scale import GradientNoise, NoiseScale, noise_scale
+from .offload import offload_states
 from .radam import RAdam
 from .registry import list_optimizers, list_schedulers, register_optimizer, register_scheduler
 from .release import Release, release_gradients
@@ -102,6 +103,7 @@ __all__ = sorted(
         "master_weights",
         "memory",
         "noise_scale",
+        "offload_states",
         "register_optimizer",
         "register_scheduler",
         "release_gradients",

@@ -352,6 +352,8 @@ def is_dtensor(tensor: Any) -> bool:
 
 #: What says how a DTensor is laid out over a mesh.
 dtensor_spec = attrgetter("_spec")
+#: How often a tensor was written in place.
+version = attrgetter("_version")
 
 
 def local_tensors(tensors: Iterable[Any]) -> list[Any]:

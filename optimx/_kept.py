@@ -20,6 +20,7 @@ from ._engine.rule import StateKind, UpdateRule
 from ._engine.sharding import local, local_pairs
 from ._engine.step import MultiTensorStep
 from ._engine.storage import GROUP, LEAST, MASTER_NAME, PARAM_COMPANIONS, STATES, Kept, kept
+from ._engine.twins import like_on_host
 from ._scratch import scratch_bound
 from ._table import aligned
 
@@ -147,6 +148,8 @@ def placements_of(optimizer: Optimizer) -> list[Placement]:
         return [Placement(None, f"{type(optimizer).__name__} is not an optimx optimizer")] * len(params)
     grads = [param if param.grad is None else param.grad for param in params]
     shards, grads = local_pairs(params, grads, communicate=False)
+    if optimizer.offload is not None:
+        shards, grads = ([like_on_host(tensor) for tensor in tensors] for tensors in (shards, grads))
     return [*filter(None, place_all(optimizer, shards, grads, device_counts=optimizer._engine.device_counts))]
 
 

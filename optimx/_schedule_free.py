@@ -150,4 +150,4 @@ class ScheduleFree(MultiTensorStep):
 
 def _lerp_(tensor: Tensor, end: Tensor, weight: float) -> None:
     """Of DTensors, what lies in this process."""
-    local(tensor).lerp_(local(end).to(tensor.dtype), weight)
+    local(tensor).lerp_(local(end).to(tensor.device, tensor.dtype), weight)

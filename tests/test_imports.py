@@ -32,14 +32,15 @@ FLOORS = [
         f"optimx._engine.{name}"
         for name in (
             "layout", "rule", "backends", "scalars", "watched_step", "newton_schulz", "matrices", "storage", "sharding",
-            "exchange", "rounds", "guards", "averages", "optimizer", "grad_transforms", "flags",
+            "exchange", "rounds", "twins", "guards", "averages", "optimizer", "grad_transforms", "flags",
         )
     ],
     ["optimx._engine.bucket", "optimx._engine.cpu", "optimx._engine.triton"],
     [
         f"optimx._engine.{name}"
         for name in (
-            "placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder", "averager",
+            "offload", "placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder",
+            "averager",
         )
     ],
     ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
@@ -49,7 +50,7 @@ FLOORS = [
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
         "optimx.lr_finder",
-        "optimx.early_stop", "optimx.noise_scale", "optimx.averages",
+        "optimx.early_stop", "optimx.noise_scale", "optimx.averages", "optimx.offload",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],

@@ -33,5 +33,7 @@ Words:
 - **round**: where all updates of a step wait for sums over the ranks that have shards of a tensor.
 - **exchange**: where they wait for matrices, each of which one rank has put together, orthogonalized and cut again.
 - **span**: scalars that are neighbours in memory, which are counted at once.
+- **twin**: of a parameter on a GPU, a tensor on the host that is updated in its place, with states beside it.
+- **transfer**: twins, gradients of which come and which leave together.
 - **backend**: ``triton``, ``native`` (a CPU), or ``torch``.
 """

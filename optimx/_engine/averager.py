@@ -81,7 +81,7 @@ class Averager:
         """A parameter as exactly as it is known, in its average's dtype."""
         param, shard = self._inputs.params[position], self._inputs.shards[position]
         state = self._optimizer.state.get(param, {})
-        exact = shard.detach() if PARAM_COMPANIONS.isdisjoint(state) else local(master_weight(param, state))
+        exact = shard.detach() if PARAM_COMPANIONS.isdisjoint(state) else local(master_weight(param, state, shard))
         return exact.to(average.dtype)
 
 

@@ -51,7 +51,7 @@ def _too_old(index: int) -> str | None:
 
 def choose(device: torch.device) -> tuple[str, str]:
     """The backend for tensors on ``device``, and the reason where it is not the fastest there could be."""
-    if device.type == "cpu" and not interpreted():
+    if device.type == "cpu" and not (interpreted() and "cpu" in interpreter_reaches):
         return NATIVE, ""
     if device.type not in ("cuda", "cpu"):
         return TORCH, f"no kernels for {device.type} devices"

@@ -22,6 +22,7 @@ from .rule import Row, UpdateRule
 from .scalars import Scalars
 from .sharding import Cut
 from .storage import Format, Geometry, tensor_names
+from .twins import Transfer
 
 #: Where a parameter is that is in one piece.
 WHOLE = Geometry()
@@ -42,6 +43,7 @@ class BucketKey:
         first: Members take their first step, where the rule has it differ from the others.
         cut: How members are spread over ranks; None where they are no DTensors.
         formats: Of parameter and states; empty where all are plain.
+        transfer: What they travel in between a device and the host; None where they do not.
     """
 
     backend: str
@@ -53,6 +55,7 @@ class BucketKey:
     first: bool
     cut: Cut | None = None
     formats: tuple[Format, ...] = ()
+    transfer: Transfer | None = None
 
     def kernel_key(self, rule: UpdateRule) -> tuple[Any, ...]:
         """What tells the kernels that a rule's bucket launches from those of others."""
@@ -274,6 +277,11 @@ class Bucket:
             new = torch.tensor([new[1:] for new in self._new_scalars], dtype=torch.float64, device="cpu")
             others = new[self._row_of_member].t()
         self.scalars.count(self.members.scalars, others, present)
+
+    def wait(self) -> None:
+        """Wait until the gradients of the step are where the update reads them."""
+        if self.key.transfer is not None:
+            self.key.transfer.wait()
 
     def send(self, values: Sequence[tuple[Any, ...]]) -> None:
         """Get ready for the launches of this step; may fail, and changes no parameter, state or count."""

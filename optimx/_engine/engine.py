@@ -7,7 +7,7 @@ and hyperparameters; measure the norm; compile; update. Everything before the up
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from operator import is_, itemgetter
 from types import MappingProxyType
 from typing import Any
@@ -21,7 +21,7 @@ from .averager import Averager, is_due
 from .bad_gradients import BadGradients, check_skips
 from .bucket import Bucket
 from .fallback import run_stock
-from .grad_norm import NORM, Amp, Found, Measurement, measure
+from .grad_norm import NORM, SKIP, Amp, Found, Measurement, measure
 from .guards import SETTINGS as GUARDS
 from .guards import Clipping
 from .optimizer import EngineOptimizer
@@ -29,6 +29,7 @@ from .plan import StepInputs, StepPlan
 from .recorder import Row
 from .sharding import gathered
 from .storage import SETTINGS, STOCHASTIC
+from .twins import on_host, send_
 
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, tuple)
 
@@ -99,6 +100,11 @@ class Engine:
         amp = self._amp(optimizer)
         inputs.transform_grads(optimizer, amp.grad_scale)
         total_norm = self._given_norm(optimizer)
+        found_inf = amp.found_inf
+        if optimizer._twins is not None:
+            inputs.to_host(optimizer, optimizer._twins)
+            amp = Amp(on_host(amp.grad_scale), on_host(amp.found_inf), amp.check)
+            total_norm, self.verdict = on_host(total_norm), on_host(self.verdict)
         plan = self._plan(optimizer, inputs)
         rules = optimizer.rules
         may_skip = amp.found_inf is not None or self.verdict is not None or (rules is not None and rules.skips)
@@ -120,6 +126,8 @@ class Engine:
                     # once: other ranks may have nothing to compile again
                     self._measure(optimizer, plan, inputs, amp, total_norm, is_watched=is_watched)
                     is_measured = True
+                    if amp.check and found_inf is not None and amp.found_inf is not None:
+                        send_(amp.found_inf, found_inf)
                 self._update(optimizer, plan, inputs, noise_step, may_skip=may_skip, averages=averages)
                 return
             except backends.CompileError as failed:
@@ -280,7 +288,11 @@ class Engine:
         if averages and optimizer.average is not None and inputs.shards:
             averager = Averager(optimizer, optimizer.average, plan, inputs)
             averager.before_update()
-        on_device = [None if control is None else control.to(b.key.device, non_blocking=True) for b in buckets]
+        # towards the host a copy that nobody waits for would be read too early
+        on_device = [
+            None if control is None else control.to(b.key.device, non_blocking=b.key.device.type != "cpu")
+            for b in buckets
+        ]
         _compile(buckets, on_device)
         if plan.on_triton and _compat.is_capturing():
             plan.keep_for_graph()
@@ -291,6 +303,9 @@ class Engine:
         for group in optimizer.param_groups if noise_step is not None else ():
             group["rounding_step"] = noise_step
         updates = [bucket.update(there) for bucket, there in zip(buckets, on_device, strict=True)]
+        if optimizer._twins is not None:
+            skips = control is not None and bool(control[SKIP] != 0)
+            updates = [*map(optimizer._twins.update, buckets, updates, repeat(skips))]
         device = inputs.shards[0].device if inputs.shards else torch.device("cpu")
         plan.rounds.run(updates, self.values, device)
         for bucket in buckets:

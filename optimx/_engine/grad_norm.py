@@ -125,6 +125,7 @@ class Found:
             alike.setdefault(cut, []).append(grad)
         norms = {cut: tensor_norms(grads, wide=wide) for cut, grads in alike.items()}
         for bucket in self.on(backends.NATIVE):
+            bucket.wait()
             norms.setdefault(bucket.key.cut, []).extend(bucket.norms(wide))
         return norms
 

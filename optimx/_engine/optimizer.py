@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from .. import _compat
 from .averages import Average
 from .guards import Guarded
 from .rule import UpdateRule
+from .twins import Offload, Twins
 
 
 class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
@@ -37,6 +39,8 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     grad_norm: Tensor | None = None
     #: Averages the parameters in the step, see :class:`EMA`; None: nobody does.
     average: Average | None = None
+    #: States lie on the host, and so does the update, see :func:`optimx.offload_states`; None: where parameters are.
+    offload: Offload | None = None
     #: The step may be recorded in a CUDA graph. A group's own ``capturable``, where torch has one, overrides it.
     capturable: bool = False
     #: Measures some steps, a ``Recorder``; None: nobody watches. Of the optimizer, because a compiler looks at it.
@@ -49,6 +53,11 @@ class EngineOptimizer(Guarded, _compat.GraphCaptureCheck):
     loop_keeps_dtypes: ClassVar[bool] = False
     #: And it knows the flags of updates; others are refused where they would have to take it.
     loop_knows_flags: ClassVar[bool] = False
+
+    @cached_property
+    def _twins(self) -> Twins | None:
+        """What stands for parameters on the host; no part of checkpoints and copies."""
+        return None if self.offload is None else Twins(self.offload)
 
 
 def needs_closure(optimizer: Optimizer) -> bool:

@@ -19,6 +19,7 @@ from . import backends, exchange, sharding, storage
 from .bucket import Bucket, BucketKey
 from .cpu import BUCKETS as CPU_BUCKETS
 from .layout import extent, is_dense, same_layout
+from .offload import is_offloaded
 from .optimizer import EngineOptimizer
 from .rounds import MATRICES, ROUNDS_OF
 from .rule import StateKind, UpdateRule
@@ -50,6 +51,9 @@ def place_all(
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = chain.from_iterable(repeat(group, len(group["params"])) for group in optimizer.param_groups)
     shared = sharing_memory(optimizer, params, shards, grads)
+    if optimizer.offload is not None:
+        # the parameters of twins, which have memory of their own
+        shared.update(sharing_memory(optimizer, params, _compat.local_tensors(params), grads))
     placements: list[Placement | None] = []
     for position, (param, shard, grad, group) in enumerate(zip(params, shards, grads, groups, strict=True)):
         if grad is None:
@@ -83,6 +87,8 @@ def place(
     rule = optimizer.rule
     backend, no_backend = backends.choose(param.device)
     reason = unsuitable(param, grad, group)
+    if backend != backends.NATIVE and is_offloaded(optimizer, whole):
+        return Placement(None, reason or no_backend or "TRITON_INTERPRET=1: the interpreter updates what is on a CPU")
     if reason or backend == backends.TORCH:
         # torch's fused step on a CPU takes any memory to be dense; its loop does not
         gaps = param.layout is torch.strided and not is_dense(param)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, compress, count, repeat
 from operator import is_not
 from typing import Any
@@ -25,12 +26,14 @@ from .averages import AVERAGE
 from .bucket import WHOLE, Bucket, BucketKey
 from .grad_norm import SKIP
 from .layout import same_layout
+from .offload import is_offloaded
 from .optimizer import EngineOptimizer
 from .placement import Placement, bucket_class, has_device_values, place_all, placement_flags
 from .recode import bring_to_plain
 from .rounds import Rounds
 from .states import create_states
 from .storage import PARAM_COMPANIONS, is_set, kept
+from .twins import Twins
 
 
 class StepInputs:
@@ -65,6 +68,13 @@ class StepInputs:
             self.shards, self.grads = sharding.local_pairs(self.params, self.whole_grads)
         self.like_grads = self.grads
         self.grad_types = [*map(type, self.grads)]
+        self.read_states(optimizer)
+
+    def to_host(self, optimizer: EngineOptimizer, twins: Twins) -> None:
+        """Put twins into the places of parameters on a device, and what gradients arrive in into those of gradients."""
+        self.shards, self.grads = twins.begin(self.shards, self.grads)
+        self.like_grads = self.grads
+        self.is_sharded = True
         self.read_states(optimizer)
 
     def transform_grads(self, optimizer: EngineOptimizer, grad_scale: Tensor | None) -> None:
@@ -184,6 +194,8 @@ class StepPlan:
             if placement is None:
                 continue
             key = placement.key
+            if key is not None and optimizer._twins is not None:
+                key = replace(key, transfer=optimizer._twins.transfer_of.get(position))
             if grads[position] is None:
                 if key is None or key.backend != backends.TRITON:
                     continue
@@ -191,17 +203,7 @@ class StepPlan:
                     # torch makes what is missing of them when the parameter takes a step
                     continue
             if key is None:
-                if is_set(groups[g]) and not _loop_keeps(optimizer, param, shards[position], groups[g]):
-                    raise RuntimeError(
-                        f"parameter {position} of all, in group {g}, should be kept as param_rounding and state_dtype "
-                        f"say but is left to torch's own step: {placement.reason}"
-                    )
-                set_flags = () if optimizer.loop_knows_flags else flags.of_update(optimizer.rule, groups[g])
-                if set_flags:
-                    raise RuntimeError(
-                        f"parameter {position} of all, in group {g}, should be updated with {set_flags[0]}="
-                        f"{groups[g][set_flags[0]]} but is left to torch's own step: {placement.reason}"
-                    )
+                self._check_leftover(optimizer, inputs, position, g, placement.reason)
                 self.leftovers.append((position, placement))
             else:
                 if not same_layout(like_grads[position], shards[position]):
@@ -212,6 +214,23 @@ class StepPlan:
                 geometry = (sharding.geometry_of(param, shards[position]) if key.formats else None) or WHOLE
                 by_key[key].add(position, places[position], g, param.shape, geometry, seed)
         return [*by_key.values()]
+
+    @staticmethod
+    def _check_leftover(optimizer: EngineOptimizer, inputs: StepInputs, position: int, g: int, reason: str) -> None:
+        """Raise RuntimeError where torch's own step does not do what is asked for."""
+        param, shard, group = inputs.params[position], inputs.shards[position], optimizer.param_groups[g]
+        asked = ""
+        if is_set(group) and not _loop_keeps(optimizer, param, shard, group):
+            asked = "kept as param_rounding and state_dtype say"
+        elif not optimizer.loop_knows_flags and (set_flags := flags.of_update(optimizer.rule, group)):
+            asked = f"updated with {set_flags[0]}={group[set_flags[0]]}"
+        elif is_offloaded(optimizer, param):
+            asked = "updated on the host, where its states are,"
+        if asked:
+            raise RuntimeError(
+                f"parameter {position} of all, in group {g}, should be {asked} but is left to torch's own step: "
+                f"{reason}"
+            )
 
     def _groups_on_buckets(self, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The groups of members."""

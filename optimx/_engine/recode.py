@@ -11,6 +11,7 @@ from torch import Tensor
 from .cpu.codecs import decode, encode
 from .layout import flat, same_layout
 from .matrices import Scratch
+from .offload import state_device
 from .optimizer import EngineOptimizer
 from .rule import new_state
 from .sharding import like, local
@@ -141,7 +142,10 @@ def _found_values(state: State, shard: Tensor) -> Tensor | None:
         return local(master)
     remainder = state.get(REMAINDER_NAME)
     if isinstance(remainder, Tensor) and remainder.dtype in _OF_REMAINDERS and shard.dtype is torch.bfloat16:
-        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, local(remainder))
+        remainder = local(remainder)
+        # of an offloaded parameter they are not where it is
+        shard = shard.detach().to(remainder.device)
+        return decoded(Format(_OF_REMAINDERS[remainder.dtype], shard.dtype), shard, remainder)
     return None
 
 
@@ -199,9 +203,15 @@ def master_weights(optimizer: EngineOptimizer) -> list[Tensor]:
         return [master_weight(param, optimizer.state.get(param, {})) for param, _ in _params(optimizer)]
 
 
-def master_weight(param: Tensor, state: Any) -> Tensor:
-    """A copy of the exact values of a parameter that has this state, see :func:`master_weights`."""
-    shard = local(param)
+def master_weight(param: Tensor, state: Any, shard: Tensor | None = None) -> Tensor:
+    """A copy of the exact values of a parameter that has this state, see :func:`master_weights`.
+
+    Args:
+        param: The parameter.
+        state: Its state.
+        shard: What of it lies in this process, where the states are (default: None: where the parameter is).
+    """
+    shard = local(param) if shard is None else shard
     values = _found_values(state, shard) if isinstance(state, dict) else None
     dtype = torch.promote_types(shard.dtype, torch.float32)
     return like(param, (shard.detach() if values is None else values).to(dtype, copy=True))
@@ -232,7 +242,7 @@ def set_master_weights(optimizer: EngineOptimizer, tensors: Sequence[Tensor]) ->
 
 def set_master_weight(optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], tensor: Tensor) -> None:
     """Set the exact values of one parameter, see :func:`set_master_weights`."""
-    shard, values = local(param), local(tensor)
+    shard = local(param)
     formats, kinds = kept(optimizer.rule, param, shard, group, optimizer.defaults)
     of_param = formats[0] if formats else Format(0, shard.dtype)
     wanted = names("", of_param.kind)
@@ -242,8 +252,12 @@ def set_master_weight(optimizer: EngineOptimizer, param: Tensor, group: dict[str
     if not wanted:
         param.copy_(tensor)
         return
-    made, (name,) = Maker(param, shard, kinds), wanted
+    # of an offloaded parameter a copy beside its states
+    there = shard.detach().to(state_device(optimizer, param))
+    made, (name,) = Maker(param, there, kinds), wanted
     companion = local(state[name]) if name in state else made.new(name)
-    encode_(of_param, values.to(shard.device), shard.detach(), companion)
+    encode_(of_param, local(tensor).to(there.device), there, companion)
     state[name] = state.get(name, made.laid_out(name, companion))
+    if there.device != shard.device:
+        shard.copy_(there)
     torch.autograd.graph.increment_version([param])

@@ -75,7 +75,7 @@ def shard_lengths(length: int, n_ranks: int) -> list[int]:
 
 def geometry_of(param: Tensor, part: Tensor) -> Geometry | None:
     """Where the elements of the part of a parameter in this process are among all; None where no geometry says it."""
-    if part is param or not (over := cutting(param)):
+    if part is param or not _compat.is_dtensor(param) or not (over := cutting(param)):
         return Geometry()
     spec = _compat.dtensor_spec(param)
     dims = {spec.placements[i].dim % param.dim() for i in over}

@@ -24,6 +24,7 @@ from .averages import AVERAGE
 from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
+from .offload import state_device
 from .optimizer import EngineOptimizer
 from .recode import bring_to_formats
 from .rule import new_state
@@ -199,14 +200,15 @@ def _settled_scalars(optimizer: EngineOptimizer, state: State) -> tuple[str, ...
 
 def _small_states(optimizer: EngineOptimizer, param: Tensor, group: dict[str, Any], state: State) -> dict[str, int]:
     """States that lie beside those of other parameters: of each name how many elements may lie together."""
-    if backends.choose(param.device)[0] != backends.NATIVE:
+    device = state_device(optimizer, param)
+    if backends.choose(device)[0] != backends.NATIVE:
         return {}
     rule = optimizer.rule
     names = [
         name
         for name, value in state.items()
         if not (name in rule.scalars and _settled_scalars(optimizer, state))
-        and _is_plain(value) and value.device == param.device and is_small(value)
+        and _is_plain(value) and value.device == device and is_small(value)
     ]  # fmt: skip
     most = _most_neighbours(optimizer, rule.variant_of(rule.group_variant(group), param), param.dtype)
     # averages move together, whoever updates their parameters

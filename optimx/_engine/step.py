@@ -27,11 +27,13 @@ from .engine import Engine, check_group, flat_shards_message
 from .grad_norm import SKIP
 from .grad_transforms import asked_for
 from .guards import Clipping, Spikes
+from .offload import Loading, state_device
 from .optimizer import EngineOptimizer, evaluated
 from .recode import check_complete, with_float32
 from .states import own_states, settle_scalars
 from .storage import REMAINDER_NAME, SETTINGS, is_set, kept, named, warn_of_freezing
 from .storage import check as check_storage
+from .twins import Offload
 
 #: Settings of groups, which are in none where they are these.
 OPTIONAL = {**SETTINGS, **flags.FLAGS}
@@ -153,6 +155,7 @@ class MultiTensorStep(EngineOptimizer):
             # torch adds this default to any optimizer; Lion and LAMB have no such setting
             self.defaults.pop("differentiable", None)
         vars(self).pop("_engine", None)
+        vars(self).pop("_twins", None)
         if "defaults" in state and not vars(self).get("_is_copy"):
             # unpickled: each state may have brought all the memory that it shared
             own_states(self, keep_shared=True)
@@ -216,15 +219,24 @@ class MultiTensorStep(EngineOptimizer):
         own = {id(value) for state in self.state.values() if isinstance(state, dict) for value in state.values()}
         # hooks may load something else than was given, and are to find the states where they stay
         loaded: list[dict[str, Any]] = []
-        before = self.register_load_state_dict_pre_hook(lambda _, final: loaded.append(final))
-        after = self.register_load_state_dict_post_hook(
-            lambda _: self._take_over(loaded[0], own, settings), prepend=True
-        )
+        loading = Loading(self)
+
+        def begin(_: Any, final: dict[str, Any]) -> None:
+            loaded.append(final)
+            loading.begin()
+
+        def end(_: Any) -> None:
+            loading.end()
+            self._take_over(loaded[0], own, settings)
+
+        before = self.register_load_state_dict_pre_hook(begin)
+        after = self.register_load_state_dict_post_hook(end, prepend=True)
         try:
             super().load_state_dict(state_dict)
         finally:
             before.remove()
             after.remove()
+            loading.end()
 
     def _take_over(self, state_dict: dict[str, Any], own: set[int], settings: Sequence[dict[str, Any]]) -> None:
         """Give what has been loaded its own memory, and the exact values where torch rounds.
@@ -259,7 +271,7 @@ class MultiTensorStep(EngineOptimizer):
                     # as `_for_others` has it
                     dtype = torch.int16
                 if dtype not in (None, param.dtype) and isinstance(saved[name], Tensor):
-                    state[name] = saved[name].detach().to(param.device, dtype)
+                    state[name] = saved[name].detach().to(state_device(self, param), dtype)
         others = {
             key: {name: value for name, value in state.items() if id(value) not in own}
             if isinstance(state, dict) else state
@@ -361,6 +373,7 @@ class MultiTensorStep(EngineOptimizer):
         elif not (
             self.needs_norm
             or self.average
+            or self.offload
             or self._recorder
             or self._release
             or any(map(self._is_beyond_loop, self.param_groups))
@@ -398,5 +411,6 @@ def _is_data(value: Any) -> bool:
     if isinstance(value, (list, tuple, set, frozenset)):
         return all(map(_is_data, value))
     return value is None or isinstance(
-        value, (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, Average, Clipping, Spikes)
+        value,
+        (bool, int, float, complex, str, bytes, Tensor, torch.dtype, torch.device, Average, Clipping, Offload, Spikes),
     )

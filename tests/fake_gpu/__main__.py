@@ -19,11 +19,13 @@ THIN = [
     "tests/test_graphs.py",
     "tests/test_watched_gpu.py",
     "tests/test_storage.py",
+    "tests/test_offload.py",
 ]
 #: Of these tests.
 THIN_NAMES = (
     "test_device.py or test_smoke.py or (test_devices and (adamw or not test_same)) or clip_grad or first_step "
     "or (goes_on and (adamw or sgd-stoch or muon-8bit)) or clipping_and_amp or no_step_came_before "
+    "or (test_offload and (adamw-float32 or matrices or once_a_transfer or do_not_wait or written or refused)) "
     "or test_watched_gpu or (amp_does_not and 1.0-optimx) or tables_of or errors_under or without_capturable_says"
 )
 

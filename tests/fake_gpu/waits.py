@@ -8,7 +8,7 @@ from typing import Any
 
 import _fake_device
 
-from optimx._engine import engine, states
+from optimx._engine import engine, states, twins
 from optimx._engine.bad_gradients import BadGradients
 from optimx._engine.engine import Engine
 from optimx._engine.plan import StepPlan
@@ -18,6 +18,9 @@ MAY_WAIT: list[tuple[str, Any, str]] = [
     ("run_stock", engine, "torch's own step waits as it likes"),
     ("take_back_first", StepPlan, "whether SGD's first step with dampening was skipped: once"),
     ("last", BadGradients, "the report of an error: that too many steps were skipped"),
+    ("wait", twins.Transfer, "gradients that the CPU step needs: once a transfer"),
+    ("_refresh", twins.Twins, "parameters that somebody else has written"),
+    ("on_host", engine, "whether to skip, and the scale, which a CPU step has to know"),
     ("settle_scalars", states, "counts that come back to the host: once"),
 ]
 _DEFAULT, _ERROR = 0, 2

@@ -115,12 +115,12 @@ class Elements(NamedTuple):
 class Coder:
     """Walks over the members of a bucket."""
 
-    def __init__(self, bucket: CodedBucket) -> None:
+    def __init__(self, bucket: CodedBucket, memory: Scratch) -> None:
         self.bucket = bucket
         formats = bucket.key.formats
         where = {role: len(formats) + i for i, role in enumerate(companions(formats))}
         self.roles = [Role(i, kept, where.get(i)) for i, kept in enumerate(formats)]
-        self.memory = Scratch(bucket.key.device)
+        self.memory = memory
         self._places: WeakKeyDictionary[Batch, Places] = WeakKeyDictionary()
 
     def walks(self, call: Call, members: Members, factor: float) -> Iterator[tuple[Sequence[int], Walk]]:

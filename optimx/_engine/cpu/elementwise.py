@@ -17,8 +17,10 @@ from torch import Tensor
 from ... import _compat
 from ..bucket import Bucket, Members
 from ..layout import flat
+from ..matrices import Scratch
 from ..rounds import Update
 from ..rule import Row
+from ..twins import Workspace
 from .averaged import Places
 from .batch import Batch
 from .call import MANY, Call, MixedCall, mix
@@ -45,7 +47,8 @@ class NativeBucket(Bucket):
         if len(set(self.key.dtypes)) > 1 or self.key.formats:
             self._direct = None
         self._staged = self.rule.operator(self.key.variant, self.compute_dtype)
-        self._scratch: list[Tensor] = []
+        workspace = self._workspace
+        self._scratch: list[Tensor] = [] if workspace is None else workspace.pieces[self.compute_dtype]
         self._flat_grads: dict[Batch, Tensor] = {}
         self._values: Sequence[tuple[Any, ...]] | None = None
         self._pattern: list[int] = []
@@ -57,8 +60,17 @@ class NativeBucket(Bucket):
         self._average_addresses: list[int] = []
         self._compiled: CompiledUpdates | None = None
         #: Walks instead of this bucket where roles are kept in formats of their own.
-        self.coder = Coder(self) if self.key.formats else None
+        self.coder = Coder(self, self.scratch_for("codecs")) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
+
+    @property
+    def _workspace(self) -> Workspace | None:
+        """Scratch memory of this bucket and others; None: it has its own, in which nobody writes while it waits."""
+        return None if self.key.transfer is None or self.meets else self.key.transfer.workspace
+
+    def scratch_for(self, purpose: str) -> Scratch:
+        """Memory that stays, by name."""
+        return Scratch(self.key.device) if self._workspace is None else self._workspace.scratches[purpose]
 
     @property
     def has_formula(self) -> bool:

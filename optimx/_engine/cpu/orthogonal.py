@@ -12,7 +12,7 @@ from torch import Tensor
 from ... import _compat
 from ..bucket import picker
 from ..layout import flat
-from ..matrices import Block, Scratch, equalized, row_squares
+from ..matrices import Block, equalized, row_squares
 from ..newton_schulz import first_dtype, orthogonalize_
 from ..rounds import MATRICES, Share, Update
 from ..rule import Row
@@ -54,7 +54,7 @@ class OrthogonalBucket(NativeBucket):
 
     def finish(self, known_scalars: Container[int]) -> None:
         super().finish(known_scalars)
-        self.memory = Scratch(self.key.device)
+        self.memory = self.scratch_for("matrices")
         self._stacks: list[Stack] = []
         indices = range(len(self.positions))
         buffers = self.members.states[0]
