@@ -37,6 +37,7 @@ from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
 from .lr_finder import LRCurve, lr_find
+from .measuring import StepCost, step_cost
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
@@ -77,6 +78,7 @@ __all__ = sorted(
         "SWA",
         "Spikes",
         "StateKind",
+        "StepCost",
         "UpdateRule",
         "Watcher",
         "ZClip",
@@ -104,6 +106,7 @@ __all__ = sorted(
         "search",
         "set_master_weights",
         "sinks",
+        "step_cost",
         "swa_utils",
         "watch",
     }
