@@ -11,12 +11,13 @@ import torch
 
 from bench.contestants import MAX_NORM, Run
 from bench.shapes import Shape
+from optimx.measuring.stock import COMPILED, COPY, DEFAULT, FOREACH, FUSED, LOOP, OURS, STOCK
 
-DEFAULT, FOREACH, FUSED = "torch default", "torch foreach", "torch fused"
-#: Of an optimizer that neither torch nor ``bench.peers`` has: the loop that ours falls back to.
-LOOP = "plain loop"
-STOCK, BEST_STOCK = (DEFAULT, FOREACH, FUSED, LOOP), "fastest stock"
-OURS, COPY = "optimx", "copy"
+__all__ = ["BELOW", "BEST_STOCK", "CLIPPED", "COMPILED", "COPY", "DEFAULT", "FOREACH", "FUSED", "KEPT_ERROR", "LOOP",
+           "NO_SYNC", "OURS", "STOCK", "Case", "Target", "at_least"]  # fmt: skip
+
+#: The fastest of :data:`STOCK` in a run.
+BEST_STOCK = "fastest stock"
 
 #: The quantity of a target: how far bytes a parameter are from those that were counted by hand.
 KEPT_ERROR = "kept_error"
@@ -57,7 +58,7 @@ class Case:
         device, dtype: Of parameters, gradients and state.
         grad_norm: 2-norm of all gradients together.
         loss_scale: What the gradients are multiplied with, for GradScaler to take out again.
-        clock: What a call is charged with (see ``bench.timing``): "wall", "device", "host" or "cpu" time.
+        clock: What a call is charged with (see ``optimx.measuring.timing``): "wall", "device", "host" or "cpu" time.
         traffic: Contestant -> bytes of memory traffic a parameter, counted from its algorithm, where bandwidth matters.
         kept: Contestant -> bytes a parameter that parameters and states should take, where that is the question.
         targets: What the results are held against.

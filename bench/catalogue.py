@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 import optimx
-from bench import peers
+from optimx.measuring.stock import source_of
 
 #: A walk: what it reads a second time in a float32 step, in bytes a parameter, from those of the state.
 READ_AGAIN: dict[str, Callable[[float], float]] = {
@@ -67,16 +66,8 @@ def cost_of(name: str, arguments: dict[str, Any]) -> Cost:
 def stock_of(name: str) -> tuple[str, Callable[..., torch.optim.Optimizer]]:
     """What an optimizer is held against: where that is from, and what makes it.
 
-    It is torch's class; where torch has none, the one of :mod:`bench.peers`; where that has none, see :func:`looped`.
+    It is torch's class; where torch has none, the one of :mod:`optimx.measuring.foreach`; where that has none, see
+    :func:`optimx.measuring.stock.looped`.
     """
-    for module in (torch.optim, peers):
-        if hasattr(module, name):
-            return module.__name__, getattr(module, name)
-    return "its plain loop", partial(looped, name)
-
-
-def looped(name: str, params: Any, **arguments: Any) -> torch.optim.Optimizer:
-    """Our optimizer, stepped by the plain loop over parameters that it falls back to."""
-    optimizer = getattr(optimx, name)(params, **arguments)
-    optimizer.step = optimizer._stock_step
-    return optimizer
+    module, make = source_of(getattr(optimx, name))
+    return "its plain loop" if module is None else module.__name__, make

@@ -30,6 +30,7 @@ OURS = "#f4621a"
 STOCK_DEFAULT = "#2f66f0"
 STOCK_FOREACH = "#0aa67a"
 STOCK_FUSED = "#a8459a"
+STOCK_COMPILED = "#b8860b"
 PEER = "#a286ce"
 #: Series without a meaning of their own, in this order.
 CYCLE = (STOCK_DEFAULT, OURS, STOCK_FOREACH, STOCK_FUSED, PEER)

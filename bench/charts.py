@@ -11,23 +11,24 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from bench import chart_style as style
-from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
+from bench.case import COMPILED, COPY, DEFAULT, FOREACH, FUSED, OURS, STOCK
 from bench.convergence_chart import draw as draw_convergence
 from bench.convergence_chart import draw_muon
 from bench.lr_find_chart import draw as draw_lr_find
 from bench.lr_find_report import PICTURE as LR_FIND
 from bench.muon_report import PICTURE
-from bench.packages import is_peer
 from bench.results import Row
 from bench.saved import Results
 from bench.scaling import fit
 from bench.tables import millions
+from optimx.measuring.packages import is_peer
 
 OTHERS = "fastest other package"
 COLORS = {
     DEFAULT: style.STOCK_DEFAULT,
     FOREACH: style.STOCK_FOREACH,
     FUSED: style.STOCK_FUSED,
+    COMPILED: style.STOCK_COMPILED,
     OURS: style.OURS,
 }
 #: Ends of the names of cases that every optimizer has.
@@ -74,7 +75,7 @@ def within(y: float, series: dict[str, list[float]]) -> bool:
 
 def models(results: Results, path: Path) -> bool:
     cases = [rows for _, rows in results.cases("step", "step-") if rows[0].model]
-    series: dict[str, list[float]] = {DEFAULT: [], FOREACH: [], OTHERS: [], OURS: []}
+    series: dict[str, list[float]] = {DEFAULT: [], FOREACH: [], COMPILED: [], OTHERS: [], OURS: []}
     for rows in cases:
         medians = {row.contestant: row.median_ms for row in rows if row.median_ms}
         medians[OTHERS] = min((ms for name, ms in medians.items() if is_peer(name)), default=math.nan)

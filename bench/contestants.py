@@ -1,14 +1,14 @@
 """Who is measured: a function for each way to take a step, which builds tensors and optimizer for a case.
 
-The optimizer is the one that the case names, from torch.optim, from optimx or from bench.peers. It is looked up when
-the contestant is built, so that one that is missing is an error in its row and nowhere else.
+The optimizer is the one that the case names, from torch.optim, from optimx or from
+optimx.measuring.foreach. It is looked up when the contestant is built, so that one that is missing is an error in its
+row and nowhere else.
 """
 
 import inspect
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import optimx
-from bench import packages, peers
-from bench.catalogue import looped
+from optimx.measuring import packages
+from optimx.measuring.stock import COMPILED, compiled_step, ways
+from optimx.measuring.timing import Run
 
 if TYPE_CHECKING:
     from bench.case import Case
@@ -26,26 +27,9 @@ MAX_NORM = 1.0
 #: Float32 elements of the plain copy, at least and at most: it neither fits the caches nor takes memory that a large
 #: model needs.
 COPY_NUMEL, MAX_COPY_NUMEL = 2**24, 2**28
-#: Some 10 ms of a GPU's time, longer than the host mostly needs to queue a step (torch's own tests hold a stream so).
-HOLD_CYCLES = 20_000_000
 
 Params = list[torch.nn.Parameter]
 Groups = Callable[[Params], list[dict[str, Any]]]
-
-
-@dataclass
-class Run:
-    """A contestant ready to be timed: ``prepare()`` is called before every ``step()`` and is not timed.
-
-    ``moved``: bytes of memory traffic of a step, where that is not the case's. ``hold``: cycles for which the GPU is
-    kept busy while the host queues a step.
-    """
-
-    prepare: Callable[[], object]
-    step: Callable[[], object]
-    optimizer: torch.optim.Optimizer | None = None
-    moved: int | None = None
-    hold: int = HOLD_CYCLES
 
 
 class Model:
@@ -113,14 +97,16 @@ def plain_step(case: "Case", *, module: ModuleType, **options: Any) -> Run:
 
 torch_step = partial(plain_step, module=torch.optim)
 optimx_step = partial(plain_step, module=optimx)
-peer_step = partial(plain_step, module=peers)
 
 
-def loop_step(case: "Case") -> Run:
-    """The loop over parameters that ours falls back to."""
+def stock_step(case: "Case", *, way: str, groups: Groups = one_group) -> Run:
+    """One of :func:`optimx.measuring.stock.ways` to take the step."""
+    if way == COMPILED and case.device == "cuda":
+        raise packages.Missing("not measured on a GPU: compiling takes longer than the rest of the question")
     model = Model(case)
-    optimizer = looped(case.optimizer, one_group(model.params), **case.kwargs)
-    return Run(model.backward, optimizer.step, optimizer)
+    optimizer = ways(getattr(optimx, case.optimizer))[way](groups(model.params), **case.kwargs)
+    step = compiled_step(optimizer) if way == COMPILED else optimizer.step
+    return Run(model.backward, step, optimizer)
 
 
 def package_step(case: "Case", *, peer: packages.Peer) -> Run:
@@ -128,7 +114,7 @@ def package_step(case: "Case", *, peer: packages.Peer) -> Run:
     # some have no default for the learning rate, or another one
     lr = inspect.signature(getattr(optimx, case.optimizer)).parameters["lr"].default
     groups = [{"params": model.params, **peer.group}] if peer.group else model.params
-    optimizer = peer.load()(groups, **{"lr": lr, **case.kwargs, **peer.kwargs})
+    optimizer = peer.load(len(model.params))(groups, **{"lr": lr, **case.kwargs, **peer.kwargs})
     return Run(model.backward, optimizer.step, optimizer)
 
 

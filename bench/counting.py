@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.contestants import Run
+from optimx.measuring.peak import peak_memory, traced
+from optimx.measuring.timing import Run
 
 
 def count(run: Run, device: str, steps: bool = True) -> dict[str, int | None]:
@@ -45,27 +43,13 @@ def plain_tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from plain_tensors(getattr(value, name))
     elif isinstance(value, torch.Tensor):
         yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from plain_tensors(part)
     elif hasattr(value, "__dict__"):
         for part in vars(value).values():
             if isinstance(part, torch.Tensor):
                 yield part
-
-
-def peak_memory(run: Run, device: str) -> int:
-    """Bytes that a step has allocated at most, at one time, beyond what was there before it."""
-    run.prepare()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run.step()
-        return torch.cuda.max_memory_allocated() - before
-    events = (event for event in traced(run, memory=True) if event.get("name") == "[memory]")
-    allocated = peak = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        allocated += event["args"]["Bytes"]
-        peak = max(peak, allocated)
-    return peak
 
 
 def count_launches(run: Run) -> int | None:
@@ -73,20 +57,6 @@ def count_launches(run: Run) -> int | None:
     run.prepare()
     # the trace names the category; the profiler's own events mix kernels with annotated ranges
     return sum(event.get("cat") == "kernel" for event in traced(run)) or None
-
-
-def traced(run: Run, memory: bool = False) -> list[dict[str, Any]]:
-    """The events of a step, as torch's profiler writes them."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    with torch.profiler.profile(profile_memory=memory) as profiler:
-        run.step()
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        return json.loads(trace.read_text())["traceEvents"]
 
 
 def count_syncs(run: Run) -> int:

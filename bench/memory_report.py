@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from bench.packages import is_peer
 from bench.results import Row
 from bench.saved import Results
 from bench.tables import markdown_table, number, times
+from optimx.measuring.packages import is_peer
 
 #: How the names of cases begin, and of which case steps are shown.
 KEPT = "kept-"

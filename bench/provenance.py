@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from bench.packages import PEERS
 from bench.timing import CPU_THREADS
+from optimx.measuring.packages import PEERS
 
 
 def machine(gpu: bool, stub: bool = False) -> dict[str, str]:

@@ -18,12 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import bad_steps_report, lr_find_report, memory_report, muon_report, ranks, storage_report
-from bench.case import COPY, FUSED, KEPT_ERROR, OURS, STOCK
+from bench import bad_steps_report, lr_find_report, memory_report, muon_report, ranks, step_costs, storage_report
+from bench.case import COMPILED, COPY, DEFAULT, FOREACH, FUSED, KEPT_ERROR, OURS, STOCK
 from bench.results import Verdict
 from bench.saved import Question, Results, load
 from bench.scaling import fit
-from bench.tables import contest_table, markdown_table, number, results_table
+from bench.tables import contest_table, markdown_table, ms, number, results_table
+from optimx.measuring.stock import MOST_COMPILED
 
 #: Charts of a page, in order, and what they show.
 TITLES = {
@@ -33,10 +34,15 @@ TITLES = {
     "groups.png": "Cost against the number of parameter groups: 465 tensors, a learning rate a group",
     "scaling.png": "Cost against the number of parameters (8 tensors) and of tensors (64 elements each)",
 }
+#: Heads of the columns of stock.
+SHORT = {DEFAULT: "default", FOREACH: "foreach", FUSED: "fused", COMPILED: "compiled"}
 MODELS_COLUMNS = (
-    f"Milliseconds of a step: default, foreach and fused are torch.optim's implementations. The ratio is {FUSED} over "
+    "Milliseconds of a step: default, foreach and fused are torch.optim's implementations, compiled is foreach's under "
+    f"torch.compile, which is not measured for more than {MOST_COMPILED} tensors. The ratio is {FUSED} over "
     f"{OURS}, so above 1.00x {OURS} is faster."
 )
+#: Times that tell three costs apart.
+LAW_TIMES = 4
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- bench (?!end)(\S+) ?(\S*) -->\n).*?(<!-- bench end -->)", re.DOTALL)
@@ -88,6 +94,15 @@ def report(results: Results, charts: Sequence[str]) -> str:
         lines += [lr_find_report.picture(), ""] if lr_find_report.PICTURE in charts else []
     if results.bad_steps:
         lines += ["## Bad batches", "", *bad_steps_report.lines(results.bad_steps), ""]
+    if results.step_costs:
+        lines += ["## `optimx bench` on the examples", "", *step_costs.lines(results.step_costs), ""]
+    for title, section in {
+        "Muon beside its products": muon_report.cost_lines(results) if results.cases("muon") else [],
+        "What parameters and states are kept in": memory_report.kept_lines(results),
+        "Sharded parameters: the host's time": markdown_rows(sharded_table(results)),
+        "What rides along with a step": markdown_rows(riders_table(results)),
+    }.items():
+        lines += [f"## {title}", "", *section, ""] if section else []
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
     for question in results.questions.values():
         lines += question_lines(question)
@@ -109,7 +124,7 @@ def models_table(results: Results) -> list[list[str]]:
     """AdamW's cases in a line each: milliseconds of torch's implementations and of ours. It fits into 80 columns."""
     cases = results.cases("step", "step-")
     stock = [name for name in STOCK if any(row.contestant == name for _, rows in cases for row in rows)]
-    return contest_table("AdamW, ms", cases, {name: name.removeprefix("torch ") for name in stock})
+    return contest_table("AdamW, ms", cases, {name: SHORT.get(name, name) for name in stock})
 
 
 def host_table(results: Results) -> list[list[str]]:
@@ -127,22 +142,35 @@ def host_table(results: Results) -> list[list[str]]:
 
 def sharded_table(results: Results) -> list[list[str]]:
     """What AdamW's step costs the host where parameters are DTensors, beside plain ones, in milliseconds."""
-    cases = results.cases("dtensor")
+    return medians_table("AdamW, ms of the host", "dtensor", results)
+
+
+def riders_table(results: Results) -> list[list[str]]:
+    """What ten steps take with statistics, rules and averages riding along, in milliseconds."""
+    return medians_table("ms of ten steps", "riders", results)
+
+
+def medians_table(title: str, question: str, results: Results) -> list[list[str]]:
+    """The medians of a question: a line a case, a column a contestant."""
+    cases = results.cases(question)
     names = list(dict.fromkeys(row.contestant for _, rows in cases for row in rows))
-    table = [["AdamW, ms of the host", *names]]
+    table = [[title, *names]]
     for case, rows in cases:
-        medians = {row.contestant: row.median_ms for row in rows}
-        cells = ("-" if (median := medians.get(name)) is None else number(median) for name in names)
-        table.append([case.removeprefix("dtensor-").replace("-", " "), *cells])
+        by_name = {row.contestant: row for row in rows}
+        shown = case.removeprefix(f"{question}-").replace("-", " ")
+        table.append([shown, *(ms(by_name.get(name)) for name in names)])
     return table
 
 
 def laws_table(results: Results) -> list[list[str]]:
-    """What the time of AdamW's step is made of, fitted to both sweeps."""
+    """What the time of AdamW's step is made of, fitted to both sweeps, for everybody who has as many times as costs."""
     rows = [row for _, rows in results.cases("scaling") for row in rows if row.contestant != COPY and row.median_ms]
     table = [["AdamW", "fixed", "a tensor", "bytes", "typical error of the law"]]
-    for name in [name for name in (*STOCK, OURS) if any(row.contestant == name for row in rows)]:
-        law = fit([row for row in rows if row.contestant == name])
+    for name in dict.fromkeys(row.contestant for row in rows):
+        mine = [row for row in rows if row.contestant == name]
+        if len(mine) < LAW_TIMES:
+            continue
+        law = fit(mine)
         costs = [f"{law.fixed_us:.3g} µs", f"{law.per_tensor_us:.3g} µs", f"{law.gb_per_s:.3g} GB/s"]
         table.append([name, *costs, f"{law.error:.0%}"])
     return table
@@ -284,6 +312,14 @@ def bad_steps_part(results: Results, folder: str) -> list[str]:
     return bad_steps_report.lines(results.bad_steps) if results.bad_steps else []
 
 
+def step_costs_part(results: Results, folder: str) -> list[str]:
+    return step_costs.lines(results.step_costs) if results.step_costs else []
+
+
+def step_cost_tables_part(results: Results, folder: str) -> list[str]:
+    return step_costs.lines(results.step_costs, notes=False) if results.step_costs else []
+
+
 def kept_part(results: Results, folder: str) -> list[str]:
     return [*memory_report.kept_lines(results), "", f"All rows are in the [report]({folder}/report.md)."]
 
@@ -306,6 +342,8 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "storage": storage_part,
     "lr-find": lr_find_part,
     "bad-steps": bad_steps_part,
+    "step-costs": step_costs_part,
+    "step-cost-tables": step_cost_tables_part,
     "kept": kept_part,
     "kept-packages": packages_part,
 }

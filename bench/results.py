@@ -144,9 +144,10 @@ def quantity(target: Target, rows: dict[str, Row]) -> float | None:
     if target.against is None:
         return getattr(row, target.quantity)
     if target.against == BEST_STOCK:
-        medians = [rows[name].median_ms for name in STOCK if name in rows]
+        # who was not to take part, such as a compiled step of too many tensors, is told in the table
+        medians = [rows[name].median_ms for name in STOCK if name in rows and rows[name].missing is None]
         # one that failed might have been the fastest
-        return over(None if None in medians else min(medians), row.median_ms)
+        return over(None if None in medians else min(medians, default=None), row.median_ms)
     other = rows[target.against]
     if target.quantity == "bandwidth":
         return over(row.gb_per_s, other.gb_per_s)

@@ -11,7 +11,7 @@ from typing import Any
 from bench.results import Row, Verdict
 
 #: Stems of files that :mod:`bench.convergence` and its like leave.
-CHECKS = ("convergence", "convergence_muon", "convergence_storage", "lr_find", "bad_steps")
+CHECKS = ("convergence", "convergence_muon", "convergence_storage", "lr_find", "bad_steps", "step_costs")
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Results:
     convergence_storage: dict[str, Any] | None = None
     lr_find: dict[str, Any] | None = None
     bad_steps: dict[str, Any] | None = None
+    step_costs: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[Row]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
-from bench import peers as our_peers
+import optimx
 from bench.case import COPY, DEFAULT, FOREACH, FUSED, LOOP, NO_SYNC, OURS, Case, Target
-from bench.contestants import Run, device_copy, loop_step, optimx_step, package_step, peer_step, torch_step
-from bench.packages import BY_OPTIMIZER
+from bench.contestants import device_copy, optimx_step, package_step, stock_step
 from bench.shapes import MODELS, Shape, sized_down
+from optimx.measuring.packages import BY_OPTIMIZER
+from optimx.measuring.stock import ways
+from optimx.measuring.timing import Run
 
 LARGE, SMALL = [(2048, 2048)] * 4, [(4,)] * 1000
 
@@ -26,19 +26,10 @@ HOST_BOUND = 2000
 def steps(optimizer: str, peers: bool = True) -> dict[str, Callable[[Case], Run]]:
     """Every way to take a step: stock's, ours, and that of each package which has this optimizer.
 
-    Stock is torch's class, in all of its implementations; where torch has none, see :func:`bench.catalogue.stock_of`.
+    For stock's see :func:`optimx.measuring.stock.ways`.
     """
-    contestants: dict[str, Callable[[Case], Run]] = {}
-    if hasattr(torch.optim, optimizer):
-        flags = inspect.signature(getattr(torch.optim, optimizer)).parameters
-        contestants[DEFAULT] = torch_step
-        for name, flag in ((FOREACH, "foreach"), (FUSED, "fused")):
-            if flag in flags:
-                contestants[name] = partial(torch_step, **{flag: True})
-    elif hasattr(our_peers, optimizer):
-        contestants[FOREACH] = peer_step
-    else:
-        contestants[LOOP] = loop_step
+    stock = ways(getattr(optimx, optimizer))
+    contestants: dict[str, Callable[[Case], Run]] = {name: partial(stock_step, way=name) for name in stock}
     contestants[OURS] = optimx_step
     if peers:
         contestants |= {peer.package: partial(package_step, peer=peer) for peer in BY_OPTIMIZER.get(optimizer, ())}

@@ -13,8 +13,8 @@ import torch
 
 from bench.case import FUSED, KEPT_ERROR, OURS, Case, Target
 from bench.contestants import MAX_NORM, optimx_step, package_step, torch_clip_step, torch_step
-from bench.packages import Peer
 from bench.suite import contests, model_case
+from optimx.measuring.packages import Peer
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("AdamW", {}),

@@ -17,13 +17,15 @@ SPREAD, ELEMENTS = 8, 64
 def by_params(params: int, device: str, **settings: Any) -> Case:
     name = f"params-1e{len(str(params)) - 1}" + "-gpu" * (device == "cuda")
     tensors = [(params // SPREAD,)] * SPREAD
-    return step_case(name, tensors, peers=False, device=device, **settings)
+    # of the largest, states of all would not fit
+    peers = device == "cpu" and params < 10**8
+    return step_case(name, tensors, peers=peers, device=device, **settings)
 
 
 def by_tensors(count: int, device: str) -> Case:
     # on a GPU the host is the one that pays for tensors
     name = f"tensors-{count}" + "-gpu" * (device == "cuda")
-    return step_case(name, [(ELEMENTS,)] * count, peers=False, device=device, clock="wall")
+    return step_case(name, [(ELEMENTS,)] * count, peers=device == "cpu", device=device, clock="wall")
 
 
 CASES = [

@@ -38,6 +38,7 @@ from .grad_scaler import GradScaler
 from .lamb import LAMB
 from .lion import Lion
 from .lr_finder import LRCurve, lr_find
+from .measuring import StepCost, step_cost
 from .memory import memory
 from .muon import Muon
 from .nadam import NAdam
@@ -81,6 +82,7 @@ __all__ = sorted(
         "SWA",
         "Spikes",
         "StateKind",
+        "StepCost",
         "UpdateRule",
         "Watcher",
         "ZClip",
@@ -111,6 +113,7 @@ __all__ = sorted(
         "search",
         "set_master_weights",
         "sinks",
+        "step_cost",
         "swa_utils",
         "watch",
     }

@@ -67,6 +67,11 @@ flatten_dense_tensors = torch._C._nn.flatten_dense_tensors
 disable_dynamo = torch._disable_dynamo
 
 
+def hold_stream(cycles: int) -> None:
+    """Keep the GPU's current stream busy for so many cycles."""
+    torch.cuda._sleep(cycles)
+
+
 def without_hooks(step: Any) -> Any:
     """A class's ``step`` as it was before the first instance wrapped it."""
     return step.__wrapped__ if getattr(step, "hooked", False) else step

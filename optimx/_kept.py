@@ -22,7 +22,7 @@ from ._engine.step import MultiTensorStep
 from ._engine.storage import GROUP, LEAST, MASTER_NAME, PARAM_COMPANIONS, STATES, Kept, kept
 from ._engine.twins import like_on_host
 from ._scratch import scratch_bound
-from ._table import aligned
+from ._table import aligned, plural, size
 
 __all__ = ["Memory", "MemoryRow", "placements_of", "rows_of"]
 
@@ -41,8 +41,7 @@ class StaysFloat32(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        tensors = "1 tensor" if self.tensors == 1 else f"{self.tensors:,} tensors"
-        return f"{', '.join(self.names)} of {tensors}: float32, because {self.reason}"
+        return f"{', '.join(self.names)} of {plural(self.tensors, 'tensor')}: float32, because {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -122,10 +121,10 @@ class Memory:
         for names, n, reason in chain.from_iterable(row.float32 for row in self.rows):
             tensors[names, reason] += n
         reasons = [str(StaysFloat32(names, n, reason)) for (names, reason), n in tensors.items()]
-        scratch = "not told" if self.scratch is None else f"at most {_size(self.scratch)}"
+        scratch = "not told" if self.scratch is None else f"at most {size(self.scratch)}"
         return [
             *reasons,
-            f"together {_size(self.total)}; a step moves {_size(self.traffic)}",
+            f"together {size(self.total)}; a step moves {size(self.traffic)}",
             f"scratch memory of a step: {scratch}",
         ]
 
@@ -230,11 +229,3 @@ def _bytes(kind: StateKind, param: Tensor) -> int:
 def _each(n_bytes: float) -> str:
     """Bytes a parameter: of few parameters they may be many."""
     return f"{n_bytes:.4g}" if n_bytes < 1000 else f"{n_bytes:,.0f}"
-
-
-def _size(n_bytes: float) -> str:
-    for unit in ("B", "KB", "MB"):
-        if n_bytes < 1000:
-            return f"{n_bytes:.3g} {unit}"
-        n_bytes /= 1000
-    return f"{n_bytes:,.3g} GB"

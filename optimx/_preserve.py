@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ._checks import told
 from ._engine.sharding import local
 
-__all__ = ["check_restorable", "preserved"]
+__all__ = ["check_restorable", "preserved", "random_states"]
 
 Restore = Callable[[], Any]
 
@@ -40,7 +40,7 @@ def preserved(model: nn.Module, optimizer: Optimizer, also: Iterable[Any] = ()) 
     memory = _Memory()
     # the last one is the first to be put back
     with ExitStack() as stack:
-        stack.callback(_random_states())
+        stack.callback(random_states())
         stack.callback(memory.of(optimizer))
         stack.callback(memory.of([*params]))
         for module in model.modules():
@@ -141,7 +141,8 @@ def _of_tensor(tensor: Tensor) -> Restore:
     return restore
 
 
-def _random_states() -> Restore:
+def random_states() -> Restore:
+    """What puts the random generators of python, numpy (where it is imported) and torch back as they are now."""
     python, host = random.getstate(), torch.get_rng_state()
     # torch.cuda's would start CUDA
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

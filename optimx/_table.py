@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Tables in plain text, and what stands in them."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def aligned(table: Sequence[Sequence[str]], numbers: Container[int], width: int 
         yield from textwrap.wrap(
             rest, width, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False
         )
+
+
+def plural(n: int, what: str) -> str:
+    """``"1 tensor"``, ``"2 tensors"``."""
+    return f"{n:,} {what}{'s' if n != 1 else ''}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the unit that leaves few digits."""
+    for unit in ("B", "KB", "MB"):
+        if n_bytes < 1000:
+            return f"{n_bytes:.3g} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:,.3g} GB"
 
 
 def _total(widths: Sequence[int]) -> int:

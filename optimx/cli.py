@@ -1,9 +1,10 @@
-"""The command ``optimx``: what is installed, what a config does to a model, what names there are."""
+"""The command ``optimx``: what is installed, what a config does to a model, what a step costs, what names there are."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -28,6 +30,7 @@ from .config.writing import to_toml
 from .convert import convert
 from .explain import Explanation
 from .lr_finder import LRCurve, lr_find
+from .measuring import step_cost
 from .presets import PRESETS, TREES
 from .registry import OPTIMIZERS, SCHEDULERS, matches
 
@@ -143,6 +146,24 @@ def _parser() -> argparse.ArgumentParser:
     finder.add_argument("--json", action="store_true", help="learning rates, losses and suggestions as JSON")
     finder.set_defaults(run=_lr_find)
 
+    bench = commands.add_parser("bench", help="what an optimizer's step costs on a model, beside torch's and others'")
+    bench.add_argument("model", metavar="FILE.py:FACTORY", help="returns the model, or a tuple of it and the name "
+                       "of an optimizer or a config; PACKAGE.MODULE:FACTORY, too")  # fmt: skip
+    which = bench.add_mutually_exclusive_group()
+    which.add_argument("--optimizer", metavar="NAME", help="one of optimx's (default: what FACTORY tells, or AdamW)")
+    which.add_argument("--config", metavar="CFG", help="a TOML, YAML or JSON file, or the name of a preset")
+    bench.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                       help="over it, such as optimizer.lr=3e-4; several, too")  # fmt: skip
+    bench.add_argument("--max-grad-norm", type=float, metavar="NORM", help="clip to this norm (default: as configured)")
+    bench.add_argument("--device", type=_device, help="such as cpu or cuda:1 (default: the model's)")
+    bench.add_argument("--dtype", type=_dtype, help="of the parameters, such as bfloat16 (default: the model's)")
+    bench.add_argument("--rounds", type=_steps, default=20, help="turns that each contestant has (default: 20)")
+    bench.add_argument("--compile", action="store_true",
+                       help="also torch's foreach step under torch.compile, which takes a minute or so")  # fmt: skip
+    bench.add_argument("--no-peers", action="store_true", help="without other packages that are installed")
+    bench.add_argument("--json", action="store_true", help="all figures as JSON")
+    bench.set_defaults(run=_bench)
+
     searching = commands.add_parser("search", help="the configs that a config's section search stands for")
     which = searching.add_mutually_exclusive_group(required=True)
     which.add_argument("--grid", type=_steps, metavar="N", help="every combination, with N numbers of each range")
@@ -178,6 +199,22 @@ def _steps(text: str) -> int:
     if steps < 1:
         raise argparse.ArgumentTypeError(f"should be >= 1 but is: {text}")
     return steps
+
+
+def _device(text: str) -> torch.device:
+    try:
+        return torch.empty(0, device=text).device
+    # no such name, not built in, not there
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"should be a device of this machine but is: {text} ({reason})") from error
+
+
+def _dtype(text: str) -> torch.dtype:
+    dtype = getattr(torch, text, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise argparse.ArgumentTypeError(f"should be a floating-point dtype of torch but is: {text}")
+    return dtype
 
 
 def _seed(text: str) -> int:
@@ -294,6 +331,29 @@ def _curve(arguments: argparse.Namespace) -> LRCurve:
         raise _BadInput(f"lr-find: {type(error).__name__}: {error}") from error
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    made = _called("FACTORY", arguments.model)
+    model, cfg = made if isinstance(made, tuple) and len(made) == 2 else (made, "adamw")
+    if not isinstance(model, nn.Module):
+        raise _BadInput(f"FACTORY should make a torch.nn.Module but {arguments.model!r} made: {type(model).__name__}")
+    if arguments.optimizer is not None and arguments.optimizer not in OPTIMIZERS:
+        # with the nearest name
+        OPTIMIZERS.get(arguments.optimizer, "--optimizer")
+    if arguments.max_grad_norm is not None:
+        arguments.set.append(f"optimizer.max_grad_norm={arguments.max_grad_norm}")
+    try:
+        found = step_cost(
+            model, arguments.optimizer or arguments.config or cfg, arguments.set, device=arguments.device,
+            dtype=arguments.dtype, compiled=arguments.compile, peers=not arguments.no_peers, rounds=arguments.rounds,
+        )  # fmt: skip
+    except ConfigError:
+        raise
+    # a model that nothing can train, or too little memory
+    except Exception as error:
+        raise _BadInput(f"bench: {type(error).__name__}: {error}") from error
+    print(json.dumps(found.to_dict()) if arguments.json else found)
+
+
 def _search(arguments: argparse.Namespace) -> None:
     if arguments.random is None and arguments.seed is not None:
         raise _BadInput("--seed should come with --random, as a grid is always the same")
@@ -360,14 +420,20 @@ def _model(path: str) -> nn.Module:
 
 
 def _called(option: str, path: str) -> Any:
-    """What ``package.module:factory`` returns, looked for in the current folder too; a module as it is."""
-    module, colon, name = path.partition(":")
+    """What ``package.module:factory`` or ``file.py:factory`` returns, looked for in the current folder too.
+
+    A module is returned as it is.
+    """
+    module, colon, name = path.rpartition(":")
     if not colon:
-        raise _BadInput(f"{option} should be PACKAGE.MODULE:FACTORY but is: {path!r}")
+        raise _BadInput(f"{option} should be PACKAGE.MODULE:FACTORY or FILE.py:FACTORY but is: {path!r}")
+    is_file = module.endswith(".py")
+    if is_file and not Path(module).is_file():
+        raise _BadInput(f"{option} should name a file that exists but {module!r} does not")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        factory: Any = importlib.import_module(module)
+        factory: Any = _module_of_file(Path(module)) if is_file else importlib.import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
         return factory if isinstance(factory, nn.Module) else factory()
@@ -375,6 +441,21 @@ def _called(option: str, path: str) -> Any:
     except Exception as error:
         what = "make a model" if option == "--model" else "return"
         raise _BadInput(f"{option} {path!r} does not {what}: {type(error).__name__}: {error}") from error
+
+
+def _module_of_file(file: Path) -> ModuleType:
+    """The module in a file, which finds its neighbours as a script does."""
+    folder = str(file.parent.resolve())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # pickle and dataclasses look for it there
+    sys.modules[file.stem] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _show(rows: Sequence[Sequence[str]], numbers: Container[int] = ()) -> None:

@@ -70,6 +70,10 @@ class Registry:
 
         return decorate
 
+    def __contains__(self, name: str) -> bool:
+        self._complete_names()
+        return normalized(name) in self._things
+
     def names(self, pattern: str = "*") -> list[str]:
         """All names, or those that match a glob such as ``"adam*"``, sorted."""
         self._complete_names()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 from torch import nn
 
-from bench.packages import import_torchvision
+from optimx.measuring.packages import import_torchvision
 
 # timm and transformers load it, and tests import those while they are collected: a fixture would come too late
 import_torchvision()

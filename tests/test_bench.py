@@ -20,12 +20,11 @@ import torch
 
 import bench.__main__ as driver
 import optimx
-from bench import packages, peers, shapes, suite, tables, test_host
-from bench.case import BEST_STOCK, COPY, DEFAULT, FOREACH, FUSED, LOOP, OURS, STOCK, Case, Target
+from bench import shapes, suite, tables, test_host
+from bench.case import BEST_STOCK, COMPILED, COPY, DEFAULT, FOREACH, FUSED, LOOP, OURS, STOCK, Case, Target
 from bench.catalogue import cost_of, of_all_shapes, optimizers, stock_of
 from bench.contestants import (
     COPY_NUMEL,
-    HOLD_CYCLES,
     MAX_COPY_NUMEL,
     Model,
     Run,
@@ -39,7 +38,9 @@ from bench.provenance import slug
 from bench.results import Row, empty_rows, judge, summarize
 from bench.test_muon import ADAMW
 from bench.test_step import ARGUMENTS
-from bench.timing import Budget, device_time, measure
+from bench.timing import measure
+from optimx.measuring import foreach, packages
+from optimx.measuring.timing import HOLD_CYCLES, Budget, device_time
 from tests.cases import CASES as TABLE
 from tests.reference.lamb import lamb
 from tests.reference.lion import lion
@@ -158,9 +159,9 @@ def test_contestants_on_a_gpu_fit_together():
     for case in CASES:
         # parameters, gradients and those to come, states; a foreach step's intermediates, one at a time
         each = 3 + cost_of(case.optimizer, case.kwargs).state / 4
-        floats = case.numel * (
-            each * sum(name != COPY for name in case.contestants) + 3 * (FOREACH in case.contestants)
-        )
+        # none is compiled on a GPU
+        count = sum(name not in (COPY, COMPILED) for name in case.contestants)
+        floats = case.numel * (each * count + 3 * (FOREACH in case.contestants))
         copy = 8 * min(max(case.numel, COPY_NUMEL), MAX_COPY_NUMEL) if COPY in case.contestants else 0
         assert case.dtype.itemsize * floats + copy < 74 * 2**30, case.name
 
@@ -190,8 +191,8 @@ def test_the_cost_is_what_a_step_leaves(name):
 
 @pytest.mark.parametrize("name", ["Lion", "LAMB"])
 def test_whom_nobody_has_is_held_against_its_loop(name, monkeypatch):
-    """As an optimizer would be that neither torch nor `bench.peers` has."""
-    monkeypatch.delattr(peers, name)
+    """As an optimizer would be that neither torch nor `optimx.measuring.foreach` has."""
+    monkeypatch.delattr(foreach, name)
     case = replace(suite.step_case("loop", [(12, 10), (7,)], name, peers=False), kwargs={"lr": 0.01})
     assert (case.baseline, [*case.contestants]) == (LOOP, [LOOP, OURS])
     (looped, size), (ours, own_size) = (after_steps(case, start) for start in case.contestants.values())
@@ -210,7 +211,8 @@ OPTIMIZERS = {case.call: case for case in CASES if case.device == "cpu" and case
 
 @pytest.mark.parametrize("case", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_whoever_is_stock_takes_steps(case):
-    stock = {name: start for name, start in case.contestants.items() if name in STOCK}
+    # compiling is another test's
+    stock = {name: start for name, start in case.contestants.items() if name in STOCK and name != COMPILED}
     rows = measure(replace(case, shapes=few_tensors(case.optimizer), contestants=stock), BUDGET).rows
     assert [row.error for row in rows.values()] == [None] * len(stock)
     assert {row.optimizer for row in rows.values()} == {case.call}
@@ -261,6 +263,31 @@ def test_a_package_that_is_missing_or_raises_is_no_error():
     assert [row.error for row in measured.rows.values()] == [None] * 6
 
 
+def test_what_compiles_for_minutes_is_told_in_its_row(monkeypatch):
+    """Of too many tensors, on a GPU, and where nothing compiles."""
+    many = suite.step_case("many", [(2,)] * 201, peers=False)
+    monkeypatch.setattr(torch, "compile", broken)
+    for case in (many, replace(many, device="cuda")):
+        rows = measure(replace(case, contestants={COMPILED: case.contestants[COMPILED]}, clock="wall"), BUDGET).rows
+        assert rows[COMPILED].error is None
+        assert rows[COMPILED].missing.startswith("not measured ")
+    few = suite.step_case("few", [(2,)], peers=False)
+    row = measure(few, BUDGET).rows[COMPILED]
+    assert (row.error, row.missing) == (None, "RuntimeError: no such | kernel")
+    peer = packages.Peer("heavyball", "torch.optim:AdamW", most_tensors=50)
+    rows = measure(
+        tiny(shapes=[(2,)] * 51, contestants={**STEP, "heavyball": partial(suite.package_step, peer=peer)}), BUDGET
+    )
+    assert rows.rows["heavyball"].missing == "not measured (51 tensors: compiling takes minutes)"
+
+
+def test_every_step_case_has_a_compiled_contestant():
+    """Which is told in the table wherever it cannot be."""
+    for case in import_module("bench.test_step").CASES:
+        # of a plain loop there is nothing to compile
+        assert (COMPILED in case.contestants) != (LOOP in case.contestants), case.name
+
+
 def test_a_package_steps_with_the_arguments_of_the_case():
     peer = packages.Peer("torch", "torch.optim:SGD", {"nesterov": True})
     run = suite.package_step(tiny(optimizer="SGD", kwargs={"momentum": 0.5}), peer=peer)
@@ -297,7 +324,8 @@ SAME_WORK = {
 def test_contestants_of_a_case_do_the_same_work(case):
     # groups are made for as many tensors as there are
     small = case if "groups" in case.name else replace(case, shapes=few_tensors(case.optimizer))
-    contestants = {name: run for name, run in case.contestants.items() if name != COPY and not packages.is_peer(name)}
+    others = {COPY, COMPILED, *filter(packages.is_peer, case.contestants)}
+    contestants = {name: run for name, run in case.contestants.items() if name not in others}
     few = {name: after_steps(small, start) for name, start in contestants.items() if "one group" not in name}
     expected, state = few[small.baseline] if small.baseline in few else next(iter(few.values()))
     moved = (expected - starting_point(small)).abs().max()
@@ -348,10 +376,10 @@ def test_a_package_does_the_work_of_the_case(optimizer, peer, dtype):
 @pytest.mark.parametrize(
     ("peer", "reference", "arguments"),
     [
-        (peers.Lion, lion, {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}),
-        (peers.Lion, lion, {"lr": 0.01}),
-        (peers.LAMB, lamb, {"lr": 0.01, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1}),
-        (peers.LAMB, lamb, {"lr": 0.01, "weight_decay": 0.0}),
+        (foreach.Lion, lion, {"lr": 0.01, "betas": (0.8, 0.9), "weight_decay": 0.1}),
+        (foreach.Lion, lion, {"lr": 0.01}),
+        (foreach.LAMB, lamb, {"lr": 0.01, "betas": (0.8, 0.9), "eps": 0.01, "weight_decay": 0.1}),
+        (foreach.LAMB, lamb, {"lr": 0.01, "weight_decay": 0.0}),
     ],
     ids=["lion-decay", "lion", "lamb-decay", "lamb"],
 )
@@ -420,13 +448,21 @@ def test_summary_of_known_times():
         ({DEFAULT: [4e-3] * 2, FOREACH: [8e-3] * 2, FUSED: [9e-3] * 2, OURS: [2e-3] * 2}, 2.0, "yes"),
         # the one that failed might have been the fastest
         ({DEFAULT: [4e-3] * 2, FUSED: [9e-3] * 2, OURS: [2e-3] * 2}, None, "not measured"),
+        (
+            {FOREACH: [4e-3] * 2, DEFAULT: [9e-3] * 2, FUSED: [9e-3] * 2, COMPILED: [1e-3] * 2, OURS: [2e-3] * 2},
+            0.5,
+            "no",
+        ),
     ],
-    ids=["foreach", "default", "failed"],
+    ids=["foreach", "default", "failed", "compiled"],
 )
 def test_the_fastest_stock_is_that_of_the_run(times, measured, holds):
     target = Target(OURS, "speed", 1.5, BEST_STOCK)
-    case = tiny(contestants={**STEP, FOREACH: broken}, targets=(target,))
-    verdict = judge(case, summarized(case, times))[0]
+    case = tiny(contestants={**STEP, FOREACH: broken, COMPILED: broken}, targets=(target,))
+    rows = summarized(case, times)
+    if COMPILED not in times:
+        rows[COMPILED].missing = "not measured (201 tensors)"
+    verdict = judge(case, rows)[0]
     assert str(target) == "speed >= 1.5x fastest stock"
     assert (verdict.measured, verdict.holds) == (pytest.approx(measured), holds)
 

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from bench import ranks, report
-from bench.case import COPY, DEFAULT, FOREACH, FUSED, OURS
+from bench.case import COMPILED, COPY, DEFAULT, FOREACH, FUSED, OURS
 from bench.charts import DRAWN_BY, over_best
 from bench.results import Row, Verdict
 from bench.scaling import ADAMW_BYTES, Law, fit
@@ -344,6 +344,48 @@ def test_the_page_has_what_sweeps_suggest_where_they_were_measured(folder):
     assert (folder / "lr_find.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_has_the_tables_of_all_questions(folder):
+    """Of DTensors and of what rides along with a step, where they were measured."""
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    for title in ("Sharded parameters", "What rides along", "Muon beside", "What parameters and states"):
+        assert title not in page
+    save(folder, "dtensor", [row("dtensor-300-clip-8-ranks", name, 2.0) for name in (FUSED, OURS, "optimx, plain")])
+    save(folder, "riders", [row("riders-4x4M", OURS, 3.0), row("riders-4x4M", "EMA", 4.5), row("riders-x", OURS, 6.0)])
+    assert report.main([str(folder)]) == 0
+    page = (folder / "report.md").read_text()
+    assert "| 300 clip 8 ranks | 2 | 2 | 2 |" in page
+    assert "| ms of ten steps | optimx | EMA |" in page
+    assert "| 4x4M | 3 | 4.5 |\n| x | 6 | - |" in page
+
+
+def test_everybody_has_a_law_who_has_times(folder):
+    results = report.load(folder)
+    rows = results.questions["scaling"].rows
+    rows += [row("params-1e4", "timm", 8.0, params=10**4, tensors=count) for count in (1, 10, 100, 1000)]
+    rows += [row("params-1e4", COMPILED, 8.0), row("params-1e4", COPY, 1.0)]
+    names = [line[0] for line in report.laws_table(results)[1:]]
+    assert names == [*TIMES, "timm"]
+
+
+def test_pages_show_what_a_command_prints(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", folder.parent)
+    output = "AdamW, float32\n\nstep  ms\noptimx  2\n\n3 tensors.\n"
+    entries = [{"command": f"optimx bench {name}", "output": output} for name in ("a.py:model", "b.py:model")]
+    (folder / "step_costs.json").write_text(json.dumps({"entries": entries}))
+    pages = [tmp_path / "whole.md", tmp_path / "tables.md"]
+    for page, part in zip(pages, ("step-costs", "step-cost-tables"), strict=True):
+        page.write_text(block(part))
+    assert report.main([str(folder), "--readme", *map(str, pages)]) == 0
+    whole, tables = (page.read_text() for page in pages)
+    assert (
+        "```text\n$ optimx bench a.py:model\nAdamW, float32\n\nstep  ms\noptimx  2\n\n3 tensors.\n\n$ optimx" in whole
+    )
+    assert "optimx  2\n\n$ optimx bench b.py:model\n" in tables
+    assert "3 tensors" not in tables
+    assert "## `optimx bench` on the examples\n" in (folder / "report.md").read_text()
+
+
 @pytest.mark.parametrize("part", ["modles", ""])
 def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, capsys, part):
     monkeypatch.setattr(report, "RESULTS", folder.parent)
@@ -359,6 +401,7 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
     [
         "README.md",
         "docs/benchmarks.md",
+        "docs/bench.md",
         "docs/sharding.md",
         "docs/optimizers/muon.md",
         "docs/storage.md",

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,25 +25,39 @@ class Peer:
         path: "module:Class".
         kwargs: Arguments without which it would do other work than the case asks for.
         group: Keys of the parameter group without which it takes no parameters.
+        most_tensors: With more it compiles for minutes, and is not measured; None: it compiles nothing.
     """
 
     package: str
     path: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     group: dict[str, Any] = field(default_factory=dict)
+    most_tensors: int | None = None
 
-    def load(self) -> type[torch.optim.Optimizer]:
-        """The class.
+    @property
+    def installed(self) -> bool:
+        """Whether its package can be imported, by the look of it."""
+        return importlib.util.find_spec(self.path.partition(":")[0].partition(".")[0]) is not None
+
+    def load(self, tensors: int = 1) -> Any:
+        """The class, for so many tensors.
 
         Raises:
-            Missing: The package is not installed.
+            Missing: The package is not installed, or would compile for minutes.
         """
         module, _, name = self.path.partition(":")
-        if importlib.util.find_spec(module.partition(".")[0]) is None:
+        if not self.installed:
             raise Missing(f"{self.package} is not installed")
+        check_compiles(tensors, self.most_tensors)
         if self.package in ("timm", "transformers"):
             import_torchvision()
         return getattr(importlib.import_module(module), name)
+
+
+def check_compiles(tensors: int, most: int | None) -> None:
+    """Missing if there are more tensors than a compiler can write a step for in a minute or so."""
+    if most is not None and tensors > most:
+        raise Missing(f"not measured ({tensors:,} tensors: compiling takes minutes)")
 
 
 def import_torchvision() -> None:
@@ -53,20 +68,26 @@ def import_torchvision() -> None:
     if importlib.util.find_spec("torchvision") is None:
         return
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except RuntimeError:
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]
         for operator in ("nms", "qnms"):
-            LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torchvision_library().define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
-# operators live as long as their library
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+@cache
+def torchvision_library() -> torch.library.Library:
+    """Where operators are declared, which live as long as it does."""
+    return torch.library.Library("torchvision", "FRAGMENT")
+
 
 #: Else FlashOptim's quantise the state and correct 16-bit parameters, and optimi's add up 16-bit ones with Kahan's sum.
 FLASH: dict[str, Any] = {"quantize": False, "master_weight_bits": None}
 OPTIMI: dict[str, Any] = {"kahan_sum": False}
+
+#: HeavyBall writes a step out tensor by tensor and tunes it: 60 take more than a minute.
+HEAVYBALL = 50
 
 #: What torch's Muon does by default.
 MUON: dict[str, Any] = {"weight_decay": 0.1, "nesterov": True}
@@ -81,6 +102,7 @@ BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
         Peer("bitsandbytes", "bitsandbytes.optim:AdamW32bit"),
         Peer("timm", "timm.optim:AdamWLegacy"),
         Peer("apex", "apex.optimizers:FusedAdam", {"weight_decay": 0.01}),
+        Peer("heavyball", "heavyball:AdamW", {"betas": (0.9, 0.999), "weight_decay": 0.01}, most_tensors=HEAVYBALL),
     ),
     "Adam": (
         Peer("flashoptim", "flashoptim:FlashAdam", FLASH),
@@ -99,7 +121,10 @@ BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
         Peer("bitsandbytes", "bitsandbytes.optim:Adagrad32bit"),
         Peer("apex", "apex.optimizers:FusedAdagrad"),
     ),
-    "NAdam": (Peer("timm", "timm.optim:NAdamLegacy"),),
+    "NAdam": (
+        Peer("timm", "timm.optim:NAdamLegacy"),
+        Peer("heavyball", "heavyball:NAdam", most_tensors=HEAVYBALL),
+    ),
     "RAdam": (
         Peer("torch-optimi", "optimi:RAdam", OPTIMI),
         Peer("timm", "timm.optim:RAdamLegacy"),

@@ -3,15 +3,20 @@
 They are what optimx's own are measured against. Hyperparameters are numbers, and every parameter has a gradient.
 """
 
+from __future__ import annotations
+
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+__all__ = ["LAMB", "Lion"]
 
-class Peer(torch.optim.Optimizer):
-    def lists(self, group: dict, *names: str) -> list[list[Tensor]]:
+
+class _Foreach(torch.optim.Optimizer):
+    def lists(self, group: dict[str, Any], *names: str) -> list[list[Tensor]]:
         """Parameters, gradients and states of a group; states begin at zero."""
         params = group["params"]
         for p in params:
@@ -21,7 +26,7 @@ class Peer(torch.optim.Optimizer):
         return [params, [p.grad for p in params], *([self.state[p][name] for p in params] for name in names)]
 
 
-class Lion(Peer):
+class Lion(_Foreach):
     """Lion (https://arxiv.org/abs/2302.06675)."""
 
     def __init__(
@@ -30,7 +35,7 @@ class Lion(Peer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params, grads, exp_avgs = self.lists(group, "exp_avg")
             lr, (beta1, beta2), weight_decay = group["lr"], group["betas"], group["weight_decay"]
@@ -42,7 +47,7 @@ class Lion(Peer):
             torch._foreach_lerp_(exp_avgs, grads, 1 - beta2)
 
 
-class LAMB(Peer):
+class LAMB(_Foreach):
     """LAMB (https://arxiv.org/abs/1904.00962) with bias correction; without weight decay there is no trust ratio."""
 
     def __init__(
@@ -56,7 +61,7 @@ class LAMB(Peer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
             params, grads, exp_avgs, exp_avg_sqs = self.lists(group, "exp_avg", "exp_avg_sq")
             (beta1, beta2), weight_decay = group["betas"], group["weight_decay"]
