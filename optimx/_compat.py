@@ -429,8 +429,8 @@ class KernelCall(NamedTuple):
 
     Attributes:
         library: A shared library, with a C function ``kernel``.
-        arguments: Of each what it is: ``("input", i)``, ``("size", n)`` of the size that was ``n`` when traced, or
-            ``("scratch", i)``.
+        arguments: Of each what it is: ``("tensor", i)`` of the inputs and then the outputs, ``("size", n)`` of the size
+            that was ``n`` when traced, or ``("scratch", i)``.
     """
 
     library: str
@@ -459,8 +459,17 @@ def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kern
             raise NotImplementedError(f"it does not compile to kernels alone: {func} is left")
 
     mode = inputs[0].fake_mode  # type: ignore[attr-defined]
-    # threads as many as torch has at the time; no processes that compile
-    settings = {"cpp.dynamic_threads": True, "compile_threads": 1, "size_asserts": False, "cpp_wrapper": False}
+    settings: dict[str, Any] = {
+        # as many as torch has at the time
+        "cpp.dynamic_threads": True,
+        # no processes that compile
+        "compile_threads": 1,
+        "cpp_wrapper": False,
+        # one pass, however much is computed in it: nothing is kept in memory between two
+        "realize_opcount_threshold": 1 << 20,
+        "realize_reads_threshold": 1 << 20,
+        "realize_acc_reads_threshold": 1 << 20,
+    }
     with config.patch(settings), tracing(TracingContext(mode)):
         with mode:
             graph = make_fx(graph, decomposition_table=select_decomp_table())(*inputs)
@@ -468,30 +477,27 @@ def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kern
     names = call.__func__.__globals__
     shapes = [[int(size) for size in tensor.shape] for tensor in inputs]
     real = [torch.zeros(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)]
-    places = {tensor.data_ptr(): ("input", i) for i, tensor in enumerate(real)}
-    scratch: list[Tensor] = []
-    calls: list[KernelCall] = []
-
-    def place(argument: Any) -> tuple[str, int]:
-        if isinstance(argument, int):
-            return "size", argument
-        if argument.data_ptr() not in places:
-            if argument.nbytes > LARGEST_SCRATCH:
-                raise NotImplementedError("it needs memory of the inputs' size")
-            places[argument.data_ptr()] = "scratch", len(scratch)
-            scratch.append(argument)
-        return places[argument.data_ptr()]
+    found: list[tuple[str, tuple[Any, ...]]] = []
 
     kernels = {name: value for name, value in names.items() if getattr(value, "__name__", "") == "kernel"}
     for name, kernel in kernels.items():
 
         def record(*arguments: Any, library: str = kernel.__self__.__file__) -> None:
-            calls.append(KernelCall(library, [*map(place, arguments)]))
+            found.append((library, arguments))
 
         names[name] = record
     try:
         with NoOperator():
-            call([*real])
+            outputs = call([*real])
     finally:
         names.update(kernels)
-    return calls
+    places = {tensor.data_ptr(): ("tensor", i) for i, tensor in enumerate([*real, *outputs])}
+
+    def place(argument: Any) -> tuple[str, int]:
+        if isinstance(argument, int):
+            return "size", argument
+        if argument.nbytes > LARGEST_SCRATCH and argument.data_ptr() not in places:
+            raise NotImplementedError("it needs memory of the inputs' size")
+        return places.setdefault(argument.data_ptr(), ("scratch", len(places)))
+
+    return [KernelCall(library, [*map(place, arguments)]) for library, arguments in found]

@@ -131,6 +131,17 @@ def test_numbers(case: Case, kwargs: dict[str, Any], plainly, launches: list[int
     assert launches == [n_small, 63 * 71, 4097] * 8
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each(pick("lamb-default", "adamw-clipped_cautious"), ())
+def test_measured(case: Case, kwargs: dict[str, Any], dtype: torch.dtype, plainly) -> None:
+    """Updates whose size follows from all of a tensor: of whole rows of elements, and what is left of them."""
+    shapes = [(8 * compiled.ROW,), (8 * compiled.ROW + 1,), (63, 71), (5,)]
+    ours, plain = (case.cls(make_params(shapes, dtype=dtype), **kwargs, max_grad_norm=0.5) for _ in range(2))
+    train([ours], 3)
+    plainly(train, [plain], 3)
+    assert_same(ours, plain, ONE_ROUNDING if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-6})
+
+
 @each(pick("rmsprop-default"), ())
 def test_half_precision(case: Case, kwargs: dict[str, Any], plainly) -> None:
     """Tensors of 16 bits are computed in float32 and rounded once."""

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, lru_cache
 from operator import itemgetter
 from pathlib import Path
@@ -27,12 +27,15 @@ import torch
 from torch import Tensor
 
 from ... import _compat
+from ..layout import flat
 from ..rule import Row, UpdateRule
 from . import traced
 from .traced import MOST_NUMBERS, Kinds, Traced
 
-#: Elements of the tensors a formula is traced with.
-LENGTH = 4111
+#: Elements of a row: those of all roles stay in the first cache (measured from 2**8 to 2**14).
+ROW = 1 << 9
+#: Elements of the tensors a formula is traced with; rows, and elements of a row: sizes by which no others are known.
+LENGTH, N_ROWS, OF_ROW = 4111, 67, 521
 
 _Numbers = ctypes.c_double * MOST_NUMBERS
 _lock = RLock()
@@ -87,33 +90,33 @@ class Kernel:
     Args:
         way: Which one.
         calls: What to call, see :class:`optimx._compat.KernelCall`.
-        n_inputs: The vector of numbers and the tensors.
+        n_tensors: The vector of numbers, the tensors of the way, and its outputs.
         sizes: Of the tensors it was traced with.
     """
 
-    def __init__(self, way: Traced, calls: Sequence[_compat.KernelCall], n_inputs: int, sizes: Sequence[int]) -> None:
+    def __init__(self, way: Traced, calls: Sequence[_compat.KernelCall], n_tensors: int, sizes: Sequence[int]) -> None:
         self.suits, self._numbers = way.suits, way.numbers
-        arguments = [argument for call in calls for argument in call.arguments]
-        n_scratch = 1 + max((i for kind, i in arguments if kind == "scratch"), default=-1)
-        self._scratch = ctypes.c_byte * (n_scratch * _compat.LARGEST_SCRATCH) if n_scratch else None
-        self._n_scratch = n_scratch
-        first = {"input": 0, "scratch": n_inputs + len(sizes)}
+        arguments = {argument for call in calls for argument in call.arguments}
+        own = sorted(argument for argument in arguments if argument[0] == "scratch")
+        self._scratch = ctypes.c_byte * (len(own) * _compat.LARGEST_SCRATCH)
+        self._offsets = [i * _compat.LARGEST_SCRATCH for i in range(len(own))]
+        order = [*[("tensor", i) for i in range(n_tensors)], *[("size", size) for size in sizes], *own]
+        where = {argument: i for i, argument in enumerate(order)}
         self._calls = []
         for call in calls:
             function = ctypes.CDLL(call.library).kernel
             function.restype = None
             function.argtypes = [ctypes.c_int64 if kind == "size" else ctypes.c_void_p for kind, _ in call.arguments]
-            places = [n_inputs + sizes.index(i) if kind == "size" else first[kind] + i for kind, i in call.arguments]
-            self._calls.append((function, itemgetter(*places)))
+            self._calls.append((function, itemgetter(*[where[argument] for argument in call.arguments])))
 
     def __call__(self, row: Row, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        """Update tensors whose dimensions have these sizes, in place."""
+        """Update tensors whose dimensions have these sizes, in place; outputs come after them, and are written."""
         numbers = _Numbers(*self._numbers(row))
         places = [ctypes.addressof(numbers), *map(Tensor.data_ptr, tensors), *sizes]
-        if self._scratch is not None:
+        if self._offsets:
             scratch = self._scratch()
             begin = ctypes.addressof(scratch)
-            places += [begin + i * _compat.LARGEST_SCRATCH for i in range(self._n_scratch)]
+            places += [begin + offset for offset in self._offsets]
         for function, pick in self._calls:
             function(*pick(places))
 
@@ -130,7 +133,7 @@ class Formula:
     """
 
     def __init__(
-        self, name: str, step: Callable[..., None], dtype: torch.dtype, kinds: Kinds, sizes: Sequence[int] = (LENGTH,)
+        self, name: str, step: Callable[..., Any], dtype: torch.dtype, kinds: Kinds, sizes: Sequence[int] = (LENGTH,)
     ) -> None:
         self._name, self._step, self._dtype, self._kinds, self._sizes = name, step, dtype, kinds, sizes
         self._kernels: list[Kernel] = []
@@ -155,19 +158,19 @@ class Formula:
     def _made(self, row: Row) -> Kernel:
         way = Traced(self._step, row, self._dtype, self._kinds)
         store = Store(way.text)
-        n_inputs = 1 + len(self._kinds)
+        n_tensors = 1 + len(self._kinds) + way.n_outputs
         try:
-            return Kernel(way, store.read(), n_inputs, self._sizes)
+            return Kernel(way, store.read(), n_tensors, self._sizes)
         except (OSError, ValueError, KeyError):
             # what torch's compiler deprecates of torch is not the user's concern
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 calls = way.compile()
         store.write(calls)
-        return Kernel(way, calls, n_inputs, self._sizes)
+        return Kernel(way, calls, n_tensors, self._sizes)
 
     def __call__(self, row: Row, tensors: Sequence[Tensor], sizes: Sequence[int]) -> None:
-        """Update tensors, after :meth:`is_ready`."""
+        """Update tensors and write outputs, after :meth:`is_ready`."""
         kernel = self.kernel(row)
         assert kernel is not None
         kernel(row, tensors, sizes)
@@ -222,9 +225,16 @@ class Store:
         os.replace(file.name, self._folder / name)
 
 
+Roles = tuple[torch.dtype, ...]
+
+
+def _kinds(dtypes: Roles, shape: tuple[int, ...]) -> Kinds:
+    return [(kind, shape) for kind in dtypes]
+
+
 @lru_cache(maxsize=512)
 def elementwise(
-    rule: UpdateRule, variant: Any, make_row: Callable[..., Any], dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]
+    rule: UpdateRule, variant: Any, make_row: Callable[..., Any], dtype: torch.dtype, roles: Roles
 ) -> Formula:
     """The formula of a rule's variant: of parameter, gradient and states, with the gradient's factor after the row.
 
@@ -232,42 +242,136 @@ def elementwise(
         rule, variant: Whose.
         make_row: Makes the row of its numbers.
         dtype: To compute in.
-        dtypes: Of the tensors.
+        roles: Dtypes of the tensors.
     """
 
     def step(numbers: Sequence[Any], *stored: Tensor) -> None:
         *row, factor = numbers
         p, g, *states = (tensor.to(dtype) for tensor in stored)
-        scratch = tuple(torch.empty_like(p) for _ in range(rule.temporaries))
-        rule.formula(variant, make_row(row), p, g * factor, states, scratch)
-        for tensor, values in zip((stored[0], *stored[2:]), (p, *states), strict=True):
-            if tensor is not values:
-                tensor.copy_(values)
+        rule.formula(variant, make_row(row), p, g * factor, states, _scratch(rule, p))
+        _store([stored[0], *stored[2:]], [p, *states])
 
-    return Formula(type(rule).__name__, step, dtype, [(kind, (LENGTH,)) for kind in dtypes])
+    return Formula(type(rule).__name__, step, dtype, _kinds(roles, (LENGTH,)))
 
 
-class CompiledUpdates:
-    """The compiled formula of a bucket's updates.
+def _scratch(rule: UpdateRule, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(like) for _ in range(rule.temporaries))
+
+
+def _store(stored: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for tensor, value in zip(stored, values, strict=True):
+        if tensor is not value:
+            tensor.copy_(value)
+
+
+@lru_cache(maxsize=512)
+def measured(
+    rule: UpdateRule, variant: Any, make_row: Callable[..., Any], dtype: torch.dtype, roles: Roles, moves_first: bool
+) -> tuple[Formula, Formula]:
+    """The two walks of a rule's variant: one measures, and one takes the step.
+
+    Two numbers come after the row: the gradient's factor, and the step's. The first walk sees elements in rows, and
+    gives the squared lengths of each row: few sums of many elements would be less exact, and depend on the number of
+    threads. Behind its tensors comes a column of ones: states that are multiplied by it are written row by row, while
+    they are in the cache, and not in a loop of their own.
+
+    Args:
+        rule, variant, make_row, dtype, roles: See :func:`elementwise`.
+        moves_first: The first one moves the states.
+    """
+
+    def measure(numbers: Sequence[Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        *row, factor, _ = numbers
+        *stored, ones = tensors
+        p, g, *states = (tensor.to(dtype) for tensor in stored)
+        if not moves_first:
+            states = [state.clone() for state in states]
+        _, *found = rule.advance(variant, make_row(row), p, g * factor, states, _scratch(rule, p))
+        if moves_first:
+            _store(stored[2:], [state * ones for state in states])
+        return tuple(torch.zeros_like(p[:, 0]) if of is None else of.square().sum(-1) for of in found)
+
+    def take(numbers: Sequence[Any], *stored: Tensor) -> None:
+        *row, factor, size = numbers
+        p, g, *states = (tensor.to(dtype) for tensor in stored)
+        row, scratch = make_row(row), _scratch(rule, p)
+        if moves_first:
+            step = rule.step_of_moved(variant, row, p, states, scratch)
+        else:
+            step, *_ = rule.advance(variant, row, p, g * factor, states, scratch)
+        rule.take(variant, row, p, step, size, scratch)
+        _store([stored[0], *stored[2:]], [p, *states])
+
+    name = type(rule).__name__
+    in_rows = [*_kinds(roles, (N_ROWS, OF_ROW)), (dtype, (N_ROWS, 1))]
+    first = Formula(name, measure, dtype, in_rows, (N_ROWS, OF_ROW))
+    return first, Formula(name, take, dtype, _kinds(roles, (LENGTH,)))
+
+
+class _Compiled:
+    """Compiled formulas of a bucket.
 
     Args:
         rule, variant: The bucket's.
         dtype: To compute in.
-        dtypes: Of parameter, gradient and states, as they are stored.
+        roles: Dtypes of parameter, gradient and states, as they are stored.
     """
 
-    def __init__(self, rule: UpdateRule, variant: Any, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> None:
-        self._rule, self._variant, self._dtype = rule, variant, dtype
-        self._dtypes = {True: dtypes, False: (dtype,) * len(dtypes)}
+    def __init__(self, rule: UpdateRule, variant: Any, dtype: torch.dtype, roles: Roles) -> None:
+        self._of = rule, variant
+        self._dtype = dtype
+        self._roles = {True: roles, False: (dtype,) * len(roles)}
 
-    def is_ready(self, rows: Sequence[Row], kinds: set[bool]) -> bool:
+    def _key(self, row: Row, stored: bool) -> tuple[Any, ...]:
+        """What :func:`elementwise` takes, for tensors as they are stored, or in the dtype to compute in."""
+        return *self._of, getattr(type(row), "_make", tuple), self._dtype, self._roles[stored]
+
+
+class CompiledUpdates(_Compiled):
+    """The compiled formula of a bucket's updates."""
+
+    def is_ready(self, rows: Sequence[Row], kinds: Collection[bool]) -> bool:
         """Whether there are kernels of rows, for tensors as they are stored (True) or in the dtype to compute in."""
-        return all(self._formula(row, stored).is_ready((*row, 1.0)) for row in rows for stored in kinds)
-
-    def _formula(self, row: Row, stored: bool) -> Formula:
-        make_row = getattr(type(row), "_make", tuple)
-        return elementwise(self._rule, self._variant, make_row, self._dtype, self._dtypes[stored])
+        return all(elementwise(*self._key(row, stored)).is_ready((*row, 1.0)) for row in rows for stored in kinds)
 
     def update(self, row: Row, tensors: Sequence[Tensor], factor: float, *, stored: bool) -> None:
         """Update parameter and states by a gradient times ``factor``: tensors of as many elements, without gaps."""
-        self._formula(row, stored)((*row, factor), tensors, (tensors[0].numel(),))
+        elementwise(*self._key(row, stored))((*row, factor), tensors, (tensors[0].numel(),))
+
+
+class CompiledWalks(_Compiled):
+    """The compiled walks of a bucket whose updates are measured.
+
+    Args:
+        moves_first: See :func:`measured`.
+    """
+
+    def __init__(self, *args: Any, moves_first: bool) -> None:
+        super().__init__(*args)
+        self._moves_first = moves_first
+
+    def _walks(self, row: Row, stored: bool) -> tuple[Formula, Formula]:
+        return measured(*self._key(row, stored), self._moves_first)
+
+    def is_ready(self, rows: Sequence[Row], stored: bool) -> bool:
+        """Whether there are kernels of rows, see :meth:`CompiledUpdates.is_ready`."""
+        return all(walk.is_ready((*row, 1.0, 1.0)) for row in rows for walk in self._walks(row, stored))
+
+    def measure(self, row: Row, tensors: Sequence[Tensor], factor: float, *, stored: bool) -> Tensor:
+        """The two squared lengths, float64 ``[2]``; states move, or are about to."""
+        walk, _ = self._walks(row, stored)
+        numel = tensors[0].numel()
+        n_rows, left = divmod(numel, ROW)
+        sums = torch.empty(2, n_rows + bool(left), dtype=self._dtype, device="cpu")
+        ones = torch.ones(sums.shape[1], dtype=self._dtype, device="cpu")
+        if n_rows:
+            walk((*row, factor, 1.0), (*tensors, ones, *sums), (n_rows, ROW))
+        if left:
+            ends = [flat(tensor)[n_rows * ROW :] for tensor in tensors]
+            walk((*row, factor, 1.0), (*ends, ones, *sums[:, n_rows:]), (1, left))
+        return sums.sum(-1, dtype=torch.float64)
+
+    def take(self, row: Row, tensors: Sequence[Tensor], factor: float, size: float, *, stored: bool) -> None:
+        """Take the step times ``size``."""
+        _, walk = self._walks(row, stored)
+        walk((*row, factor, size), tensors, (tensors[0].numel(),))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..rounds import LENGTHS, Share, Update
 from ..rule import Row
+from .batch import SMALL
+from .compiled import CompiledWalks
 from .elementwise import NativeBucket
 from .piece import Piece, Walk
 
@@ -18,8 +20,13 @@ class MeasuredBucket(NativeBucket):
 
     takes_riders = False
 
-    def _new_compiled(self) -> None:
-        return None
+    _compiled: CompiledWalks | None  # type: ignore[assignment]
+
+    def _new_compiled(self) -> CompiledWalks | None:  # type: ignore[override]
+        roles = self.key.dtypes[: 1 + self.n_roles]
+        walks = CompiledWalks(self.rule, self.key.variant, self.compute_dtype, roles, moves_first=self._moves_first)
+        rows = [call.row for call in self._calls if call.large]
+        return walks if walks.is_ready(rows, self._takes_wholes) else None
 
     def take_step(self, scale: float) -> Update:
         if not self.meets:
@@ -59,6 +66,10 @@ class MeasuredBucket(NativeBucket):
         whole = False
         for piece in pieces():
             p, g, *states = _roles(piece)
+            if self._compiled is not None and self._is_of_large(piece):
+                found = self._compiled.measure(row, (p, g, *states), piece.factor, stored=piece.stored)
+                squares, numels = squares + found.view(2, 1), [piece.numel]
+                continue
             whole = at_once and len(p) == piece.numel
             numels = piece.sizes if len(p) == piece.numel else [piece.numel]
             scratch, copies = self._memory(p)
@@ -70,10 +81,16 @@ class MeasuredBucket(NativeBucket):
                 self._apply(row, piece, step, self._factors(row, squares, numels), scratch)
         return squares, numels, whole
 
+    def _is_of_large(self, piece: Piece) -> bool:
+        return len(piece.sizes) == 1 and piece.numel > SMALL
+
     def _take(self, row: Row, pieces: Walk, factors: Tensor) -> None:
         """Take the step that has been measured."""
         for piece in pieces():
             p, g, *states = _roles(piece)
+            if self._compiled is not None and self._is_of_large(piece):
+                self._compiled.take(row, (p, g, *states), piece.factor, factors.item(), stored=piece.stored)
+                continue
             scratch, _ = self._memory(p)
             if self._moves_first:
                 step = self.rule.step_of_moved(self.key.variant, row, p, states, scratch)

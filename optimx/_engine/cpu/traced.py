@@ -283,7 +283,8 @@ class Traced:
     """A step's way through its branches.
 
     Args:
-        step: Called with the numbers of a row and with tensors, which it may write.
+        step: Called with the numbers of a row and with tensors, which it may write. It returns a tuple of outputs, or
+            None.
         row: One that goes this way.
         dtype: To compute in.
         kinds: Dtypes and shapes of the tensors; dimensions of 2 elements or more may have any number of them, and those
@@ -291,28 +292,30 @@ class Traced:
 
     Attributes:
         text: Tells it from others.
+        n_outputs: How many tensors the step returns.
         numbers: Makes what is in the vector of numbers, of a row.
         suits: Tells whether a row goes this way.
     """
 
-    def __init__(self, step: Callable[..., None], row: Row, dtype: torch.dtype, kinds: Kinds) -> None:
+    def __init__(self, step: Callable[..., Any], row: Row, dtype: torch.dtype, kinds: Kinds) -> None:
         self._step, self._kinds = step, kinds
         self._trace = found = Trace(row, dtype)
         tensors = [torch.ones(shape, dtype=kind, device="cpu") for kind, shape in kinds]
         # no graph: that takes a hundred times as long, and is needed only to compile
         with Recorder() as recorder:
             recorder.lines += [f"{recorder.name(tensor)}: {kind}" for tensor, kind in zip(tensors, kinds, strict=True)]
-            self._run(torch.ones(MOST_NUMBERS, dtype=torch.float64, device="cpu"), *tensors)
+            outputs = self._run(torch.ones(MOST_NUMBERS, dtype=torch.float64, device="cpu"), *tensors)
+            recorder.lines.append(recorder.name(outputs))
+        self.n_outputs = len(outputs)
         names = {"math": math, "inf": math.inf, "nan": math.nan}
         conditions = [source if answer else f"not {source}" for source, answer in found.decisions.items()]
         programs = f"({''.join(f'{source}, ' for source in found.sources)})", " and ".join(conditions) or "True"
         self.text = "\n".join([*recorder.lines, *programs])
         self.numbers, self.suits = (eval(f"lambda r: {program}", names) for program in programs)
 
-    def _run(self, vector: Tensor, *tensors: Tensor) -> tuple[()]:
+    def _run(self, vector: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         self._trace.begin(vector)
-        self._step(self._trace.numbers, *tensors)
-        return ()
+        return self._step(self._trace.numbers, *tensors) or ()
 
     def compile(self) -> list[_compat.KernelCall]:
         """Compile it; what comes first among inputs is the vector of numbers."""
