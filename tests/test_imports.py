@@ -50,7 +50,7 @@ FLOORS = [
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
         "optimx.lr_finder",
-        "optimx.early_stop", "optimx.noise_scale", "optimx.averages", "optimx.offload",
+        "optimx.early_stop", "optimx.noise_scale", "optimx.averages", "optimx.release", "optimx.offload",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx.measuring", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],
