@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 import optimx
 from optimx._engine import backends, twins
+from optimx._engine.cpu.elementwise import NativeBucket
 from optimx._engine.engine import Engine
 from optimx._engine.states import State
 from tests.cases import BY_NAME, CASES, Case, make_params, set_grads
@@ -337,6 +338,28 @@ def test_parameters_are_copied_to_the_host_only_when_they_were_written(late: Lat
         ours.step()
         sizes.append(sum(entry[3] for entry in late.log if entry[0] == "copy" and entry[2] == "cpu") - grads)
     assert sizes == [grads, 0, params_of(ours)[-1].nbytes, 0]
+
+
+@on_gpu
+def test_a_step_that_failed_goes_on_from_the_parameters(late: Late, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair(optimx.SGD, make_params(SHAPES, "cuda"), lr=0.5)
+    set_grads(params_of(ours), 0)
+    ours.step()
+    before = [param.detach().clone() for param in params_of(ours)]
+
+    def fails(bucket: NativeBucket, scale: float) -> Any:
+        yield from take_step(bucket, scale)
+        raise MemoryError
+
+    take_step = NativeBucket.take_step
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(NativeBucket, "take_step", fails)
+        ours.step()
+    assert all(map(torch.equal, params_of(ours), before))
+    set_grads(params_of(ours), 1)
+    ours.step()
+    for param, old in zip(params_of(ours), before, strict=True):
+        torch.testing.assert_close(param.detach(), old - 0.5 * param.grad)
 
 
 @on_gpu

@@ -294,10 +294,14 @@ class Twins:
     def update(self, bucket: Any, update: Update, skips: bool) -> Update:
         """A bucket's update, begun when its gradients have arrived; then its parameters leave, unless it skips."""
         bucket.wait()
-        yield from update
         if bucket.key.transfer is None or skips:
+            yield from update
             return
         positions = bucket.updated(bucket.positions)
+        for position in positions:
+            # where the update fails, the next step goes on from what the parameters are
+            self._versions[position] = -1
+        yield from update
         bucket.key.transfer.send_params(positions, self._shards)
         for position in positions:
             self._versions[position] = _compat.version(self._shards[position])
