@@ -102,7 +102,9 @@ optimx_step = partial(plain_step, module=optimx)
 def stock_step(case: "Case", *, way: str, groups: Groups = one_group) -> Run:
     """One of :func:`optimx.measuring.stock.ways` to take the step."""
     if way == COMPILED and case.device == "cuda":
-        raise packages.Missing("not measured on a GPU: compiling takes longer than the rest of the question")
+        raise packages.Missing(
+            f"{packages.NOT_MEASURED} on a GPU: compiling takes longer than the rest of the question"
+        )
     model = Model(case)
     optimizer = ways(getattr(optimx, case.optimizer))[way](groups(model.params), **case.kwargs)
     step = compiled_step(optimizer) if way == COMPILED else optimizer.step

@@ -24,6 +24,7 @@ from bench.results import Verdict
 from bench.saved import Question, Results, load
 from bench.scaling import fit
 from bench.tables import contest_table, markdown_table, ms, number, results_table
+from optimx.measuring.packages import NOT_MEASURED
 from optimx.measuring.stock import MOST_COMPILED
 
 #: Charts of a page, in order, and what they show.
@@ -121,7 +122,7 @@ def models_lines(results: Results) -> list[str]:
 
 
 def models_table(results: Results) -> list[list[str]]:
-    """AdamW's cases in a line each: milliseconds of torch's implementations and of ours. It fits into 80 columns."""
+    """AdamW's cases in a line each: milliseconds of torch's implementations and of ours."""
     cases = results.cases("step", "step-")
     stock = [name for name in STOCK if any(row.contestant == name for _, rows in cases for row in rows)]
     return contest_table("AdamW, ms", cases, {name: SHORT.get(name, name) for name in stock})
@@ -232,7 +233,11 @@ def question_lines(question: Question) -> Iterator[str]:
         yield ""
         yield from markdown_table(results_table(rows))
         yield ""
-    raised = [row for row in question.rows if row.missing is not None and not row.missing.endswith("not installed")]
+    # who is not measured is told so in the table
+    raised = [
+        row for row in question.rows
+        if row.missing and not (row.missing.endswith("not installed") or row.missing.startswith(NOT_MEASURED))
+    ]  # fmt: skip
     if raised:
         yield from textwrap.wrap(f"Do not run here: {memory_report.left_out_text(raised)}", 120)
         yield ""

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench.case import OURS
 from bench.results import Row, Verdict
+from optimx.measuring.packages import NOT_MEASURED
 
 WIDTH, NAME_WIDTH = 80, 23
 
@@ -88,7 +89,8 @@ def text_case(rows: Iterable[Row], verdicts: Iterable[Verdict]) -> str:
         if row.error is not None:
             lines.append(f"  {row.contestant:<{NAME_WIDTH}}  error: {row.error}"[:WIDTH])
         if row.missing is not None:
-            lines.append(f"  {row.contestant:<{NAME_WIDTH}}  -  {row.missing}"[:WIDTH])
+            start = f"  {row.contestant:<{NAME_WIDTH}}  -  "
+            lines += textwrap.wrap(row.missing, WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
     for verdict in verdicts:
         measured = "" if verdict.measured is None else f" ({number(verdict.measured)})"
         lines.append(f"  [{verdict.holds}] {verdict.contestant}: {verdict.target}{measured}")
@@ -105,6 +107,8 @@ def results_table(rows: Sequence[Row]) -> list[list[str]]:
             cells[0] = f"{cells[0]} error: {row.error}".strip()
         elif row.missing is not None:
             cells = ["-"] * len(cells)
+            if row.missing.startswith(NOT_MEASURED):
+                cells[0] = row.missing
         table.append([row.case, row.contestant, *cells])
     return table
 

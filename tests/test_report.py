@@ -104,6 +104,7 @@ def folder(tmp_path):
         *rows_of("step-4x4M-float32"),
         *rows_of("step-vit-b16", model="vit-b16 / 4", tensors=152),
         row("step-vit-b16", "apex", None, missing="apex | not installed"),
+        row("step-vit-b16", COMPILED, None, missing="not measured (201 tensors)"),
         *rows_of("lion-4x4M", optimizer="Lion"),
     ]
     verdicts = [
@@ -123,10 +124,11 @@ def test_the_page_has_every_row_and_every_target(folder):
     page = (folder / "report.md").read_text()
     for case in ("step-4x4M-float32", "lion-4x4M", "groups-8", "params-1e6"):
         assert f"| {case} | {OURS} |" in page
-    assert "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |" in page
+    assert "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | - | 1 | 2.00x |" in page
     assert "| step-4x4M-float32 | optimx | speed >= 5x torch fused | 2 | **no** | `python -m bench step` |" in page
     assert "1 of 2 targets are met and 1 are missed" in page
     assert "| step-vit-b16 | apex | - |" in page
+    assert "| step-vit-b16 | torch.compile foreach | not measured (201 tensors) | - |" in page
     assert "Do not run here" not in page
     for lines in page.split("\n\n"):
         if lines.startswith("|"):
@@ -195,7 +197,7 @@ def block(part: str) -> str:
 #: What a block of each part has.
 BLOCKS = {
     "models": [
-        "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | 1 | 2.00x |\n\nMilliseconds of a step",
+        "| vit-b16 / 4 | 152 | 0.001M | 4 | 3 | 2 | - | 1 | 2.00x |\n\nMilliseconds of a step",
         "](results/some-machine/models.png)\n",
         "[report](results/some-machine/report.md).\n\n<!-- bench end -->",
     ],

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+#: How the reason begins why one that is there takes no part.
+NOT_MEASURED = "not measured"
+
 
 class Missing(Exception):
     """The package of a contestant is not installed."""
@@ -57,7 +60,7 @@ class Peer:
 def check_compiles(tensors: int, most: int | None) -> None:
     """Missing if there are more tensors than a compiler can write a step for in a minute or so."""
     if most is not None and tensors > most:
-        raise Missing(f"not measured ({tensors:,} tensors: compiling takes minutes)")
+        raise Missing(f"{NOT_MEASURED} ({tensors:,} tensors: compiling takes minutes)")
 
 
 def import_torchvision() -> None:
@@ -93,7 +96,8 @@ HEAVYBALL = 50
 MUON: dict[str, Any] = {"weight_decay": 0.1, "nesterov": True}
 
 #: Optimizer -> contestant -> where it is. The arithmetic is that of the case, give or take where eps is added and how
-#: the first averages are corrected; the states of bitsandbytes are float32 with 16-bit parameters too.
+#: the first averages are corrected; the states of bitsandbytes and HeavyBall are float32 with 16-bit parameters
+#: too.
 BY_OPTIMIZER: dict[str, tuple[Peer, ...]] = {
     "AdamW": (
         Peer("flashoptim", "flashoptim:FlashAdamW", FLASH),
