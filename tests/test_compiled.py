@@ -231,8 +231,9 @@ def test_watched(plainly) -> None:
     torch.testing.assert_close(*norms, **ONE_ROUNDING)
 
 
-def test_repeats_bit_by_bit() -> None:
-    a, b = twins(BY_NAME["nadam"])
+@pytest.mark.parametrize("name", ["rmsprop", "lamb", "adafactor"])
+def test_repeats_bit_by_bit(name: str) -> None:
+    a, b = twins(BY_NAME[name])
     train([a, b], 4)
     assert all(map(torch.equal, params_of(a), params_of(b)))
 
