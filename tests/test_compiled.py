@@ -142,6 +142,23 @@ def test_measured(case: Case, kwargs: dict[str, Any], dtype: torch.dtype, plainl
     assert_same(ours, plain, ONE_ROUNDING if dtype is torch.float32 else {"rtol": 2**-7, "atol": 1e-6})
 
 
+@each(pick("adafactor-default", "adafactor-eps"), (), beta1=0.9)
+def test_matrices(case: Case, kwargs: dict[str, Any], plainly) -> None:
+    """Rows in whole blocks and what is left of them; columns that are contiguous; small ones and vectors as before."""
+    shapes = [(compiled.BLOCK * 2, 65), (compiled.BLOCK + 1, 64), (7, 5000), (9,), (5, 4), (5, 4)]
+
+    def make() -> Optimizer:
+        params = make_params(shapes)
+        params.append(Parameter(make_params([(300, 200)])[0].detach().t()))
+        return case.cls(params, **kwargs)
+
+    ours, plain = make(), make()
+    train([ours], 3)
+    plainly(train, [plain], 3)
+    # norms are sums of float32, in another order
+    assert_same(ours, plain, {"rtol": 1e-5, "atol": 1e-6})
+
+
 @each(pick("rmsprop-default"), ())
 def test_half_precision(case: Case, kwargs: dict[str, Any], plainly) -> None:
     """Tensors of 16 bits are computed in float32 and rounded once."""
@@ -214,8 +231,9 @@ def test_watched(plainly) -> None:
     torch.testing.assert_close(*norms, **ONE_ROUNDING)
 
 
-def test_repeats_bit_by_bit() -> None:
-    a, b = twins(BY_NAME["nadam"])
+@pytest.mark.parametrize("name", ["rmsprop", "lamb", "adafactor"])
+def test_repeats_bit_by_bit(name: str) -> None:
+    a, b = twins(BY_NAME[name])
     train([a, b], 4)
     assert all(map(torch.equal, params_of(a), params_of(b)))
 

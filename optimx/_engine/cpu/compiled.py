@@ -21,7 +21,7 @@ from functools import cache, lru_cache
 from operator import itemgetter
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ from .traced import MOST_NUMBERS, Kinds, Traced
 ROW = 1 << 9
 #: Elements of the tensors a formula is traced with; rows, and elements of a row: sizes by which no others are known.
 LENGTH, N_ROWS, OF_ROW = 4111, 67, 521
+#: Blocks of rows, likewise; and rows of a block, whose columns are summed while they are in the second cache.
+N_BLOCKS, BLOCK = 71, 16
 
 _Numbers = ctypes.c_double * MOST_NUMBERS
 _lock = RLock()
@@ -375,3 +377,113 @@ class CompiledWalks(_Compiled):
         """Take the step times ``size``."""
         _, walk = self._walks(row, stored)
         walk((*row, factor, size), tensors, (tensors[0].numel(),))
+
+
+class Matrices(NamedTuple):
+    """The walks of :class:`~.factored.Stack` over a matrix.
+
+    The first takes gradients, in blocks of rows, and gives the sums of squares of rows, and those of columns of each
+    block; with ones, a number a block, for the reason of :func:`measured`. The others take parameter, gradient, the
+    roots ``r`` of rows and ``c`` of columns, and the first moment, if there is one: two give sums of squares of rows,
+    of the update, or of update and parameter; the last one takes the step. Their row is
+    ``(eps, factor, decay, size, beta1_c)``.
+    """
+
+    measure: Formula
+    lengths: Formula
+    scaled_lengths: Formula
+    take: Formula
+
+
+@lru_cache(maxsize=64)
+def factored(dtype: torch.dtype, roles: Roles, separable: bool) -> Matrices:
+    """Compiled walks over matrices.
+
+    Args:
+        dtype: To compute in.
+        roles: Dtypes of parameter, gradient and first moment, as they are stored.
+        separable: See :class:`~.factored.Divisor`.
+    """
+
+    def measure(numbers: Sequence[Any], grad: Tensor, ones: Tensor) -> tuple[Tensor, ...]:
+        g = grad.to(dtype)
+        return (g * ones).square().sum(-1), g.square().sum(-2)
+
+    def direction(numbers: Sequence[Any], grad: Tensor, r: Tensor, c: Tensor) -> Tensor:
+        eps, factor, *_ = numbers
+        if separable:
+            return grad.to(dtype) * c * r
+        return grad.to(dtype) / (r * c).clamp_(min=eps) * factor
+
+    def lengths(numbers: Sequence[Any], param: Tensor, grad: Tensor, r: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return (direction(numbers, grad, r, c).square().sum(-1),)
+
+    def scaled_lengths(numbers: Sequence[Any], param: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        return *lengths(numbers, param, *others), param.to(dtype).square().sum(-1)
+
+    def take(numbers: Sequence[Any], param: Tensor, grad: Tensor, r: Tensor, c: Tensor, *moments: Tensor) -> None:
+        _, _, decay, size, beta1_c = numbers
+        u, p = direction(numbers, grad, r, c) * size, param.to(dtype) * decay
+        for moment in moments:
+            u = torch.lerp(moment.to(dtype), u, beta1_c)
+            moment.copy_(u)
+        param.copy_(p - u)
+
+    sizes = N_ROWS, OF_ROW
+    blocks = [(roles[1], (N_BLOCKS, *sizes)), (dtype, (N_BLOCKS, 1, 1))]
+    both = [*_kinds(roles[:2], sizes), (dtype, (N_ROWS, 1)), (dtype, (OF_ROW,))]
+    return Matrices(
+        Formula("Adafactor", measure, dtype, blocks, (N_BLOCKS, *sizes)),
+        Formula("Adafactor", lengths, dtype, both, sizes),
+        Formula("Adafactor", scaled_lengths, dtype, both, sizes),
+        Formula("Adafactor", take, dtype, [*both, *_kinds(roles[2:], sizes)], sizes),
+    )
+
+
+class CompiledMatrices:
+    """The compiled walks of a bucket of matrices, see :func:`factored`.
+
+    Args:
+        dtype: To compute in.
+        roles: Dtypes of parameter, gradient and first moment, if there is one.
+    """
+
+    def __init__(self, dtype: torch.dtype, roles: Roles) -> None:
+        self._dtype, self._roles = dtype, roles
+
+    def is_ready(self, rows: Collection[tuple[bool, float]]) -> bool:
+        """Whether there are kernels; of each row tells whether squares of parameters are of use, and ``beta1_c``."""
+        return all(self._has_kernels(*row, separable) for row in rows for separable in (True, False))
+
+    def _has_kernels(self, scaled: bool, beta1_c: float, separable: bool) -> bool:
+        walks = factored(self._dtype, self._roles, separable)
+        used = walks.measure, walks.scaled_lengths if scaled else walks.lengths, walks.take
+        return all(walk.is_ready((1.0, 1.0, 1.0, 1.0, beta1_c)) for walk in used)
+
+    def measure(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums of squares of a matrix' rows, and of its columns."""
+        walk, row = factored(self._dtype, self._roles, True).measure, (1.0,) * 5
+        n_rows, n_columns = grad.shape
+        n_blocks, left = divmod(n_rows, BLOCK)
+        of_rows = torch.empty(n_rows, dtype=self._dtype, device="cpu")
+        of_columns = torch.empty(n_blocks + bool(left), n_columns, dtype=self._dtype, device="cpu")
+        ones = torch.ones(len(of_columns), dtype=self._dtype, device="cpu")
+        if n_blocks:
+            walk(row, (grad, ones, of_rows, of_columns), (n_blocks, BLOCK, n_columns))
+        if left:
+            first = n_rows - left
+            walk(row, (grad[first:], ones, of_rows[first:], of_columns[n_blocks:]), (1, left, n_columns))
+        return of_rows, of_columns.sum(0)
+
+    def lengths(self, row: Row, tensors: Sequence[Tensor], *, scaled: bool, separable: bool) -> Tensor:
+        """Squared lengths of parameter (0 if not ``scaled``) and update, float64 ``[2]``."""
+        walks = factored(self._dtype, self._roles, separable)
+        n_rows, n_columns = tensors[0].shape
+        sums = torch.zeros(2, n_rows, dtype=self._dtype, device="cpu")
+        walk = walks.scaled_lengths if scaled else walks.lengths
+        walk(row, (*tensors, sums[1], *sums[: int(scaled)]), (n_rows, n_columns))
+        return sums.sum(-1, dtype=torch.float64)
+
+    def take(self, row: Row, tensors: Sequence[Tensor], *, separable: bool) -> None:
+        """Take the step."""
+        factored(self._dtype, self._roles, separable).take(row, tensors, (*tensors[0].shape,))

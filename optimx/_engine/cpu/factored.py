@@ -11,7 +11,7 @@ import math
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .batch import in_order, runs
 from .call import Call
 from .codecs import elements_each
 from .coder import CodedMatrices
+from .compiled import CompiledMatrices
 from .elementwise import PIECE, NativeBucket
 
 Slices = tuple[slice, ...]
@@ -60,6 +61,8 @@ class Stack:
         self.whole = whole.numel(), *self._matrices(whole)[1:]
         self.numel = first.numel()
         self.alone = len(indices) == 1
+        #: Compiled walks are over one matrix.
+        self.is_matrix = self.alone and self.factored and self.shape[1] == 1 and self.numel > 0
         #: What :meth:`measure` gave, from the norm to the update of a step.
         self.sums: tuple[Tensor, Tensor] | None = None
         self.pieces = [*self._pieces(max(map(elements_each, bucket.key.formats), default=1))]
@@ -138,6 +141,9 @@ class Stack:
         """Sums of squares of gradients times ``factor``: ``[n, matrices, rows]`` and ``[n, matrices, columns]``."""
         compute = bucket.compute_dtype
         n, n_matrices, n_rows, n_columns = self.shape
+        if bucket._compiled is not None and self.is_matrix and factor == 1.0:
+            of_row, of_column = bucket._compiled.measure(g_all[0, 0])
+            return of_row.view(1, 1, -1), of_column.view(1, 1, -1)
         of_rows = torch.zeros(n, n_matrices, n_rows, dtype=compute, device="cpu")
         of_columns = torch.zeros(n, n_matrices, n_columns, dtype=compute, device="cpu")
         for piece in self.pieces:
@@ -150,10 +156,6 @@ class Stack:
             of_columns[:, matrices, columns] += square.sum(-2)
         return of_rows, of_columns
 
-    def _squares(self, tensors: Tensor) -> Tensor:
-        """Of each tensor the squared norm, in float64."""
-        return torch.linalg.vector_norm(tensors, dim=(1, 2, 3)).double().square()
-
     def update(self, bucket: FactoredBucket, members: Members, row: Sequence[float], scale: float) -> Update:
         """One step with gradients times ``scale``; ``row`` is of ``AdafactorRule.prepare``.
 
@@ -164,7 +166,7 @@ class Stack:
         moment = 1 + self.factored
         averages = states[:moment]
         sign, omega, eps_stat, eps, rho, eps2, scaled, d, decay_lr, decay_alpha, beta1_c = row
-        compute, factor = bucket.compute_dtype, sign * scale
+        factor = sign * scale
         g_all = self.gather(bucket, GRADS, grads)
         r, c = yield from self._factors(bucket, averages, g_all, factor, (omega, eps_stat, eps))
         if not self.numel:
@@ -175,25 +177,11 @@ class Stack:
         separable = bool(r.amin() * c.amin() >= eps)
         if separable:
             r, c = r.reciprocal_().mul_(factor), c.reciprocal_()
-        r, c = r.unsqueeze(-1), c.unsqueeze(-2)
-
-        def direction(piece: Slices) -> Tensor:
-            of_tensor, matrices, rows, columns = piece
-            g = g_all[piece].to(compute)
-            out = _work(bucket, g)
-            r_piece, c_piece = r[of_tensor, matrices, rows], c[of_tensor, matrices, :, columns]
-            if separable:
-                return torch.mul(g, c_piece, out=out).mul_(r_piece)
-            torch.mul(r_piece, c_piece, out=out)
-            return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
-
+        divisor = Divisor(r.unsqueeze(-1), c.unsqueeze(-2), eps, factor, separable)
+        compiled = bucket._compiled if self.is_matrix else None
+        walk = Walk(self, bucket, divisor) if compiled is None else CompiledWalk(compiled, divisor)
         p_all = self.values(bucket, PARAMS, stack, 0)
-        squares = torch.zeros(self.shape[0], 2, dtype=torch.float64, device="cpu")
-        for piece in self.pieces:
-            if scaled:
-                squares[:, 0] += self._squares(p_all[piece].to(compute))
-            u = direction(piece)
-            squares[:, 1] += self._squares(u)
+        squares = walk.lengths(p_all, g_all, bool(scaled))
         if bucket.meets:
             yield LENGTHS, self._shares("lengths", squares)
             g_all, p_all = self.gather(bucket, GRADS, grads), self.values(bucket, PARAMS, stack, 0)
@@ -202,10 +190,7 @@ class Stack:
         size = alpha / _larger(length / d, 1.0)
         decay = 1.0 - decay_lr - decay_alpha * alpha if decay_lr or decay_alpha else None
         moments = self.values(bucket, MOMENTS, stack, 1 + moment) if self.has_moment else None
-        for piece in self.pieces:
-            if len(self.pieces) > 1 or bucket.meets:
-                u = direction(piece)
-            self._apply(p_all, moments, piece, u, size, decay, beta1_c)
+        walk.take(p_all, g_all, moments, size, decay, beta1_c)
         self.put_back(PARAMS, params, p_all)
         if self.has_moment:
             self.put_back(MOMENTS, states[moment], moments)
@@ -263,6 +248,66 @@ class Stack:
         r, c = moved[0], moved[1]
         return (r / total.div_(length).clamp_(min=eps).unsqueeze(-1)).sqrt_(), c.sqrt()
 
+    def _average(self, states: Sequence[Tensor], means: Tensor, omega: float) -> Tensor:
+        """Move averages towards this step's means; returns them as they are stored, rounded or not."""
+        if self.together and states[0].dtype is means.dtype:
+            return states[0].as_strided(means.shape, means.stride()).lerp_(means, omega)
+        stored = torch.stack([*states]).view(means.shape)
+        average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
+        _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
+        return average.to(means.dtype)
+
+
+class Divisor(NamedTuple):
+    """What gradients are divided by: of rows and columns, ``[n, matrices, rows, 1]`` and ``[n, matrices, 1, columns]``.
+
+    Attributes:
+        r, c: Their roots, whose product is at least ``eps``; if ``separable`` what to multiply by, with ``factor``.
+        factor: Of the gradients.
+        separable: Nothing is clamped, and there is no division for each element.
+    """
+
+    r: Tensor
+    c: Tensor
+    eps: float
+    factor: float
+    separable: bool
+
+
+class Walk:
+    """The walks over a stack's tensors that follow its averages, piece by piece."""
+
+    def __init__(self, stack: Stack, bucket: FactoredBucket, divisor: Divisor) -> None:
+        self._stack, self._bucket, self._divisor = stack, bucket, divisor
+
+    def _direction(self, g_all: Tensor, piece: Slices) -> Tensor:
+        r, c, eps, factor, separable = self._divisor
+        of_tensor, matrices, rows, columns = piece
+        g = g_all[piece].to(self._bucket.compute_dtype)
+        out = _work(self._bucket, g)
+        r_piece, c_piece = r[of_tensor, matrices, rows], c[of_tensor, matrices, :, columns]
+        if separable:
+            return torch.mul(g, c_piece, out=out).mul_(r_piece)
+        torch.mul(r_piece, c_piece, out=out)
+        return torch.div(g, out.clamp_(min=eps), out=out).mul_(factor)
+
+    def lengths(self, p_all: Any, g_all: Tensor, scaled: bool) -> Tensor:
+        """Squared lengths of parameters (0 if not ``scaled``) and updates, float64 ``[n, 2]``."""
+        squares = torch.zeros(self._stack.shape[0], 2, dtype=torch.float64, device="cpu")
+        for piece in self._stack.pieces:
+            if scaled:
+                squares[:, 0] += _squares(p_all[piece].to(self._bucket.compute_dtype))
+            self._update = self._direction(g_all, piece)
+            squares[:, 1] += _squares(self._update)
+        return squares
+
+    def take(self, p_all: Any, g_all: Tensor, moments: Any, size: Tensor, decay: Tensor | None, beta1_c: float) -> None:
+        """Take the step, of each tensor with its size and decay."""
+        for piece in self._stack.pieces:
+            if len(self._stack.pieces) > 1 or self._bucket.meets:
+                self._update = self._direction(g_all, piece)
+            self._apply(p_all, moments, piece, self._update, size, decay, beta1_c)
+
     def _apply(
         self,
         p_all: Any,
@@ -277,7 +322,7 @@ class Stack:
         p = p_all[piece].to(u.dtype)
         if decay is not None:
             p.mul_(decay.to(u.dtype).view(-1, 1, 1, 1))
-        if moments is None and self.alone:
+        if moments is None and self._stack.alone:
             p.add_(u, alpha=-float(size))
         else:
             u.mul_(size.to(u.dtype).view(-1, 1, 1, 1))
@@ -288,14 +333,29 @@ class Stack:
         if p.dtype is not p_all.dtype:
             p_all[piece] = p
 
-    def _average(self, states: Sequence[Tensor], means: Tensor, omega: float) -> Tensor:
-        """Move averages towards this step's means; returns them as they are stored, rounded or not."""
-        if self.together and states[0].dtype is means.dtype:
-            return states[0].as_strided(means.shape, means.stride()).lerp_(means, omega)
-        stored = torch.stack([*states]).view(means.shape)
-        average = stored.to(means.dtype).lerp_(means, omega).to(stored.dtype)
-        _compat.foreach_copy_(states, average.view(len(states), *states[0].shape).unbind())
-        return average.to(means.dtype)
+
+class CompiledWalk:
+    """The same over a stack that is one matrix."""
+
+    def __init__(self, compiled: CompiledMatrices, divisor: Divisor) -> None:
+        self._compiled, self._separable = compiled, divisor.separable
+        self._roots = divisor.r[0, 0].contiguous(), divisor.c[0, 0, 0].contiguous()
+        self._constants = divisor.eps, 1.0 if divisor.separable else divisor.factor
+
+    def lengths(self, p_all: Any, g_all: Tensor, scaled: bool) -> Tensor:
+        tensors = p_all[0, 0], g_all[0, 0], *self._roots
+        row = (*self._constants, 1.0, 1.0, 1.0)
+        return self._compiled.lengths(row, tensors, scaled=scaled, separable=self._separable).view(1, 2)
+
+    def take(self, p_all: Any, g_all: Tensor, moments: Any, size: Tensor, decay: Tensor | None, beta1_c: float) -> None:
+        row = (*self._constants, 1.0 if decay is None else float(decay), float(size), beta1_c)
+        tensors = [p_all[0, 0], g_all[0, 0], *self._roots, *([] if moments is None else [moments[0, 0]])]
+        self._compiled.take(row, tensors, separable=self._separable)
+
+
+def _squares(tensors: Tensor) -> Tensor:
+    """Of each tensor the squared norm, in float64."""
+    return torch.linalg.vector_norm(tensors, dim=(1, 2, 3)).double().square()
 
 
 def _whole_groups(most: int, numel: int, group: int) -> int:
@@ -344,8 +404,15 @@ class FactoredBucket(NativeBucket):
 
     takes_riders = False
 
-    def _new_compiled(self) -> None:
-        return None
+    _compiled: CompiledMatrices | None  # type: ignore[assignment]
+
+    def _new_compiled(self) -> CompiledMatrices | None:  # type: ignore[override]
+        if self.coder is not None or not any(stack.is_matrix for call in self._calls for stack in call.stacks):
+            return None
+        states = self.key.dtypes[2 : 1 + self.n_roles]
+        matrices = CompiledMatrices(self.compute_dtype, (*self.key.dtypes[:2], *states[2:]))
+        rows = {(bool(scaled), beta1_c) for *_, scaled, _, _, _, beta1_c in (call.row for call in self._calls)}
+        return matrices if matrices.is_ready(rows) else None
 
     _calls: Sequence[FactoredCall]
 
