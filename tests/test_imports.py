@@ -42,13 +42,13 @@ FLOORS = [
             "placement", "recode", "states", "plan", "grad_norm", "bad_gradients", "fallback", "recorder", "averager",
         )
     ],
-    ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
+    ["optimx._engine", "optimx._engine.engine", "optimx._engine.parts", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._schedule_free", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
-        "optimx.lr_finder",
+        "optimx.lr_finder", "optimx._released", "optimx.release",
         "optimx.early_stop", "optimx.noise_scale", "optimx.averages",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],

@@ -62,9 +62,9 @@ class Net(nn.Module):
         return self.last(self.norm(x))
 
 
-def net(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Net:
+def net(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **kwargs: Any) -> Net:
     torch.manual_seed(0)
-    return Net(**kwargs).to(dtype)
+    return Net(**kwargs).to(device, dtype)
 
 
 def loss_of(model: Model, step: int, scale: float = 1.0) -> Tensor:
@@ -155,10 +155,10 @@ def has_sums(case: Case, kwargs: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(("case", "kwargs"), params(VARIANTS, QUICK))
-def test_every_optimizer(case: Case, kwargs: dict[str, Any]) -> None:
+def test_every_optimizer(case: Case, kwargs: dict[str, Any], device: torch.device) -> None:
     """Bit by bit; with sums over a tensor in float64, where their order is all that there can be."""
     summed = has_sums(case, kwargs)
-    twins = Twins(case_of(case, kwargs), model=net(torch.float64 if summed else torch.float32))
+    twins = Twins(case_of(case, kwargs), model=net(torch.float64 if summed else torch.float32, device))
     twins.train()
     twins.assert_same(CLOSE[torch.float64] if summed else None)
 
@@ -202,10 +202,10 @@ def test_muon() -> None:
     ids=["bfloat16", "8bit", "stochastic", "remainder", "master"],
 )
 @pytest.mark.filterwarnings("ignore:.*stands still")
-def test_formats(settings: dict[str, Any]) -> None:
+def test_formats(settings: dict[str, Any], device: torch.device) -> None:
     """Random bits depend on where a parameter is among all."""
     dtype = torch.bfloat16 if "param_rounding" in settings else torch.float32
-    twins = Twins(adamw(**settings), bucket_mb=BUCKET_MB * dtype.itemsize / 4, model=net(dtype))
+    twins = Twins(adamw(**settings), bucket_mb=BUCKET_MB * dtype.itemsize / 4, model=net(dtype, device))
     twins.train()
     twins.assert_same()
 
@@ -224,8 +224,8 @@ def test_random_bits_where_no_step_is_counted() -> None:
 
 
 @pytest.mark.parametrize("average", [optimx.EMA(0.9), optimx.SWA(start=2), optimx.EMA(0.9, every=2)], ids=str)
-def test_averages(average: Any) -> None:
-    twins = Twins(adamw(average=average))
+def test_averages(average: Any, device: torch.device) -> None:
+    twins = Twins(adamw(average=average), model=net(device=device))
     twins.train()
     twins.assert_same()
     with twins.optimizer.averaged(), pytest.raises(RuntimeError, match=r"optimizer\.averaged"):
@@ -309,9 +309,9 @@ class TestNorm:
         assert torch.equal(twins.optimizer.grad_norm, twins.plain_optimizer.grad_norm)
 
     @pytest.mark.interpreted
-    def test_measured(self, settings: dict[str, Any]) -> None:
+    def test_measured(self, settings: dict[str, Any], device: torch.device) -> None:
         """The norm of norms of other batches: the same but for a rounding."""
-        twins = Twins(self.make(settings))
+        twins = Twins(self.make(settings), model=net(device=device))
         for step in range(STEPS):
             bad = torch.nan if step == 2 and "skip_nonfinite" in settings else 1.0
             for model, optimizer in twins.both():
@@ -331,9 +331,9 @@ class TestNorm:
         assert float(twins.optimizer.state[twins.model.last.weight]["step"]) == STEPS - ("skip_nonfinite" in settings)
 
 
-def test_previous_norm() -> None:
+def test_previous_norm(device: torch.device) -> None:
     """As an optimizer that is told the norm of the step before."""
-    twins = Twins(adamw(max_grad_norm=0.1), norm="previous")
+    twins = Twins(adamw(max_grad_norm=0.1), model=net(device=device), norm="previous")
     norm = None
     for step in range(STEPS):
         for model, optimizer in twins.both():

@@ -22,16 +22,16 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from .. import _compat
-from ..clip_grad import norm_of
-from .bad_gradients import check_skips
-from .grad_norm import combine, result_dtype, widest
-from .grad_transforms import asked_for
-from .guards import SETTINGS, Guarded
-from .parts import Part, counts_of
-from .plan import StepInputs
-from .sharding import local
-from .step import MultiTensorStep
+from . import _compat
+from ._engine.bad_gradients import check_skips
+from ._engine.grad_norm import combine, result_dtype, widest
+from ._engine.grad_transforms import asked_for
+from ._engine.guards import SETTINGS, Guarded
+from ._engine.parts import Part, counts_of
+from ._engine.plan import StepInputs
+from ._engine.sharding import local
+from ._engine.step import MultiTensorStep
+from .clip_grad import norm_of
 
 #: By which norm the gradients of a step are clipped.
 EXACT, PREVIOUS = "exact", "previous"
@@ -45,7 +45,7 @@ class Settings:
         bucket_bytes: Gradients that make a part.
         norm: :data:`EXACT` or :data:`PREVIOUS`.
         scaler: A GradScaler by which losses are multiplied, if any.
-        local: Parameters that are no DTensors are this rank's own.
+        local: Gradients of parameters that are no DTensors need nothing of other ranks.
         whole: A reference to the optimizer, or the composite, that the user steps.
         accumulates: Gradients of the backward at hand are not complete.
         measures: Gradients of the backward at hand are measured and freed, and nothing is updated.
@@ -413,7 +413,7 @@ def _unseen(optimizer: MultiTensorStep, is_local: bool) -> str | None:
     return (
         "with several ranks parameters should be DTensors (fully_shard), because hooks run before "
         f"DistributedDataParallel has averaged gradients, but {n_plain} of {len(params)} are not; local=True says that "
-        "no other rank has gradients of these"
+        "gradients of these are complete without other ranks"
     )
 
 
