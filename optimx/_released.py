@@ -111,9 +111,11 @@ class Released:
         # gradients on several devices arrive in several threads
         self._lock = RLock()
         self._handles: dict[int, tuple[Tensor, Any]] = {}
+        self._everything: list[Tensor] = []
         self._params: list[Tensor] = []
         self._trained: set[int] = set()
-        self._layout: list[Any] = []
+        #: Ids of all parameters, whether they are trained, and sizes of groups.
+        self._layout: tuple[list[int], list[bool], list[int]] = [], [], []
         self._parts: list[Part] = []
         self._part_of: dict[int, Part] = {}
         self.previous_norm: Tensor | None = None
@@ -247,13 +249,18 @@ class Released:
         """Know the optimizer's parameters, and have hooks on them."""
         groups = optimizer.param_groups
         everything = [*chain.from_iterable(group["params"] for group in groups)]
-        layout = [*everything, *(param.requires_grad for param in everything), *(len(g["params"]) for g in groups)]
-        if len(layout) == len(self._layout) and all(map(_is_same, layout, self._layout)):
+        layout = (
+            [*map(id, everything)],
+            [param.requires_grad for param in everything],
+            [len(g["params"]) for g in groups],
+        )
+        if layout == self._layout:
             return
         unseen = _unseen(optimizer, self._settings.local)
         if unseen is not None:
             raise RuntimeError(unseen)
-        self._layout = layout
+        # whose ids are known stay alive
+        self._layout, self._everything = layout, everything
         self._params = [param for param in everything if param.requires_grad]
         for param in self._params:
             if id(param) not in self._handles:
@@ -460,7 +467,3 @@ def _free(params: Sequence[Tensor]) -> None:
 def _grad_bytes(param: Tensor) -> int:
     part = local(param)
     return part.numel() * part.element_size()
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, int) and one == other)

@@ -34,6 +34,9 @@ def release_gradients(
     others of their bucket. The loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()``: ``step()``
     updates what is left, counts the step, runs hooks, and is what schedulers see. After it ``p.grad`` is None.
 
+    Nobody finds gradients after backward: in place of ``clip_grad_norm_``, which would clip next to nothing, take
+    ``max_grad_norm``.
+
     Parameters and states get the numbers, and the state dict has the entries, of a run without this. Learning rates and
     other settings of groups are read when a bucket steps: set them before backward.
 
