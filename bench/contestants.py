@@ -27,6 +27,8 @@ MAX_NORM = 1.0
 #: Float32 elements of the plain copy, at least and at most: it neither fits the caches nor takes memory that a large
 #: model needs.
 COPY_NUMEL, MAX_COPY_NUMEL = 2**24, 2**28
+#: Rows of the batch in a step with forward and backward: few, for activations to be small beside gradients.
+ROWS = 16
 
 Params = list[torch.nn.Parameter]
 Groups = Callable[[Params], list[dict[str, Any]]]
@@ -109,6 +111,38 @@ def stock_step(case: "Case", *, way: str, groups: Groups = one_group) -> Run:
     optimizer = ways(getattr(optimx, case.optimizer))[way](groups(model.params), **case.kwargs)
     step = compiled_step(optimizer) if way == COMPILED else optimizer.step
     return Run(model.backward, step, optimizer)
+
+
+def training_step(
+    case: "Case", *, measures: bool = False, release: dict[str, Any] | None = None, **options: Any
+) -> Run:
+    """Forward and backward of a chain of square matrices, and the step; with ``release`` gradients are released.
+
+    Args:
+        case: Of matrices of one size.
+        measures: A backward of its own measures the gradients.
+        release: Arguments of ``release_gradients``; None: gradients stay until the step.
+        options: Of the optimizer.
+    """
+    model = Model(case)
+    model.grads.clear()
+    optimizer = optimizer_of(case, optimx, model, **options)
+    released = None if release is None else optimx.release_gradients(optimizer, **release)
+    x = torch.randn(ROWS, case.shapes[0][1], dtype=case.dtype, device=case.device)
+
+    def step() -> None:
+        y = x
+        for weight in model.params:
+            y = torch.tanh(torch.nn.functional.linear(y, weight))
+        loss = y.square().mean()
+        if released is not None and measures:
+            with released.measure():
+                loss.backward(retain_graph=True)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Run(lambda: None, step, optimizer)
 
 
 def package_step(case: "Case", *, peer: packages.Peer) -> Run:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.case import FUSED, KEPT_ERROR, OURS, Case, Target
-from bench.contestants import MAX_NORM, optimx_step, package_step, torch_clip_step, torch_step
+from bench.contestants import MAX_NORM, optimx_step, package_step, torch_clip_step, torch_step, training_step
 from bench.suite import contests, model_case
 from optimx.measuring.packages import Peer
 
@@ -134,9 +134,36 @@ def kept(optimizer: str, dtype: torch.dtype, device: str) -> Case:
     )
 
 
+#: Released gradients: megabytes of a bucket, of a matrix, and what everything else may take at once.
+BUCKET_MB, MATRIX_MB, REST_MB = 8.0, 4.2, 4.0
+
+
+def released(device: str) -> Case:
+    """Training steps of a chain of 24 matrices, 101 MB: the peak has gradients and activations."""
+    clip: dict[str, Any] = {"max_grad_norm": MAX_NORM}
+    bucket: dict[str, Any] = {"release": {"bucket_mb": BUCKET_MB}}
+    contestants = {
+        OURS: training_step,
+        "released": partial(training_step, **bucket),
+        "released, 25 MB": partial(training_step, release={}),
+        "clip": partial(training_step, **clip),
+        "clip, measured": partial(training_step, **clip, **bucket, measures=True),
+        "clip, previous": partial(
+            training_step, **clip, release={"bucket_mb": BUCKET_MB, "norm": "previous"}
+        ),
+    }  # fmt: skip
+    peak = (BUCKET_MB + MATRIX_MB + REST_MB) * 1e6
+    targets = tuple(
+        Target(name, "peak_bytes", peak) for name in contestants if name not in (OURS, "clip", "released, 25 MB")
+    )
+    name = "released-gradients" + "-gpu" * (device == "cuda")
+    return Case(name, [(1024, 1024)] * 24, contestants, OURS, device=device, targets=targets)
+
+
 DEVICES = ("cpu", "cuda")
 CASES = [memory(device) for device in DEVICES]
 CASES += [kept(optimizer, dtype, device) for device in DEVICES for optimizer in ARGUMENTS for dtype in SCHEMES]
+CASES += map(released, DEVICES)
 
 
 @contests(CASES)

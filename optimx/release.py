@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from . import _compat
 from ._checks import above, check_instance, one_of
-from ._engine.released import EXACT, PREVIOUS, Released, Settings
 from ._engine.step import MultiTensorStep
+from ._released import EXACT, PREVIOUS, Released, Settings
 from .composite import Composite
 
 __all__ = ["Release", "release_gradients"]
@@ -33,6 +33,9 @@ def release_gradients(
     never more gradients than one bucket's and the one that has just arrived, beside those of parameters that wait for
     others of their bucket. The loop stays ``loss.backward(); optimizer.step(); optimizer.zero_grad()``: ``step()``
     updates what is left, counts the step, runs hooks, and is what schedulers see. After it ``p.grad`` is None.
+
+    Nobody finds gradients after backward: in place of ``clip_grad_norm_``, which would clip next to nothing, take
+    ``max_grad_norm``.
 
     Parameters and states get the numbers, and the state dict has the entries, of a run without this. Learning rates and
     other settings of groups are read when a bucket steps: set them before backward.
@@ -55,8 +58,8 @@ def release_gradients(
             NaN norms are passed over.
         scaler: The GradScaler that multiplies the losses, torch's or optimx's (default: None). Whether a step is
             skipped is known when all gradients are, so its steps keep them.
-        local: Parameters that are no DTensors have gradients on this rank alone, as stages of a pipeline have (default:
-            False). Hooks run before ``DistributedDataParallel`` has averaged gradients.
+        local: With several ranks, gradients of parameters that are no DTensors are complete where backward has computed
+            them, as in stages of a pipeline (default: False). ``DistributedDataParallel`` averages them after hooks.
 
     Returns:
         What takes it back: ``remove()``, or the end of a ``with`` block.

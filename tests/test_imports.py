@@ -43,14 +43,14 @@ FLOORS = [
             "averager",
         )
     ],
-    ["optimx._engine", "optimx._engine.engine", "optimx._engine.step"],
+    ["optimx._engine", "optimx._engine.engine", "optimx._engine.parts", "optimx._engine.step"],
     [
         "optimx._loop", "optimx._schedule_free", "optimx._transformers_checkpoint", "optimx._kept", "optimx._scratch",
         *(case.cls.__module__ for case in CASES), "optimx.muon",
         "optimx.lr_scheduler", "optimx.param_groups", "optimx.clip_grad", "optimx.grad_scaler", "optimx.explain",
         "optimx.composite", "optimx.bad_steps", "optimx.watching", "optimx.sinks", "optimx._preserve",
-        "optimx.lr_finder",
-        "optimx.early_stop", "optimx.noise_scale", "optimx.averages", "optimx.release", "optimx.offload",
+        "optimx.lr_finder", "optimx._released", "optimx.release", "optimx.offload",
+        "optimx.early_stop", "optimx.noise_scale", "optimx.averages",
     ],
     ["optimx.config", "optimx.registry", "optimx.convert", "optimx.presets", "optimx.resolve"],
     ["optimx.build", "optimx.memory", "optimx.measuring", "optimx.search", "optimx", "optimx.cli", "optimx.__main__"],

@@ -62,9 +62,9 @@ class Net(nn.Module):
         return self.last(self.norm(x))
 
 
-def net(dtype: torch.dtype = torch.float32, **kwargs: Any) -> Net:
+def net(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **kwargs: Any) -> Net:
     torch.manual_seed(0)
-    return Net(**kwargs).to(dtype)
+    return Net(**kwargs).to(device, dtype)
 
 
 def loss_of(model: Model, step: int, scale: float = 1.0) -> Tensor:
@@ -155,10 +155,10 @@ def has_sums(case: Case, kwargs: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize(("case", "kwargs"), params(VARIANTS, QUICK))
-def test_every_optimizer(case: Case, kwargs: dict[str, Any]) -> None:
+def test_every_optimizer(case: Case, kwargs: dict[str, Any], device: torch.device) -> None:
     """Bit by bit; with sums over a tensor in float64, where their order is all that there can be."""
     summed = has_sums(case, kwargs)
-    twins = Twins(case_of(case, kwargs), model=net(torch.float64 if summed else torch.float32))
+    twins = Twins(case_of(case, kwargs), model=net(torch.float64 if summed else torch.float32, device))
     twins.train()
     twins.assert_same(CLOSE[torch.float64] if summed else None)
 
@@ -202,20 +202,21 @@ def test_muon() -> None:
     ids=["bfloat16", "8bit", "stochastic", "remainder", "master"],
 )
 @pytest.mark.filterwarnings("ignore:.*stands still")
-def test_formats(settings: dict[str, Any]) -> None:
+def test_formats(settings: dict[str, Any], device: torch.device) -> None:
     """Random bits depend on where a parameter is among all."""
     dtype = torch.bfloat16 if "param_rounding" in settings else torch.float32
-    twins = Twins(adamw(**settings), bucket_mb=BUCKET_MB * dtype.itemsize / 4, model=net(dtype))
+    twins = Twins(adamw(**settings), bucket_mb=BUCKET_MB * dtype.itemsize / 4, model=net(dtype, device))
     twins.train()
     twins.assert_same()
 
 
 def test_random_bits_where_no_step_is_counted() -> None:
-    """Only groups of matrices are rounded, so that not every part counts."""
+    """The part that steps last has nothing that is rounded, and does not count."""
 
     def make(model: Net) -> Any:
-        matrices, vectors = groups_of(model)
-        return optimx.Lion([{**matrices, "param_rounding": "stochastic"}, vectors], lr=0.01)
+        blocks = [*model.blocks.parameters()]
+        others = [param for param in model.parameters() if all(param is not one for one in blocks)]
+        return optimx.Lion([{"params": blocks, "param_rounding": "stochastic"}, {"params": others}], lr=0.01)
 
     twins = Twins(make, bucket_mb=BUCKET_MB / 2, model=net(torch.bfloat16))
     twins.train()
@@ -224,8 +225,8 @@ def test_random_bits_where_no_step_is_counted() -> None:
 
 
 @pytest.mark.parametrize("average", [optimx.EMA(0.9), optimx.SWA(start=2), optimx.EMA(0.9, every=2)], ids=str)
-def test_averages(average: Any) -> None:
-    twins = Twins(adamw(average=average))
+def test_averages(average: Any, device: torch.device) -> None:
+    twins = Twins(adamw(average=average), model=net(device=device))
     twins.train()
     twins.assert_same()
     with twins.optimizer.averaged(), pytest.raises(RuntimeError, match=r"optimizer\.averaged"):
@@ -309,9 +310,9 @@ class TestNorm:
         assert torch.equal(twins.optimizer.grad_norm, twins.plain_optimizer.grad_norm)
 
     @pytest.mark.interpreted
-    def test_measured(self, settings: dict[str, Any]) -> None:
+    def test_measured(self, settings: dict[str, Any], device: torch.device) -> None:
         """The norm of norms of other batches: the same but for a rounding."""
-        twins = Twins(self.make(settings))
+        twins = Twins(self.make(settings), model=net(device=device))
         for step in range(STEPS):
             bad = torch.nan if step == 2 and "skip_nonfinite" in settings else 1.0
             for model, optimizer in twins.both():
@@ -331,9 +332,9 @@ class TestNorm:
         assert float(twins.optimizer.state[twins.model.last.weight]["step"]) == STEPS - ("skip_nonfinite" in settings)
 
 
-def test_previous_norm() -> None:
+def test_previous_norm(device: torch.device) -> None:
     """As an optimizer that is told the norm of the step before."""
-    twins = Twins(adamw(max_grad_norm=0.1), norm="previous")
+    twins = Twins(adamw(max_grad_norm=0.1), model=net(device=device), norm="previous")
     norm = None
     for step in range(STEPS):
         for model, optimizer in twins.both():
@@ -353,12 +354,18 @@ def test_previous_norm() -> None:
 
 
 def test_previous_norm_passes_over_infinite_ones() -> None:
-    twins = Twins(adamw(max_grad_norm=0.1), norm="previous")
-    for step, scale in enumerate((1.0, 1e30, 1.0)):
-        loss_of(twins.model, step, scale).backward()
-        twins.optimizer.step()
-    assert not twins.optimizer.grad_norm.isinf()
-    assert all(param.isfinite().all() for param in twins.model.parameters())
+    """By an infinite norm nothing would be left of a gradient."""
+    model = net()
+    optimizer = optimx.SGD(model.parameters(), lr=0.1, max_grad_norm=0.1)
+    optimx.release_gradients(optimizer, BUCKET_MB, norm="previous")
+    for step, (scale, lr) in enumerate([(1.0, 0.1), (1e30, 0.0), (1.0, 0.1)]):
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer.param_groups[0]["lr"] = lr
+        loss_of(model, step, scale).backward()
+        optimizer.step()
+        assert bool(optimizer.grad_norm.isinf()) is (scale > 1.0)
+        assert any(map(torch.equal, before, model.parameters())) is (scale > 1.0)
+        assert all(param.isfinite().all() for param in model.parameters())
 
 
 def test_group_norms_and_hooks_keep_gradients() -> None:
@@ -462,6 +469,15 @@ def test_missing_frozen_and_new_parameters() -> None:
         del optimizer.state[optimizer.param_groups[0]["params"].pop(0)]
 
     change(drop)
+
+    def divide(model: Net, optimizer: Any) -> None:
+        """A parameter less and two groups more, which is as much to be told of."""
+        drop(model, optimizer)
+        for _ in range(2):
+            param = optimizer.param_groups[0]["params"].pop()
+            optimizer.add_param_group({"params": [param], "lr": 0.05})
+
+    change(divide)
     # those that came are released, too
     loss_of(twins.model, 0).backward()
     assert twins.model.blocks[-1].weight.grad is None

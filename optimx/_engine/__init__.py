@@ -13,7 +13,7 @@ A step, in ten lines::
 
 Read in this order: ``rule`` (what an algorithm tells), ``bucket`` (the tensors of one launch), ``triton/elementwise``
 and ``cpu/elementwise`` (how they are updated), ``placement`` (who updates a parameter), ``plan`` (what is compared each
-step), ``engine`` (a step), ``step`` (what users see).
+step), ``engine`` (a step), ``step`` (what users see); ``parts`` for steps of some parameters alone.
 
 Words:
 
@@ -28,6 +28,7 @@ Words:
 - **leftover**: a parameter that torch's own step updates.
 - **control**: what a step found out about its gradients: norm, factor, and whether to skip.
 - **present**: of a member, whether it has a gradient in the step at hand.
+- **part**: some parameters of an optimizer, which step apart from the others, with plans of their own.
 - **shard**: of a parameter, what lies in this process: the local tensor of a DTensor, else the parameter itself.
 - **cut**: over which ranks the shards of a DTensor are spread.
 - **round**: where all updates of a step wait for sums over the ranks that have shards of a tensor.

@@ -22,16 +22,16 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from .. import _compat
-from ..clip_grad import norm_of
-from .bad_gradients import check_skips
-from .grad_norm import combine, result_dtype, widest
-from .grad_transforms import asked_for
-from .guards import SETTINGS, Guarded
-from .parts import Part, counts_of
-from .plan import StepInputs
-from .sharding import local
-from .step import MultiTensorStep
+from . import _compat
+from ._engine.bad_gradients import check_skips
+from ._engine.grad_norm import combine, result_dtype, widest
+from ._engine.grad_transforms import asked_for
+from ._engine.guards import SETTINGS, Guarded
+from ._engine.parts import Part, counts_of
+from ._engine.plan import StepInputs
+from ._engine.sharding import local
+from ._engine.step import MultiTensorStep
+from .clip_grad import norm_of
 
 #: By which norm the gradients of a step are clipped.
 EXACT, PREVIOUS = "exact", "previous"
@@ -45,7 +45,7 @@ class Settings:
         bucket_bytes: Gradients that make a part.
         norm: :data:`EXACT` or :data:`PREVIOUS`.
         scaler: A GradScaler by which losses are multiplied, if any.
-        local: Parameters that are no DTensors are this rank's own.
+        local: Gradients of parameters that are no DTensors need nothing of other ranks.
         whole: A reference to the optimizer, or the composite, that the user steps.
         accumulates: Gradients of the backward at hand are not complete.
         measures: Gradients of the backward at hand are measured and freed, and nothing is updated.
@@ -111,9 +111,11 @@ class Released:
         # gradients on several devices arrive in several threads
         self._lock = RLock()
         self._handles: dict[int, tuple[Tensor, Any]] = {}
+        self._everything: list[Tensor] = []
         self._params: list[Tensor] = []
         self._trained: set[int] = set()
-        self._layout: list[Any] = []
+        #: Ids of all parameters, whether they are trained, and sizes of groups.
+        self._layout: tuple[list[int], list[bool], list[int]] = [], [], []
         self._parts: list[Part] = []
         self._part_of: dict[int, Part] = {}
         self.previous_norm: Tensor | None = None
@@ -247,13 +249,18 @@ class Released:
         """Know the optimizer's parameters, and have hooks on them."""
         groups = optimizer.param_groups
         everything = [*chain.from_iterable(group["params"] for group in groups)]
-        layout = [*everything, *(param.requires_grad for param in everything), *(len(g["params"]) for g in groups)]
-        if len(layout) == len(self._layout) and all(map(_is_same, layout, self._layout)):
+        layout = (
+            [*map(id, everything)],
+            [param.requires_grad for param in everything],
+            [len(g["params"]) for g in groups],
+        )
+        if layout == self._layout:
             return
         unseen = _unseen(optimizer, self._settings.local)
         if unseen is not None:
             raise RuntimeError(unseen)
-        self._layout = layout
+        # whose ids are known stay alive
+        self._layout, self._everything = layout, everything
         self._params = [param for param in everything if param.requires_grad]
         for param in self._params:
             if id(param) not in self._handles:
@@ -413,7 +420,7 @@ def _unseen(optimizer: MultiTensorStep, is_local: bool) -> str | None:
     return (
         "with several ranks parameters should be DTensors (fully_shard), because hooks run before "
         f"DistributedDataParallel has averaged gradients, but {n_plain} of {len(params)} are not; local=True says that "
-        "no other rank has gradients of these"
+        "gradients of these are complete without other ranks"
     )
 
 
@@ -460,7 +467,3 @@ def _free(params: Sequence[Tensor]) -> None:
 def _grad_bytes(param: Tensor) -> int:
     part = local(param)
     return part.numel() * part.element_size()
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    return one is other or (isinstance(one, int) and one == other)
