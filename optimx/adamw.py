@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
+from ._engine import flags
 from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.storage import StateDtype
@@ -21,7 +22,8 @@ class AdamW(Adam, TorchAdamW):
 
     Args beyond torch's:
         cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
-            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085); with "last_mean" by their
+            share at the step before, and by 1 at the first, which saves a pass (default: False).
         cautious_weight_decay: Weights decay only where the step does not move them away from zero
             (https://arxiv.org/abs/2510.12402) (default: False).
         update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
@@ -68,7 +70,7 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        cautious: bool = False,
+        cautious: flags.Cautious = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

@@ -55,7 +55,7 @@ class MeasuredBucket(NativeBucket):
         numels: Sequence[int] = []
         whole = False
         for piece in pieces():
-            p, g, *states = _roles(piece)
+            p, g, *states = roles_of(piece)
             whole = at_once and len(p) == piece.numel
             numels = piece.sizes if len(p) == piece.numel else [piece.numel]
             scratch, copies = self._memory(p)
@@ -70,7 +70,7 @@ class MeasuredBucket(NativeBucket):
     def _take(self, row: Row, pieces: Walk, factors: Tensor) -> None:
         """Take the step that has been measured."""
         for piece in pieces():
-            p, g, *states = _roles(piece)
+            p, g, *states = roles_of(piece)
             scratch, _ = self._memory(p)
             if self._moves_first:
                 step = self.rule.step_of_moved(self.key.variant, row, p, states, scratch)
@@ -84,7 +84,7 @@ class MeasuredBucket(NativeBucket):
 
     def _apply(self, row: Row, piece: Piece, step: Tensor, factors: Tensor, scratch: tuple[Tensor, ...]) -> None:
         p = piece.params[0]
-        factor: float | Tensor = factors.item() if len(factors) == 1 else factors.to(p.dtype)[_owners(piece.sizes)]
+        factor: float | Tensor = factors.item() if len(factors) == 1 else factors.to(p.dtype)[owners(piece.sizes)]
         self.rule.take(self.key.variant, row, p, step, factor, scratch)
 
     def _memory(self, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -94,7 +94,8 @@ class MeasuredBucket(NativeBucket):
         return memory[:own], memory[own:]
 
 
-def _roles(piece: Piece) -> list[Tensor]:
+def roles_of(piece: Piece) -> list[Tensor]:
+    """The parameter, the gradient and the states of a piece for a formula."""
     return [role[0] for role in (piece.params, piece.grads, *piece.states)]
 
 
@@ -105,9 +106,9 @@ def _squares(elements: Tensor | None, sizes: Sequence[int]) -> Tensor:
         return sums
     if len(sizes) == 1:
         return torch.linalg.vector_norm(elements).double().square().view(1)
-    return sums.index_add_(0, _owners(sizes), elements.double().square())
+    return sums.index_add_(0, owners(sizes), elements.double().square())
 
 
-def _owners(sizes: Sequence[int]) -> Tensor:
+def owners(sizes: Sequence[int]) -> Tensor:
     """The tensor of each element."""
     return torch.repeat_interleave(torch.tensor(sizes, device="cpu"))
