@@ -200,7 +200,7 @@ class Adam(MultiTensorStep, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        cautious: flags.Cautious = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.optim import AdamW as TorchAdamW
 from torch.optim.optimizer import ParamsT
 
-from ._engine import flags
 from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.storage import StateDtype
@@ -70,7 +69,7 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        cautious: flags.Cautious = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

@@ -121,10 +121,11 @@ class LionLoop(Optimizer):
 
 def _last_divisor(state: dict[str, Any], taken: Tensor) -> Tensor:
     """What cautious steps are divided by at ``cautious="last_mean"``; the share of this step is kept."""
-    mean = gathered(taken.sum(dtype=torch.float32)) / max(taken.numel(), 1)
-    last = state.setdefault(flags.MASK_MEAN, torch.ones_like(mean))
+    count = gathered(taken.sum(dtype=torch.float32))
+    last = state.setdefault(flags.MASK_MEAN, torch.ones_like(count))
     divisor = flags.divisor(last.to(torch.promote_types(taken.dtype, torch.float32)))
-    last.copy_(mean)
+    # a step that no element takes tells nothing
+    last.copy_(torch.where(count > 0, count / taken.numel(), last))
     return divisor
 
 
@@ -185,7 +186,7 @@ class Lion(MultiTensorStep, LionLoop):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        cautious: flags.Cautious = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         centralize_grads: bool = False,
         agc: float | None = None,

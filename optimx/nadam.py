@@ -169,7 +169,7 @@ class NAdam(MultiTensorStep, TorchNAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        cautious: flags.Cautious = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

@@ -78,8 +78,8 @@ def is_untouched(around: Sequence[Tensor], poison: float) -> bool:
 
 
 def addresses(tensors: Sequence[Tensor], device: torch.device, missing: Collection[int] = ()) -> Tensor:
-    """Of tensors, on the device; 0 for those at indices ``missing``, and something else for empty ones."""
-    found = [0 if i in missing else t.data_ptr() or 16 for i, t in enumerate(tensors)]
+    """Of tensors, on the device; 0 for those at indices ``missing``."""
+    found = [0 if i in missing else t.data_ptr() for i, t in enumerate(tensors)]
     return upload(torch.tensor(found, dtype=torch.int64), device)
 
 

@@ -53,7 +53,6 @@ def _lagged_keep_kernel(
     partials_ptr,  # [n_programs]: how many elements took a step
     first_ptr,  # int32 [n_tensors + 1]: program with which a tensor begins
     numels_ptr,  # int64 [n_tensors]: of whole tensors
-    grads_ptr,  # int64 [n_tensors]: what has no gradient, at address 0, keeps its share
     means_ptr,  # int64 [n_tensors]: addresses of the float32 shares, which are written
     control_ptr,  # float64 [3]: NORM, FACTOR, SKIP
     HAS_CONTROL: tl.constexpr,
@@ -63,17 +62,18 @@ def _lagged_keep_kernel(
         if tl.load(control_ptr + SKIP) != 0:
             return
     tensor = tl.program_id(0)
-    if tl.load(grads_ptr + tensor) == 0:
-        return
     first = tl.load(first_ptr + tensor)
     last = tl.load(first_ptr + tensor + 1)
     total = tl.zeros((BLOCK_SIZE,), tl.float64)
     for i in range(first, last, BLOCK_SIZE):
         programs = i + tl.arange(0, BLOCK_SIZE)
         total += tl.load(partials_ptr + programs, mask=programs < last, other=0.0).to(tl.float64)
-    mean = tl.sum(total, axis=0) / tl.maximum(tl.load(numels_ptr + tensor), 1).to(tl.float64)
-    mean_ptr = tl.load(means_ptr + tensor).to(tl.pointer_type(tl.float32))
-    tl.store(mean_ptr, mean.to(tl.float32))
+    count = tl.sum(total, axis=0)
+    # where none has taken it, as without a gradient, nothing is known: a thousandth would make the coming step a thousand
+    # times too long
+    if count > 0:
+        mean = count / tl.load(numels_ptr + tensor).to(tl.float64)
+        tl.store(tl.load(means_ptr + tensor).to(tl.pointer_type(tl.float32)), mean.to(tl.float32))
 
 
 def lagged_update_(
@@ -130,7 +130,7 @@ def lagged_update_(
         yield counts
         first = torch.arange(table.n_tensors + 1, dtype=torch.int32, device=table.device)
     keep = _keep_launcher(counts.dtype, control is not None)
-    launch(keep, table.n_tensors, counts, first, whole, grads, means, some_control, warmup=warmup)
+    launch(keep, table.n_tensors, counts, first, whole, means, some_control, warmup=warmup)
 
 
 #: Tensors whose rows a program adapts.

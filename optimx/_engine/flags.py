@@ -7,7 +7,7 @@ choose its variant; those of gradients are :mod:`.grad_transforms`'.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from .rule import UpdateRule
 OF_UPDATES = ("cautious_weight_decay", "cautious", "update_clipping")
 #: Value of ``cautious`` for steps that are divided by their tensor's share at the step before.
 LAST_MEAN = "last_mean"
-Cautious = bool | Literal["last_mean"]
 #: The state that has that share: one float32 number a tensor.
 MASK_MEAN = "mask_mean"
 #: All flags, and their values in groups that do not have them.

@@ -111,7 +111,7 @@ def _create_means(states: Sequence[State], device: torch.device) -> None:
             state[MASK_MEAN] = place
     for state in states:
         mean = torch.as_tensor(state[MASK_MEAN])
-        if (mean.device, mean.dtype, mean.dim()) != (device, torch.float32, 0):
+        if mean is not state[MASK_MEAN] or (mean.device, mean.dtype, mean.dim()) != (device, torch.float32, 0):
             state[MASK_MEAN] = mean.detach().to(device, torch.float32).reshape(())
 
 

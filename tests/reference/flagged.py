@@ -2,7 +2,7 @@
 
 Cautious weight decay is https://arxiv.org/abs/2510.12402: an element decays where ``step * param >= 0``. Cautious
 steps are https://arxiv.org/abs/2411.16085, with the tensor's mean of the mask, at least 1e-3; with ``"last_mean"`` with
-that of the step before, and 1 at the first. Update clipping is
+that of the last step that any element took, and 1 at the first. Update clipping is
 StableAdamW's (https://arxiv.org/abs/2304.13013), as timm has it: eps is added to the root, and decay is not clipped.
 """
 
@@ -61,8 +61,7 @@ class FlaggedLoop(Optimizer):
         step = average / denominator
         if self.flags.get("cautious"):
             mask = (step.sign() * g.sign() > 0).to(step.dtype)
-            mean = mask.sum() / max(mask.numel(), 1)
-            step = step * mask / self._divisor(state, mean).double().clamp(min=1e-3)
+            step = step * mask / self._divisor(state, mask).double().clamp(min=1e-3)
         if self.flags.get("update_clipping"):
             step = step / (g / denominator).square().mean().sqrt().clamp(min=1.0)
         kept = 1 - group["lr"] * group["weight_decay"] if decoupled else 1.0
@@ -72,9 +71,9 @@ class FlaggedLoop(Optimizer):
             param.mul_(kept)
         param.sub_(group["lr"] * step)
 
-    def _divisor(self, state: dict[str, Any], mean: Tensor) -> Tensor:
+    def _divisor(self, state: dict[str, Any], mask: Tensor) -> Tensor:
         if self.flags["cautious"] != "last_mean":
-            return mean
+            return mask.mean()
         last = state.get("mask_mean", torch.ones(()))
-        state["mask_mean"] = mean.float()
+        state["mask_mean"] = mask.mean().float() if mask.any() else last
         return last

@@ -36,7 +36,7 @@ def lion(
             m[i] = beta2 * m[i] + (1 - beta2) * g
         share = sum(map(abs, steps)) / len(steps) if cautious else 1.0
         if cautious == "last_mean":
-            share, last = last, c_float(share).value
+            share, last = last, c_float(share).value or last
         for i, step in enumerate(steps):
             decays = step * result[i] >= 0 or not cautious_weight_decay
             result[i] -= lr * (step / max(share, 1e-3) + weight_decay * result[i] * decays)

@@ -22,7 +22,8 @@ class LaggedBucket(MeasuredBucket):
     has_means = True
 
     def take_step(self, scale: float) -> Update:
-        factors = flags.divisor(torch.stack([*self.means]).double()).reciprocal_()
+        means = torch.stack([*self.means]).double()
+        factors = flags.divisor(means).reciprocal_()
         counts = torch.zeros(len(self.positions), dtype=torch.float64, device="cpu")
         for call in self._calls:
             for indices, pieces in self.walks(call, call.of(self.members), scale):
@@ -33,7 +34,9 @@ class LaggedBucket(MeasuredBucket):
         if self.meets:
             yield LENGTHS, [Share(position, "lengths", counts[i]) for i, position in enumerate(self.positions)]
         numels = torch.tensor([shape.numel() for shape in self.shapes], device="cpu")
-        _compat.foreach_copy_([*self.means], [*(counts / numels.clamp(min=1)).float().unbind()])
+        # where none has taken it nothing is known: a thousandth would make the coming step a thousand times too long
+        means = torch.where(counts > 0, counts / numels, means).float()
+        _compat.foreach_copy_([*self.means], [*means.unbind()])
 
     def _take_known(self, row: Row, pieces: Walk, factors: Tensor) -> Tensor:
         """Take steps times factors, one a tensor; how many elements of each have taken one, float64."""

@@ -28,11 +28,10 @@ class LaggedTritonBucket(MeasuredTritonBucket):
     def _launch_update(self, control: Tensor | None, warmup: bool) -> Update:
         riders, kernels = self._riders, self.rule.kernels
         n_sums = len(riders.sums)
-        # what rides along stays NaN in a step that is skipped
-        shape = n_sums + 1, self.table.n_chunks
-        partials = torch.full(shape, torch.nan, dtype=torch.float32, device=self.key.device)
+        partials = torch.empty(n_sums + 1, self.table.n_chunks, dtype=torch.float32, device=self.key.device)
         if n_sums:
-            self._riders = riders._replace(partials=partials[:n_sums])
+            # which stays where the step is skipped
+            self._riders = riders._replace(partials=partials[:n_sums].fill_(torch.nan))
         launches: Any = lagged_update_(
             kernels, self.table, self.grads, self._rows, control, variant=self.key.variant, dtypes=self.key.dtypes,
             means=self._addresses_of_means, partials=partials, storage=self.storage, riders=riders,
