@@ -228,6 +228,22 @@ def test_a_share_is_brought_to_what_it_should_be(device: torch.device) -> None:
 
 @interpreted
 @each_kind
+def test_shares_may_lie_anywhere(cls: Make, device: torch.device) -> None:
+    """Somebody moved one of those that were made together, and the order of groups is not that of memory."""
+    ours, plain = (lagged(cls, make_params(SHAPES, device)) for _ in range(2))
+    for step in range(4):
+        for optimizer in (ours, plain):
+            a_step(optimizer, step)
+        assert_equal(ours, plain)
+        state = ours.state[params_of(ours)[1]]
+        if step == 1:
+            state[MASK_MEAN] = state[MASK_MEAN].clone()
+        for optimizer in (ours, plain) if step == 2 else ():
+            optimizer.param_groups[0]["params"].reverse()
+
+
+@interpreted
+@each_kind
 def test_the_kind_of_share_may_change_between_steps(cls: Make) -> None:
     optimizer, exact = lagged(cls), cls(make_params(SHAPES), lr=0.05, cautious=True)
     for step in range(2):

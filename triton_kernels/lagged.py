@@ -69,8 +69,8 @@ def _lagged_keep_kernel(
         programs = i + tl.arange(0, BLOCK_SIZE)
         total += tl.load(partials_ptr + programs, mask=programs < last, other=0.0).to(tl.float64)
     count = tl.sum(total, axis=0)
-    # where none has taken it, as without a gradient, nothing is known: a thousandth would make the coming step a thousand
-    # times too long
+    # where none has taken it, as without a gradient, nothing is known; a thousandth would make the coming step a
+    # thousand times too long
     if count > 0:
         mean = count / tl.load(numels_ptr + tensor).to(tl.float64)
         tl.store(tl.load(means_ptr + tensor).to(tl.pointer_type(tl.float32)), mean.to(tl.float32))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container
 
 import torch
 from torch import Tensor
@@ -11,8 +11,10 @@ from ... import _compat
 from .. import flags
 from ..rounds import LENGTHS, Share, Update
 from ..rule import Row
-from .measured import MeasuredBucket, owners, roles_of
+from .batch import in_order, runs
+from .measured import MeasuredBucket, roles_of
 from .piece import Walk
+from .watched import of_each
 
 
 class LaggedBucket(MeasuredBucket):
@@ -21,8 +23,14 @@ class LaggedBucket(MeasuredBucket):
     takes_riders = True
     has_means = True
 
+    def finish(self, known_scalars: Container[int]) -> None:
+        super().finish(known_scalars)
+        self._numels = torch.tensor([shape.numel() for shape in self.shapes], device="cpu")
+        self._are_together = len(runs(range(len(self.means)), [self.means])) == 1 and in_order(self.means)
+
     def take_step(self, scale: float) -> Update:
-        means = torch.stack([*self.means]).double()
+        kept = self.means[0].as_strided((len(self.means),), (1,)) if self._are_together else None
+        means = (torch.stack([*self.means]) if kept is None else kept).double()
         factors = flags.divisor(means).reciprocal_()
         counts = torch.zeros(len(self.positions), dtype=torch.float64, device="cpu")
         for call in self._calls:
@@ -33,10 +41,12 @@ class LaggedBucket(MeasuredBucket):
                 )
         if self.meets:
             yield LENGTHS, [Share(position, "lengths", counts[i]) for i, position in enumerate(self.positions)]
-        numels = torch.tensor([shape.numel() for shape in self.shapes], device="cpu")
         # where none has taken it nothing is known: a thousandth would make the coming step a thousand times too long
-        means = torch.where(counts > 0, counts / numels, means).float()
-        _compat.foreach_copy_([*self.means], [*means.unbind()])
+        means = torch.where(counts > 0, counts / self._numels, means)
+        if kept is None:
+            _compat.foreach_copy_([*self.means], [*means.float().unbind()])
+        else:
+            kept.copy_(means)
 
     def _take_known(self, row: Row, pieces: Walk, factors: Tensor) -> Tensor:
         """Take steps times factors, one a tensor; how many elements of each have taken one, float64."""
@@ -47,13 +57,8 @@ class LaggedBucket(MeasuredBucket):
             step, taken, _ = self.rule.advance(self.key.variant, row, p, g, states, scratch)
             assert taken is not None
             # before the step, which is taken in the memory of the mask
-            counts += _counts(taken, piece.sizes)
+            # exact in float32: a piece has fewer than 2**24 elements
+            alone = len(piece.sizes) == 1
+            counts += taken.sum() if alone else of_each(taken, piece.sizes, "sum")
             self._apply(row, piece, step, factors, scratch)
         return counts
-
-
-def _counts(taken: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The sum over each tensor of what is 1 or 0, float64."""
-    if len(sizes) == 1:
-        return taken.sum().view(1)
-    return torch.zeros(len(sizes), dtype=torch.float64, device="cpu").index_add_(0, owners(sizes), taken.double())

@@ -84,7 +84,7 @@ class MeasuredBucket(NativeBucket):
 
     def _apply(self, row: Row, piece: Piece, step: Tensor, factors: Tensor, scratch: tuple[Tensor, ...]) -> None:
         p = piece.params[0]
-        factor: float | Tensor = factors.item() if len(factors) == 1 else factors.to(p.dtype)[owners(piece.sizes)]
+        factor: float | Tensor = factors.item() if len(factors) == 1 else factors.to(p.dtype)[_owners(piece.sizes)]
         self.rule.take(self.key.variant, row, p, step, factor, scratch)
 
     def _memory(self, like: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -106,9 +106,9 @@ def _squares(elements: Tensor | None, sizes: Sequence[int]) -> Tensor:
         return sums
     if len(sizes) == 1:
         return torch.linalg.vector_norm(elements).double().square().view(1)
-    return sums.index_add_(0, owners(sizes), elements.double().square())
+    return sums.index_add_(0, _owners(sizes), elements.double().square())
 
 
-def owners(sizes: Sequence[int]) -> Tensor:
+def _owners(sizes: Sequence[int]) -> Tensor:
     """The tensor of each element."""
     return torch.repeat_interleave(torch.tensor(sizes, device="cpu"))
