@@ -105,7 +105,7 @@ def _slots(rule: UpdateRule, key: BucketKey, has_batches: bool) -> int:
         masks = _MASKS if rule.flags and key.variant else 0
         if rule.walk_of(key.variant) == "measured":
             return n_roles + rule.temporaries + n_roles + masks
-        return 1 + n_roles + _TEMPORARIES + masks
+        return 1 + n_roles + max(rule.temporaries, _TEMPORARIES) + masks
     if key.formats or has_batches:
         return 1 + n_roles
     # an operator takes what is in the dtype to compute in where it lies
@@ -121,7 +121,7 @@ def _of_batches(rule: UpdateRule, key: BucketKey, n_small: int, draws: bool) -> 
     if draws:
         # where they have their bits from stays; tensors are told apart in a draw
         total += n_small * 2 * _WORD + batch * 3 * _WORD
-    if rule.walk_of(key.variant) == "measured":
+    if rule.walk_of(key.variant) in ("measured", "lagged"):
         total += batch * 4 * _WORD
     if rule.by_element:
         total += n_small * (len(rule.by_element) * itemsize + _WORD)

@@ -54,7 +54,7 @@ class AdamRule(UpdateRule):
         return (bool(group["amsgrad"]), *chosen, *has_l2)
 
     def walk_of(self, variant: tuple[bool, ...]) -> str:
-        return flags.walk_of(variant[1:4])
+        return flags.walk_of(variant[1:5])
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, maximize, decoupled = self._read(group)
@@ -103,7 +103,7 @@ class AdamRule(UpdateRule):
     def advance(self, variant, row, p, g, states, scratch):
         _, _, l2, beta1_c, beta2, beta2_c, bias2_sqrt, _, eps = row
         exp_avg, exp_avg_sq, *largest = states
-        _, _, is_cautious, is_clipped, _ = variant
+        _, _, is_cautious, is_clipped, *_ = variant
         g = l2_gradient(g, p, l2, scratch[2])
         exp_avg.lerp_(g, beta1_c)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
@@ -115,7 +115,7 @@ class AdamRule(UpdateRule):
         return step if taken is None else step.mul_(taken), taken, sizes
 
     def factors(self, variant, row, squares, numels):
-        return flags.factors(variant[1:4], squares, numels)
+        return flags.factors(variant[1:5], squares, numels)
 
     def take(self, variant, row, p, step, factor, scratch):
         if variant[1]:
@@ -149,7 +149,8 @@ class Adam(MultiTensorStep, TorchAdam):
 
     Args beyond torch's:
         cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
-            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085); with "last_mean" by their
+            share at the step before, and by 1 at the first, which saves a pass (default: False).
         cautious_weight_decay: Weights decay only where the step does not move them away from zero
             (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
         update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
@@ -199,7 +200,7 @@ class Adam(MultiTensorStep, TorchAdam):
         differentiable: bool = False,
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
-        cautious: bool = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

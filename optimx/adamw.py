@@ -21,7 +21,8 @@ class AdamW(Adam, TorchAdamW):
 
     Args beyond torch's:
         cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
-            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085); with "last_mean" by their
+            share at the step before, and by 1 at the first, which saves a pass (default: False).
         cautious_weight_decay: Weights decay only where the step does not move them away from zero
             (https://arxiv.org/abs/2510.12402) (default: False).
         update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
@@ -68,7 +69,7 @@ class AdamW(Adam, TorchAdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        cautious: bool = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

@@ -17,6 +17,7 @@ from ._engine.averages import Average
 from ._engine.guards import Clipping, Spikes
 from ._engine.optimizer import evaluated
 from ._engine.rule import UpdateRule, decay_cautiously_, subtract_
+from ._engine.sharding import gathered
 from ._engine.step import MultiTensorStep
 from ._engine.storage import StateDtype
 from ._loop import as_number, as_real, check_at_least_zero, check_betas, each_parameter
@@ -107,7 +108,8 @@ class LionLoop(Optimizer):
             step, decay = exp_avg.lerp(g, 1 - beta1).sign_(), 1 - lr * as_number(group["weight_decay"])
             if group.get("cautious"):
                 taken = (step * g.sign() > 0).to(step.dtype)
-                step.mul_(taken / taken.mean().clamp_(min=1e-3))
+                is_lagged = group["cautious"] == flags.LAST_MEAN
+                step.mul_(taken / (_last_divisor(state, taken) if is_lagged else flags.divisor(taken.mean())))
             if group.get("cautious_weight_decay"):
                 p.copy_(torch.where(step * p.sign() < 0, p, p * decay))
             else:
@@ -115,6 +117,16 @@ class LionLoop(Optimizer):
             p.sub_(step.mul_(lr))
             exp_avg.lerp_(g, 1 - beta2)
         return loss
+
+
+def _last_divisor(state: dict[str, Any], taken: Tensor) -> Tensor:
+    """What cautious steps are divided by at ``cautious="last_mean"``; the share of this step is kept."""
+    count = gathered(taken.sum(dtype=torch.float32))
+    last = state.setdefault(flags.MASK_MEAN, torch.ones_like(count))
+    divisor = flags.divisor(last.to(torch.promote_types(taken.dtype, torch.float32)))
+    # a step that no element takes tells nothing
+    last.copy_(torch.where(count > 0, count / taken.numel(), last))
+    return divisor
 
 
 class Lion(MultiTensorStep, LionLoop):
@@ -131,7 +143,8 @@ class Lion(MultiTensorStep, LionLoop):
         maximize: Ascend (default: False).
         capturable: The step may be recorded in a CUDA graph (default: False: recorded steps are a plain loop).
         cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
-            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085); with "last_mean" by their
+            share at the step before, and by 1 at the first, which saves a pass (default: False).
         cautious_weight_decay: Weights decay only where the step does not move them away from zero
             (https://arxiv.org/abs/2510.12402) (default: False).
         centralize_grads: Gradients lose their means over all dimensions but the first, before the norm is taken
@@ -173,7 +186,7 @@ class Lion(MultiTensorStep, LionLoop):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        cautious: bool = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         centralize_grads: bool = False,
         agc: float | None = None,

@@ -51,7 +51,7 @@ class NAdamRule(UpdateRule):
         return (*chosen, not group["decoupled_weight_decay"]) if chosen else ()
 
     def walk_of(self, variant: tuple[bool, ...]) -> str:
-        return flags.walk_of(variant[:3])
+        return flags.walk_of(variant[:4])
 
     def values(self, group: dict[str, Any]) -> tuple[Any, ...]:
         lr, (beta1, beta2), eps, weight_decay, momentum_decay, maximize, decoupled = self._read(group)
@@ -89,7 +89,7 @@ class NAdamRule(UpdateRule):
     def advance(self, variant, row, p, g, states, scratch):
         _, _, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = row
         exp_avg, exp_avg_sq = states
-        _, is_cautious, is_clipped, _ = variant or (False,) * 4
+        _, is_cautious, is_clipped, *_ = variant or (False,) * 5
         g = l2_gradient(g, p, l2, scratch[2])
         exp_avg.lerp_(g, beta1_c)
         exp_avg_sq.mul_(beta2).addcmul_(g, g, value=beta2_c)
@@ -100,7 +100,7 @@ class NAdamRule(UpdateRule):
         return step if taken is None else step.mul_(taken), taken, sizes
 
     def factors(self, variant, row, squares, numels):
-        return flags.factors(variant[:3], squares, numels)
+        return flags.factors(variant[:4], squares, numels)
 
     def take(self, variant, row, p, step, factor, scratch):
         if variant and variant[0]:
@@ -118,7 +118,8 @@ class NAdam(MultiTensorStep, TorchNAdam):
 
     Args beyond torch's:
         cautious: Elements whose step does not go against their gradient take none, and the others of a tensor a longer
-            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085) (default: False).
+            one: divided by their share, at least 1e-3 (https://arxiv.org/abs/2411.16085); with "last_mean" by their
+            share at the step before, and by 1 at the first, which saves a pass (default: False).
         cautious_weight_decay: Weights decay only where the step does not move them away from zero
             (https://arxiv.org/abs/2510.12402), which has to be decoupled (default: False).
         update_clipping: A tensor's step is divided by the root mean square of its gradient over the root of the average
@@ -167,7 +168,7 @@ class NAdam(MultiTensorStep, TorchNAdam):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
-        cautious: bool = False,
+        cautious: bool | str = False,
         cautious_weight_decay: bool = False,
         update_clipping: bool = False,
         centralize_grads: bool = False,

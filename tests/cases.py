@@ -174,6 +174,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "cautious_decay": {"lr": 0.05, "weight_decay": 0.5, "cautious_weight_decay": True},
     "cautious": {"lr": 0.05, "weight_decay": 0.5, "cautious": True},
     "cautious_both": {"lr": 0.05, "weight_decay": 0.5, "cautious": True, "cautious_weight_decay": True},
+    "cautious_last": {"lr": 0.05, "weight_decay": 0.5, "cautious": "last_mean"},
 }
 #: And where there is an average of squares.
 _CLIPPED: dict[str, dict[str, Any]] = {
@@ -206,6 +207,7 @@ CASES = [
         {
             **_AMSGRAD,
             "cautious": {"weight_decay": 0.1, "lr": 0.01, "cautious": True, "maximize": True},
+            "cautious_last": {"weight_decay": 0.1, "lr": 0.01, "cautious": "last_mean"},
             "clipped": {"weight_decay": 0.1, "lr": 0.01, "betas": (0.9, 0.8), "update_clipping": True},
             "decoupled": {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
         },

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from optimx.triton_kernels import grad_norm, lamb, matrix_walk, measured, update  # noqa: E402
+from optimx.triton_kernels import grad_norm, lagged, lamb, matrix_walk, measured, update  # noqa: E402
 from optimx.triton_kernels.device import Launcher, chunk, divide, divide_by, for_each_block, launch  # noqa: E402
 from optimx.triton_kernels.matrix_table import tables  # noqa: E402
 from optimx.triton_kernels.tensor_table import (  # noqa: E402
@@ -141,6 +141,9 @@ class Launch:
                 square_avg.add_(1)
         numels = [p.numel() for p in self.params]
         self.table = TensorTable(numels, [self.params, *self.states], range(len(numels)), device, size)
+        #: Shares of the step before.
+        self.means = [torch.full((), 0.25 + 0.5 * (i % 2), device=device) for i in range(len(numels))]
+        self.kept = ("mask_mean",) * (self.rule.walk_of(self.variant) == "lagged")
         row, _ = self.rule.prepare(self.rule.values(self.group), counts_of(self.rule, self.group))
         self.hyper = rows(*[row] * len(numels), device=device)
 
@@ -148,17 +151,31 @@ class Launch:
         where = addresses(self.grads, self.params[0].device, self.missing)
         dtypes = (self.dtype,) * (2 + len(self.states))
         roles = self.rule.kernels, self.table, where, self.hyper, control
-        if self.rule.walk_of(self.variant) == "measured":
+        walk = self.rule.walk_of(self.variant)
+        if walk == "measured":
             deque(measured.measured_update_(*roles, variant=self.variant, dtypes=dtypes), maxlen=0)
+        elif walk == "lagged":
+            means = addresses(self.means, self.params[0].device)
+            partials = torch.full((1, self.table.n_chunks), torch.nan, device=self.params[0].device)
+            launches = lagged.lagged_update_(
+                *roles, variant=self.variant, dtypes=dtypes, means=means, partials=partials
+            )
+            deque(launches, maxlen=0)
         else:
             update.update_(*roles, variant=self.variant, dtypes=dtypes)
 
     def everything(self) -> list[Tensor]:
-        return [t for role in (self.params, self.grads, *self.states) for t in role]
+        return [t for role in (self.params, self.grads, *self.states, self.means) for t in role]
+
+    def roles(self) -> list[list[Tensor]]:
+        """Params, grads, states and what else is kept."""
+        return [self.params, self.grads, *self.states, *[self.means] * len(self.kept)]
 
     def expected(self) -> list[list[Tensor]]:
         """Of params, grads and states: torch's for-loop, in float64."""
-        params, grads, *states = ([t.double().cpu() for t in role] for role in (self.params, self.grads, *self.states))
+        params, grads, *states = (
+            [t.to("cpu", torch.float64, copy=True) for t in role] for role in (self.params, self.grads, *self.states)
+        )
         twins = [torch.nn.Parameter(p) for p in params]  # of the same memory
         optimizer = loop(self.case, twins, **self.kwargs)
         counts = counts_of(self.rule, self.group)
@@ -167,23 +184,27 @@ class Launch:
             named = dict(zip(self.rule.state_names(self.variant), (s[i] for s in states), strict=True))
             scalars = {n: torch.tensor(c, dtype=torch.float64) for n, c in zip(self.rule.scalars, counts, strict=True)}
             if named or scalars:
-                optimizer.state[twin] = {**scalars, **named}
+                optimizer.state[twin] = {
+                    **scalars,
+                    **named,
+                    **{name: self.means[i].cpu().clone() for name in self.kept},
+                }
         optimizer.step()
         # Rprop's loop leaves prev in another tensor
-        names = self.rule.state_names(self.variant)
+        names = *self.rule.state_names(self.variant), *self.kept
         return [params, grads, *([optimizer.state[t][name] for t in twins] for name in names)]
 
     def check(self, expected: list[list[Tensor]]) -> None:
         """All tensors, and the memory around them."""
-        names = ("param", "grad", *self.rule.state_names(self.variant))
-        for name, role, values in zip(names, (self.params, self.grads, *self.states), expected, strict=True):
+        names = ("param", "grad", *self.rule.state_names(self.variant), *self.kept)
+        for name, role, values in zip(names, self.roles(), expected, strict=True):
             for i, (tensor, value) in enumerate(zip(role, values, strict=True)):
                 close = dict(CLOSE[self.dtype])
                 if tensor.numel():
                     # an ulp of the tensor's largest number, where numbers cancelled
                     close["atol"] = max(close["atol"], torch.finfo(self.dtype).eps * float(value.abs().max()))
                 torch.testing.assert_close(
-                    tensor.double().cpu(), value, **close, msg=lambda m, n=name, i=i: f"{n} {i}: {m}"
+                    tensor.double().cpu(), value.double(), **close, msg=lambda m, n=name, i=i: f"{n} {i}: {m}"
                 )
         assert is_untouched(self.around, self.poison)
 

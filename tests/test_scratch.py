@@ -84,6 +84,17 @@ def test_a_step_stays_below_the_bound(name: str, shapes: str, settings: dict[str
     assert measured(optimizer) <= bound
 
 
+@pytest.mark.parametrize("cautious", [True, "last_mean"])
+@pytest.mark.parametrize("shapes", ["large", "small", "mixed"])
+@pytest.mark.parametrize("name", ["AdamW", "NAdam", "Lion"])
+@pytest.mark.skipif(INTERPRETED, reason="pieces are a CPU's")
+def test_cautious_steps_stay_below_the_bound(name: str, shapes: str, cautious: bool | str) -> None:
+    optimizer = make(name, torch.float32, shapes, {"cautious": cautious})
+    bound = optimx.memory(optimizer).scratch
+    assert bound is not None
+    assert measured(optimizer) <= bound
+
+
 @pytest.mark.parametrize("settings", ["stochastic", "master-8bit-clip", "remainder8-8bit", "remainder16-float32"])
 @pytest.mark.skipif(INTERPRETED, reason="pieces are a CPU's")
 def test_the_bound_is_what_pieces_take(settings: str) -> None:

@@ -3,8 +3,8 @@
 Bytes a parameter, float32: param 4+4, grad 4, exp_avg 4+4, exp_avg_sq 4+4 = 28 (amsgrad: 36). Cautious steps read grad
 and exp_avg once more, 8 bytes, and a clipped update also exp_avg_sq; with weight decay in the gradient also param.
 
-A variant is AMSGRAD and, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS, CLIPPED (see ``flags.py``) and HAS_L2: weight
-decay may be in the gradient.
+A variant is AMSGRAD and, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS, CLIPPED, LAGGED (see ``flags.py``) and HAS_L2:
+weight decay may be in the gradient.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
 def measure(p, g, states, hyper, VARIANT: tl.constexpr):
     """Which elements take a cautious step, and the gradient divided by the root of its average square."""
     _, l2, beta1_c, beta2, beta2_c, bias2_sqrt, _, eps = hyper
-    if VARIANT[4]:
+    if VARIANT[5]:
         g = with_l2(g, p, l2)
     taken, size = tl.zeros_like(g), tl.zeros_like(g)
     if VARIANT[2]:

@@ -1,7 +1,8 @@
 """What flags of groups change in updates: https://arxiv.org/abs/2411.16085 (cautious steps), 2510.12402 (cautious
 weight decay) and 2304.13013 (StableAdamW).
 
-An algorithm with flags has them at the end of its variant: :data:`CAUTIOUS_DECAY`, :data:`CAUTIOUS`, :data:`CLIPPED`.
+An algorithm with flags has them in its variant: CAUTIOUS_DECAY, CAUTIOUS, CLIPPED, and LAGGED: cautious steps are
+divided by what the step before has found (see :mod:`.lagged`), which is no business of ``update``.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ def agrees(step, g):
 
 
 @triton.jit
+def divisor(mean):
+    """What cautious steps are divided by: their share of the tensor, at least 1e-3."""
+    return tl.maximum(mean, 1e-3)
+
+
+@triton.jit
 def step_factor(squares, numel, CAUTIOUS: tl.constexpr, CLIPPED: tl.constexpr):
     """What the step of a tensor is multiplied by.
 
@@ -42,7 +49,7 @@ def step_factor(squares, numel, CAUTIOUS: tl.constexpr, CLIPPED: tl.constexpr):
     numel = tl.maximum(numel, 1.0)
     factor = tl.full((), 1.0, tl.float64)
     if CAUTIOUS:
-        factor = 1.0 / tl.maximum(squares[0] / numel, 1e-3)
+        factor = 1.0 / divisor(squares[0] / numel)
     if CLIPPED:
         rms = tl.sqrt(squares[1] / numel)
         # NaN stays

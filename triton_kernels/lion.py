@@ -3,7 +3,8 @@
 Bytes a parameter, float32: param 4+4, grad 4, exp_avg 4+4 = 20; with cautious steps, which read grad and
 exp_avg once more, 28.
 
-A variant is (), or, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS and CLIPPED, which is never set (see ``flags.py``).
+A variant is (), or, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS, CLIPPED, which is never set, and LAGGED (see
+``flags.py``).
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     CAUTIOUS: tl.constexpr = VARIANT[1] if len(VARIANT) else False
     decay, beta1_c, beta2_c, lr = hyper
     save(out, 0, lerp(states[0], g, beta2_c))
-    step = sign(lerp(states[0], g, beta1_c))
+    average = lerp(states[0], g, beta1_c)
+    step = sign(average)
     if CAUTIOUS:
-        step = step * agrees(step, g).to(step.dtype)
+        step = step * agrees(average, g).to(step.dtype)
     if CAUTIOUS_DECAY:
         decay = cautious_decay(decay, step, p)
     return p * decay - lr * step

@@ -4,8 +4,8 @@ Bytes a parameter, float32: param 4+4, grad 4, exp_avg 4+4, exp_avg_sq 4+4 = 28.
 read grad and exp_avg once more, 8 bytes, and a clipped update grad and exp_avg_sq; with weight decay in the gradient
 also param.
 
-A variant is (), or, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS, CLIPPED (see ``flags.py``) and HAS_L2: weight decay
-may be in the gradient.
+A variant is (), or, if any flag is set, CAUTIOUS_DECAY, CAUTIOUS, CLIPPED, LAGGED (see ``flags.py``) and HAS_L2: weight
+decay may be in the gradient.
 """
 
 from __future__ import annotations
@@ -62,9 +62,10 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
     v = beta2 * states[1] + beta2_c * g * g
     save(out, 0, m)
     save(out, 1, v)
-    step = divide(grad_size * g + avg_size * m, sqrt(divide(v, bias2)) + eps)
+    average = grad_size * g + avg_size * m
+    step = divide(average, sqrt(divide(v, bias2)) + eps)
     if CAUTIOUS:
-        step = step * agrees(step, g).to(step.dtype)
+        step = step * agrees(average, g).to(step.dtype)
     if CAUTIOUS_DECAY:
         decay = cautious_decay(decay, step, p)
     return p * decay - step
@@ -74,7 +75,7 @@ def update(p, g, states, hyper, VARIANT: tl.constexpr, out):
 def measure(p, g, states, hyper, VARIANT: tl.constexpr):
     """Which elements take a cautious step, and the gradient divided by the root of its average square."""
     _, l2, beta1_c, beta2, beta2_c, bias2, grad_size, avg_size, eps = hyper
-    if VARIANT[3]:
+    if VARIANT[4]:
         g = with_l2(g, p, l2)
     taken, size = tl.zeros_like(g), tl.zeros_like(g)
     if VARIANT[1]:

@@ -52,9 +52,9 @@ from .device import (
 from .storage import PLAIN, Formats, Storage, constants
 from .tensor_table import LaunchSize, TensorTable
 
-#: Sums over a tensor: squares of the new parameter, of its change, and of the first moment before; and of products of
-#: that and the gradient.
-PARAM_SQ, UPDATE_SQ, MOMENT_SQ, GRAD_MOMENT = (tl.constexpr(i) for i in range(4))
+#: Sums over a tensor: squares of the new parameter, of its change, and of the first moment before; of products of that
+#: and the gradient; and how many elements take a cautious step, which is what the algorithm's ``measure`` tells first.
+PARAM_SQ, UPDATE_SQ, MOMENT_SQ, GRAD_MOMENT, TAKEN = (tl.constexpr(i) for i in range(5))
 
 
 class Riders(NamedTuple):
@@ -120,6 +120,9 @@ def _update(block, args, carry, CONSTANTS: tl.constexpr):
             term = (kept - p) * (kept - p)
         elif SUMS[i] == MOMENT_SQ:
             term = states[CONSTANTS[7]] * states[CONSTANTS[7]]
+        elif SUMS[i] == TAKEN:
+            # worked out in the update as well: the compiler does it once
+            term = CONSTANTS[9](p, g, states, hyper, CONSTANTS[1])[0]
         else:
             term = states[CONSTANTS[7]] * g
         if block[2] is not None:
@@ -156,6 +159,7 @@ def _update_kernel(
     sums_ptr,  # float32 [n_sums, n_partials], written: a column a program
     n_partials,
     UPDATE: tl.constexpr,  # the algorithm
+    MEASURE: tl.constexpr,  # it, too, where TAKEN is among the sums
     VARIANT: tl.constexpr,  # its variant: a tuple of bools
     N_STATES: tl.constexpr,
     DTYPES: tl.constexpr,  # of params, grads, each state and each companion
@@ -189,7 +193,8 @@ def _update_kernel(
     for _ in tl.static_range(len(SUMS)):
         nothing = nothing + (tl.zeros((BLOCK_SIZE // 4,), COMPUTE),)
     sums = for_each_block(
-        _update_block, (UPDATE, VARIANT, N_STATES, EACH, FORMATS, NOISE, SUMS, MOMENT, AVERAGE is not None), nothing,
+        _update_block,
+        (UPDATE, VARIANT, N_STATES, EACH, FORMATS, NOISE, SUMS, MOMENT, AVERAGE is not None, MEASURE), nothing,
         pointers, (scale, hyper, noise, weight), remaining, CHUNK_SIZE, BLOCK_SIZE, is_straight,
     )  # fmt: skip
     for i in tl.static_range(len(SUMS)):
@@ -342,7 +347,8 @@ def _update_launcher(
         # its accesses are as wide as others'
         storage["BLOCK_SIZE"] = min(storage["BLOCK_SIZE"], max(GROUP.value, size.block([average_dtype])))
     return Launcher(
-        _update_kernel, UPDATE=algorithm.update, VARIANT=variant, **storage, SUMS=sums, MOMENT=moment,
+        _update_kernel, UPDATE=algorithm.update, MEASURE=algorithm.measure if TAKEN.value in sums else None,
+        VARIANT=variant, **storage, SUMS=sums, MOMENT=moment,
         AVERAGE=None if average_dtype is None else TRITON_DTYPE[average_dtype], COMPUTE=compute_dtype(dtypes[0]),
         N_COLUMNS=len(algorithm.HYPER), HAS_CONTROL=has_control, CHUNK_SIZE=size.chunk_size, num_warps=size.num_warps,
     )  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .averages import AVERAGE
+from .flags import MASK_MEAN
 from .rounds import ROUNDS_OF, Update
 from .rule import Row, UpdateRule
 from .scalars import Scalars
@@ -110,6 +111,8 @@ class Bucket:
         noise_step: The step that is taken, 1 for the first; of rules that count none.
         members: The tensors, between :meth:`bind` and :meth:`release`.
         averages: Of the members' parameters, meanwhile; empty where not all members have one.
+        has_means: Members keep their shares of cautious steps, :data:`MASK_MEAN`, where their parameters are.
+        means: These shares, meanwhile.
         present: bool, of each member, whether it has a gradient in the step; None: all have.
         absent: Members that have none.
         n_roles: The parameter and the states.
@@ -121,6 +124,7 @@ class Bucket:
 
     takes_missing = False
     watches_grads = False
+    has_means = False
     kernel_key: Any = None
 
     @classmethod
@@ -140,6 +144,7 @@ class Bucket:
         self.noise_step = 1
         self.members = NOBODY
         self.averages: Sequence[Tensor] = ()
+        self.means: Sequence[Tensor] = ()
         self.present: Tensor | None = None
         self.absent: list[int] = []
         #: None where the host does not count.
@@ -178,6 +183,7 @@ class Bucket:
         self._pick = picker(self.positions)
         self._pick_states = [picker([where[name] for where in values_of]) for name in self.state_names]
         self._pick_scalars = [picker([where[name] for where in values_of]) for name in self.rule.scalars]
+        self._pick_means = picker([where[MASK_MEAN] for where in values_of]) if self.has_means else None
         averages = [where[AVERAGE] for where in values_of if AVERAGE in where]
         self._pick_averages = picker(averages) if len(averages) == len(values_of) else None
 
@@ -200,11 +206,12 @@ class Bucket:
             [pick(values) for pick in self._pick_scalars],
         )
         self.averages = () if self._pick_averages is None else self._pick_averages(values)
+        self.means = () if self._pick_means is None else self._pick_means(values)
 
     def release(self) -> None:
         """Forget the tensors of the step."""
         self.members = NOBODY
-        self.averages = ()
+        self.averages = self.means = ()
         if self.scalars is not None:
             self.scalars.forget()
 
@@ -291,7 +298,7 @@ class Bucket:
 
     def compared_states(self) -> list[Tensor]:
         """State tensors whose shapes, strides and dtypes are compared every step: all, or few where addresses are."""
-        states = self.members.states
+        states = [*self.members.states, *[self.means] * self.has_means]
         if self.compares_addresses:
             states = [[role[i] for i in self._few] for role in states]
         # scalars that lie together are known by their addresses

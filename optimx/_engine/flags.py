@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import nearest, told
 from .grad_transforms import TRANSFORMS
 from .rule import UpdateRule
 
 #: Flags of updates: which of them an algorithm has, its rule tells.
 OF_UPDATES = ("cautious_weight_decay", "cautious", "update_clipping")
+#: Value of ``cautious`` for steps that are divided by their tensor's share at the step before.
+LAST_MEAN = "last_mean"
+#: The state that has that share: one float32 number a tensor.
+MASK_MEAN = "mask_mean"
 #: All flags, and their values in groups that do not have them.
 FLAGS: dict[str, Any] = {
     **dict.fromkeys(OF_UPDATES, False),
@@ -30,13 +35,29 @@ def of_update(rule: UpdateRule, group: Mapping[str, Any]) -> list[str]:
 
 
 def variant(rule: UpdateRule, group: Mapping[str, Any]) -> tuple[bool, ...]:
-    """What a group's flags add to its variant: nothing where none is set, else all of :data:`OF_UPDATES` in order."""
-    return tuple(bool(group.get(name)) for name in OF_UPDATES) if of_update(rule, group) else ()
+    """What a group's flags add to its variant: nothing where none is set.
+
+    Else all of :data:`OF_UPDATES` in order, and whether cautious steps are divided by the share of the step before.
+
+    Raises:
+        ValueError: A flag has another value than it may have.
+    """
+    found = of_update(rule, group)
+    if not found:
+        return ()
+    for name in found:
+        _check_value(name, group[name])
+    is_lagged = group.get("cautious") == LAST_MEAN
+    if is_lagged and group.get("update_clipping"):
+        raise ValueError(f"update_clipping should be False with cautious={LAST_MEAN!r} but is: True")
+    return (*(bool(group.get(name)) for name in OF_UPDATES), is_lagged)
 
 
 def walk_of(variant: Sequence[bool]) -> str:
     """The walk of an update with these flags, from :func:`variant`."""
-    _, cautious, clipped = variant or (False,) * 3
+    _, cautious, clipped, is_lagged = variant or (False,) * 4
+    if is_lagged:
+        return "lagged"
     return "measured" if cautious or clipped else "elementwise"
 
 
@@ -44,6 +65,11 @@ def cautious(step: Tensor, g: Tensor, out: Tensor) -> Tensor:
     """1 where a step goes against the gradient, which is where its signs are those of the gradient; elsewhere 0."""
     # signs, because products may underflow
     return torch.sign(g, out=out).mul_(step).gt_(0)
+
+
+def divisor(mean: Tensor) -> Tensor:
+    """What cautious steps are divided by: their share of the tensor, at least 1e-3."""
+    return mean.clamp(min=1e-3)
 
 
 def factors(variant: Sequence[bool], squares: Tensor, numels: Tensor) -> Tensor:
@@ -56,8 +82,8 @@ def factors(variant: Sequence[bool], squares: Tensor, numels: Tensor) -> Tensor:
         numels: Elements of the whole tensors.
     """
     taken, sizes = squares / numels.clamp(min=1)
-    _, is_cautious, is_clipped = variant
-    result = 1.0 / taken.clamp(min=1e-3) if is_cautious else torch.ones_like(taken)
+    _, is_cautious, is_clipped, _ = variant
+    result = divisor(taken).reciprocal() if is_cautious else torch.ones_like(taken)
     return result / sizes.sqrt().clamp(min=1.0) if is_clipped else result
 
 
@@ -65,6 +91,16 @@ def check_decay(group: Mapping[str, Any]) -> None:
     """Raise ValueError where a flag of decoupled weight decay is set and decay is not decoupled."""
     if group.get("cautious_weight_decay") and not group["decoupled_weight_decay"]:
         raise ValueError("cautious_weight_decay should be False without decoupled_weight_decay=True but is: True")
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raise ValueError where a flag that is set has none of its values."""
+    if value is True or (name == "cautious" and value == LAST_MEAN):
+        return
+    choices, near = "True or False", None
+    if name == "cautious":
+        choices, near = f"True, False or {LAST_MEAN!r}", nearest(value, [LAST_MEAN])
+    raise ValueError(told(name, f"should be {choices}", value, near))
 
 
 def check(rule: UpdateRule, group: dict[str, Any]) -> None:
@@ -80,7 +116,6 @@ def check(rule: UpdateRule, group: dict[str, Any]) -> None:
     for name in found:
         if name not in rule.optional_settings:
             raise ValueError(f"{name} is no flag of {type(rule).__name__}'s updates but a group has: {group[name]}")
-        if group[name] is not True:
-            raise ValueError(f"{name} should be True or False but is: {group[name]!r}")
+        _check_value(name, group[name])
     if found:
         rule.group_variant(group)

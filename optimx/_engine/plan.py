@@ -347,7 +347,7 @@ class StepPlan:
         """A graph has recorded launches that read this plan's tables; the buckets are bound."""
         if not self.is_captured:
             self.is_captured = True
-            tensors = chain.from_iterable((*b.members.states, *b.members.scalars) for b in self.buckets)
+            tensors = chain.from_iterable((*b.members.states, *b.members.scalars, b.means) for b in self.buckets)
             self._states = [*map(weakref.ref, chain.from_iterable(tensors))]
 
     def has_dead_states(self) -> bool:

@@ -23,14 +23,15 @@ from .rule import UpdateRule
 from .sharding import all_reduced, cutting, has_dtensors, is_here, local
 
 #: What meets: whether there is a gradient; sums of squared gradients over rows and over columns, with averages of rows,
-#: added up, if these are whole; else those after them; squared lengths of parameters and of their steps; and matrices,
-#: which are not added up but put together.
+#: added up, if these are whole; else those after them; squared lengths of parameters and of their steps, or how many
+#: elements took a cautious one; and matrices, which are not added up but put together.
 PRESENT, SUMS, MEANS, LENGTHS, MATRICES = range(5)
 
 #: Where updates of each walk stop.
 ROUNDS_OF: dict[str, tuple[int, ...]] = {
     "elementwise": (),
     "measured": (LENGTHS,),
+    "lagged": (LENGTHS,),
     "factored": (SUMS, MEANS, LENGTHS),
     "orthogonal": (MATRICES,),
 }
@@ -196,7 +197,7 @@ def _shares_of(walk: str, param: Tensor) -> list[tuple[int, str, int, list[int]]
     """Round, name and length of what may be found of a DTensor, and over which dimensions of its mesh that meets."""
     part = local(param)
     everywhere = cutting(param)
-    found = [(LENGTHS, "lengths", 2, everywhere)] if LENGTHS in ROUNDS_OF[walk] else []
+    found = [(LENGTHS, "lengths", 1 if walk == "lagged" else 2, everywhere)] if LENGTHS in ROUNDS_OF[walk] else []
     if part.device.type == "cpu":
         found.append((PRESENT, "present", 2, everywhere))
     if walk == "factored" and param.dim() > 1:

@@ -66,7 +66,8 @@ class UpdateRule:
         scalars: Scalar states, the step count first; may be empty.
         scalars_on_device: They are where the parameter is, also without ``capturable``.
         walk: How an update moves over its tensors: ``"elementwise"``, in one pass; ``"measured"``, a pass
-            that measures, a reduction of each tensor, a pass; ``"factored"``, over matrices with averages of rows and
+            that measures, a reduction of each tensor, a pass; ``"lagged"``, in one pass, of a size that follows from
+            the step before; ``"factored"``, over matrices with averages of rows and
             columns; ``"orthogonal"``, a pass, products of matrices, a pass. Each backend has a class of buckets for it.
         optional_settings: Of groups, also where the optimizer has no default for them.
         temporaries: How many tensors of scratch :meth:`advance` and :meth:`take` need.
@@ -200,7 +201,7 @@ class UpdateRule:
     def advance(
         self, variant: Any, row: Row, p: Tensor, g: Tensor, states: Sequence[Tensor], scratch: tuple[Tensor, ...]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Move the states of one piece, where the walk is "measured"; arguments are those of :meth:`formula`.
+        """Move the states of one piece, where the walk is "measured" or "lagged"; arguments are :meth:`formula`'s.
 
         Returns:
             The step before it has its size, and two tensors whose squared lengths, over a whole parameter, tell that;

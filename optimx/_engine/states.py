@@ -24,6 +24,7 @@ from .averages import AVERAGE
 from .bucket import Bucket
 from .cpu.batch import BATCH, cut, is_small
 from .cpu.call import MANY
+from .flags import MASK_MEAN
 from .offload import state_device
 from .optimizer import EngineOptimizer
 from .recode import bring_to_formats
@@ -91,6 +92,7 @@ def create_states(
                 if params[i] is not shards[i]:
                     tensor = sharding.like(params[i], tensor, kinds[i][name])
                 states[i][name] = tensor
+        _create_means(states if bucket.has_means else (), key.device)
 
 
 def _most_neighbours(optimizer: EngineOptimizer, variant: tuple[bool, ...], dtype: torch.dtype) -> int:
@@ -99,6 +101,19 @@ def _most_neighbours(optimizer: EngineOptimizer, variant: tuple[bool, ...], dtyp
     compute = torch.float64 if dtype is torch.float64 else torch.float32
     by_formula = rule.operator(variant, compute) is None or (rule.by_element and len(optimizer.param_groups) >= MANY)
     return BATCH if by_formula else NEIGHBOURS
+
+
+def _create_means(states: Sequence[State], device: torch.device) -> None:
+    """Give states their shares of cautious steps, 1 before the first; what is there is brought to float32."""
+    fresh = [state for state in states if MASK_MEAN not in state]
+    for first in range(0, len(fresh), SCALARS):
+        block = torch.ones(len(fresh[first : first + SCALARS]), dtype=torch.float32, device=device)
+        for state, place in zip(fresh[first:], _places(block, [torch.Size()] * len(block)), strict=False):
+            state[MASK_MEAN] = place
+    for state in states:
+        mean = torch.as_tensor(state[MASK_MEAN])
+        if mean is not state[MASK_MEAN] or (mean.device, mean.dtype, mean.dim()) != (device, torch.float32, 0):
+            state[MASK_MEAN] = mean.detach().to(device, torch.float32).reshape(())
 
 
 def settle_scalars(names: Sequence[str], states: Sequence[State], device: torch.device) -> None:

@@ -265,7 +265,7 @@ class MultiTensorStep(EngineOptimizer):
             kinds = kept(self.rule, param, param, group, self.defaults).kinds
             for name in saved.keys() - {*self.rule.scalars}:
                 # what is kept otherwise than torch does stays as it was saved
-                as_saved = is_set(group) or name == AVERAGE
+                as_saved = is_set(group) or name in (AVERAGE, flags.MASK_MEAN)
                 dtype = saved[name].dtype if as_saved else getattr(kinds.get(name), "dtype", None)
                 if name == REMAINDER_NAME and dtype is torch.int32:
                     # as `_for_others` has it

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
-from itertools import product
+from itertools import product, repeat
 from types import ModuleType
 from typing import Any
 
@@ -18,7 +18,9 @@ from optimx.triton_kernels import (
     adam,
     grad_norm,
     guards,
+    lagged,
     lamb,
+    lion,
     matrix_walk,
     measured,
     muon,
@@ -222,7 +224,7 @@ def _update_variants() -> Iterator[Variant]:
     for algorithm in ELEMENTWISE:
         choices = [
             (of_flags, choice) for of_flags in algorithm.update_variants.items()
-            for choice in _choices(algorithm, of_flags[0])
+            for choice in _choices(algorithm, of_flags[0]) if of_flags not in [*_of_walk(algorithm, "lagged")]
         ]  # fmt: skip
         for (flags, (variant, n_states)), (name, control) in choices:
             p, g, state = DTYPES[name]
@@ -533,11 +535,65 @@ def _measured_variants() -> Iterator[Variant]:
 
 def _measured() -> Iterator[tuple[Algorithm, tuple[str, tuple[tuple[bool, ...], int]]]]:
     """Algorithms and their variants, by name, that measure tensors before they update them."""
-    rules = {case.cls.rule.module: case.cls.rule for case in CASES}
     for algorithm in ELEMENTWISE:
-        for entry in algorithm.update_variants.items():
-            if rules[algorithm.name].walk_of(entry[1][0]) == "measured":
-                yield algorithm, entry
+        yield from zip(repeat(algorithm), _of_walk(algorithm, "measured"), strict=False)
+
+
+def _of_walk(algorithm: Algorithm, walk: str) -> Iterator[tuple[str, tuple[tuple[bool, ...], int]]]:
+    """The variants of an algorithm, by name, that are updated by a walk."""
+    rules = {case.cls.rule.module: case.cls.rule for case in CASES}
+    for entry in algorithm.update_variants.items():
+        if algorithm.name in rules and rules[algorithm.name].walk_of(entry[1][0]) == walk:
+            yield entry
+
+
+def _lagged_variants() -> Iterator[Variant]:
+    """The update that counts cautious steps, with and without other sums; and the launches before and after it."""
+    choices = [("float32", False), ("float32", True), ("bfloat16", False)]
+    for algorithm in ELEMENTWISE:
+        for (flags, (variant, n_states)), (name, control) in product(_of_walk(algorithm, "lagged"), choices):
+            p, g, state = DTYPES[name]
+            dtypes = (p, g, *[state] * n_states)
+            call = partial(_call_lagged, algorithm.module, variant, dtypes, control=control)
+            yield Variant(
+                algorithm.name, _name(name, flags, control=control), call, reads=dtypes,
+                writes=(p, *[state] * n_states), threads=THREADS_SUMS_16 if p.itemsize == 2 else 896,
+                shared=SHARED_RIDERS, counted=not control, riders=(1, 0), position=1,
+            )  # fmt: skip
+            if name == "float32" and not control:
+                watched = partial(_call_lagged, algorithm.module, variant, dtypes, sums=(0, 1, 2, 3))
+                yield Variant(
+                    algorithm.name, _name(name, flags, "4_sums"), watched, reads=dtypes,
+                    writes=(p, *[state] * n_states), threads=THREADS_SUMS_AVERAGE, shared=SHARED_RIDERS, counted=True,
+                    riders=(5, 0), position=1, architectures=("sm_90", "gfx942"),
+                )  # fmt: skip
+    # which have nothing of the algorithm but where columns are
+    for control, is_cut in product((False, True), repeat=2):
+        call = partial(_call_lagged, lion, (False, True, False, True), (BF16,) * 3, control=control, is_cut=is_cut)
+        options = _name(control=control, cut=is_cut)
+        if not is_cut:
+            yield Variant("lagged_adapt", options, call, threads=THREADS_FLOAT64)
+        position = 3 if is_cut else 2
+        yield Variant("lagged_keep", options, call, threads=THREADS_FLOAT64, shared=SHARED_REDUCTION, position=position)
+
+
+def _call_lagged(
+    module: ModuleType,
+    variant: tuple[bool, ...],
+    dtypes: Dtypes,
+    size: Sizes,
+    *,
+    control: bool = False,
+    is_cut: bool = False,
+    sums: tuple[int, ...] = (),
+) -> None:
+    table, n = size.table(len(dtypes) - 1), size.n_tensors
+    launches = lagged.lagged_update_(
+        module, table, size.grads(), numbers(n, len(module.HYPER)), numbers(3) if control else None,
+        variant=variant, dtypes=dtypes, means=addresses(n), partials=torch.empty(len(sums) + 1, table.n_chunks),
+        riders=update.Riders(sums), numels=addresses(n) if is_cut else None,
+    )  # fmt: skip
+    deque(launches, maxlen=0)
 
 
 def _call_adafactor(
@@ -781,6 +837,7 @@ def variants() -> tuple[Variant, ...]:
         _muon_variants,
         _product_variants,
         _measured_variants,
+        _lagged_variants,
         _adafactor_variants,
         _storage_variants,
         _storage_measured_variants,

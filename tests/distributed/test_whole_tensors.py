@@ -29,6 +29,8 @@ OPTIMIZERS: dict[str, Any] = {
     "lamb-cautious": partial(optimx.LAMB, lr=0.1, weight_decay=0.5, cautious_weight_decay=True),
     "adamw-cautious": partial(optimx.AdamW, lr=0.1, betas=(0.9, 0.8), cautious=True, update_clipping=True),
     "lion-cautious": partial(optimx.Lion, lr=0.1, weight_decay=0.5, cautious=True, cautious_weight_decay=True),
+    "nadam-last_mean": partial(optimx.NAdam, lr=0.1, weight_decay=0.1, cautious="last_mean"),
+    "lion-last_mean": partial(optimx.Lion, lr=0.1, weight_decay=0.5, cautious="last_mean"),
     "adafactor": partial(optimx.Adafactor, lr=0.1, weight_decay=0.1),
     "adafactor-moment": partial(optimx.Adafactor, lr=0.1, beta1=0.9),
     "adafactor-hf": partial(optimx.Adafactor, lr=None, variant="hf", weight_decay=0.1),
@@ -51,7 +53,7 @@ if INTERPRETED:
     # a millisecond a program
     SHAPES, TRIED = (
         [(5, 7), (1, 4), (3, 2, 3, 3), (5,)],
-        [("lamb", None), ("adamw-cautious", 1.0), ("adafactor-moment", 1.0)],
+        [("lamb", None), ("adamw-cautious", 1.0), ("lion-last_mean", 1.0), ("adafactor-moment", 1.0)],
     )
     SETTINGS = {"clipped": SETTINGS["clipped"]}
 else:
@@ -220,6 +222,8 @@ COUNTED = {
     # lengths of two parameters and their steps
     ("lamb", (ROWS, R)): [4],
     ("lamb", (ROWS, COLUMNS)): [4, 4],
+    # how many elements took a step
+    ("lion-last_mean", (ROWS, R)): [2],
     # sums of columns with the sum of rows' averages; lengths
     ("adafactor", (ROWS, R)): [2 * (4 + 1), 4],
     # sums of rows

@@ -1,7 +1,8 @@
 """Adam, AdamW and NAdam with flags that torch's classes have not, in torch's operators, one parameter after the other.
 
 Cautious weight decay is https://arxiv.org/abs/2510.12402: an element decays where ``step * param >= 0``. Cautious
-steps are https://arxiv.org/abs/2411.16085, with the tensor's mean of the mask, at least 1e-3. Update clipping is
+steps are https://arxiv.org/abs/2411.16085, with the tensor's mean of the mask, at least 1e-3; with ``"last_mean"`` with
+that of the last step that any element took, and 1 at the first. Update clipping is
 StableAdamW's (https://arxiv.org/abs/2304.13013), as timm has it: eps is added to the root, and decay is not clipped.
 """
 
@@ -60,7 +61,7 @@ class FlaggedLoop(Optimizer):
         step = average / denominator
         if self.flags.get("cautious"):
             mask = (step.sign() * g.sign() > 0).to(step.dtype)
-            step = step * mask / mask.mean().clamp(min=1e-3)
+            step = step * mask / self._divisor(state, mask).double().clamp(min=1e-3)
         if self.flags.get("update_clipping"):
             step = step / (g / denominator).square().mean().sqrt().clamp(min=1.0)
         kept = 1 - group["lr"] * group["weight_decay"] if decoupled else 1.0
@@ -69,3 +70,10 @@ class FlaggedLoop(Optimizer):
         else:
             param.mul_(kept)
         param.sub_(group["lr"] * step)
+
+    def _divisor(self, state: dict[str, Any], mask: Tensor) -> Tensor:
+        if self.flags["cautious"] != "last_mean":
+            return mask.mean()
+        last = state.get("mask_mean", torch.ones(()))
+        state["mask_mean"] = mask.mean().float() if mask.any() else last
+        return last

@@ -2,12 +2,14 @@
 
 from .elementwise import NativeBucket
 from .factored import FactoredBucket
+from .lagged import LaggedBucket
 from .measured import MeasuredBucket
 from .orthogonal import OrthogonalBucket
 
 BUCKETS: dict[str, type[NativeBucket]] = {
     "elementwise": NativeBucket,
     "measured": MeasuredBucket,
+    "lagged": LaggedBucket,
     "factored": FactoredBucket,
     "orthogonal": OrthogonalBucket,
 }

@@ -87,7 +87,7 @@ class NativeBucket(Bucket):
         return super().matches() and (not self.compares_addresses or self._all_addresses() == self._addresses)
 
     def _all_addresses(self) -> list[int]:
-        return [*map(Tensor.data_ptr, chain(self.members.params, *self.members.states))]
+        return [*map(Tensor.data_ptr, chain(self.members.params, *self.members.states, self.means))]
 
     def release(self) -> None:
         super().release()

@@ -65,7 +65,7 @@ class MeasuredBucket(NativeBucket):
         numels: Sequence[int] = []
         whole = False
         for piece in pieces():
-            p, g, *states = _roles(piece)
+            p, g, *states = roles_of(piece)
             if self._compiled is not None and self._is_of_large(piece):
                 found = self._compiled.measure(row, (p, g, *states), piece.factor, stored=piece.stored)
                 squares, numels = squares + found.view(2, 1), [piece.numel]
@@ -87,7 +87,7 @@ class MeasuredBucket(NativeBucket):
     def _take(self, row: Row, pieces: Walk, factors: Tensor) -> None:
         """Take the step that has been measured."""
         for piece in pieces():
-            p, g, *states = _roles(piece)
+            p, g, *states = roles_of(piece)
             if self._compiled is not None and self._is_of_large(piece):
                 self._compiled.take(row, (p, g, *states), piece.factor, factors.item(), stored=piece.stored)
                 continue
@@ -114,7 +114,8 @@ class MeasuredBucket(NativeBucket):
         return memory[:own], memory[own:]
 
 
-def _roles(piece: Piece) -> list[Tensor]:
+def roles_of(piece: Piece) -> list[Tensor]:
+    """The parameter, the gradient and the states of a piece for a formula."""
     return [role[0] for role in (piece.params, piece.grads, *piece.states)]
 
 

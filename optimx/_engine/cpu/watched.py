@@ -140,7 +140,7 @@ def _vectors(piece: Piece, role: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _products(a: Sequence[Tensor], b: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | Sequence[Tensor]:
     """Of each tensor the sum of products of elements."""
-    return [*map(torch.dot, a, b)] if len(a) == len(sizes) else _of_each(a[0] * b[0], sizes, "sum")
+    return [*map(torch.dot, a, b)] if len(a) == len(sizes) else of_each(a[0] * b[0], sizes, "sum")
 
 
 def _maxima(a: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | Sequence[Tensor]:
@@ -148,17 +148,17 @@ def _maxima(a: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | Sequence[Tens
     if len(a) == len(sizes):
         # a fraction of the time of a norm
         return [torch.stack(torch.aminmax(part)).abs_().amax() for part in a]
-    return _of_each(a[0].abs(), sizes, "max")
+    return of_each(a[0].abs(), sizes, "max")
 
 
 def _zeros(a: Sequence[Tensor], sizes: Sequence[int]) -> Tensor | Sequence[Tensor]:
     """Of each tensor how many elements are 0."""
     if len(a) == len(sizes):
         return [part.numel() - part.count_nonzero() for part in a]
-    return _of_each((a[0] == 0).double(), sizes, "sum")
+    return of_each((a[0] == 0).double(), sizes, "sum")
 
 
-def _of_each(elements: Tensor, sizes: Sequence[int], reduce: str) -> Tensor:
+def of_each(elements: Tensor, sizes: Sequence[int], reduce: str) -> Tensor:
     """Of each tensor's elements in a vector the sum or the largest one, float64."""
     runs = _runs_of((*sizes,))
     if len(runs) > FEW_RUNS:

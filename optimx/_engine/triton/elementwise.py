@@ -75,7 +75,8 @@ class TritonBucket(Bucket):
     def _fixed_addresses(self) -> list[int]:
         """Addresses that the tables have: all but those of gradients."""
         params, _, states, scalars = self.members
-        return [*map(Tensor.data_ptr, chain(params, *states, *(scalars if self.key.on_device else ())))]
+        counted = scalars if self.key.on_device else ()
+        return [*map(Tensor.data_ptr, chain(params, *states, *counted, self.means))]
 
     def matches(self) -> bool:
         return super().matches() and self._fixed_addresses() == self._addresses
