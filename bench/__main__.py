@@ -29,7 +29,7 @@ RESULTS = Path("bench/results")
 PARTS = {
     "1": ("host", "step"),
     "2": ("clip", "amp", "groups", "adafactor", "muon", "memory"),
-    "3": ("scaling", "schedulers", "dtensor", "riders", "compiled"),
+    "3": ("scaling", "schedulers", "dtensor", "riders", "compiled", "cautious"),
 }
 #: Pytest's exit status where a question has no case for this device, or none that matches.
 NOTHING_RUN = 5

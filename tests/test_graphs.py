@@ -363,3 +363,15 @@ def test_graph_replay_rounds_anew() -> None:
     captured, eager = optimx.AdamW(params, **kwargs), optimx.AdamW(twin, **kwargs)
     replay_beside(captured, eager)
     assert torch.equal(*params, *twin)
+
+
+@pytest.mark.parametrize("cls", [optimx.AdamW, optimx.Lion], ids=lambda cls: cls.__name__)
+def test_shares_of_cautious_steps(cls: type[optimx.MultiTensorStep]) -> None:
+    """A graph reads and writes them where they are."""
+    params, twin = (make_params([(64, 128), (300,)], "cuda") for _ in range(2))
+    captured, eager = (cls(some, lr=1e-2, capturable=True, cautious="last_mean") for some in (params, twin))
+    replay_beside(captured, eager)
+    for a, b in zip(params, twin, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(captured.state[a]["mask_mean"], eager.state[b]["mask_mean"])
+        assert 0.0 < captured.state[a]["mask_mean"] < 1.0
