@@ -1,5 +1,6 @@
 """The convergence check: it agrees with what is right, and it can fail."""
 
+import functools
 import json
 
 import pytest
@@ -77,7 +78,12 @@ def test_the_right_optimizer_agrees(tmp_path, which, names):
 )
 def test_a_wrong_optimizer_disagrees(tmp_path, capsys, monkeypatch, which, mistake):
     sgd = convergence.optimx.SGD
-    monkeypatch.setattr(convergence.optimx, "SGD", lambda params, **options: sgd(params, **mistake(options)))
+
+    @functools.wraps(sgd, updated=())
+    def wrong(params, **options):
+        return sgd(params, **mistake(options))
+
+    monkeypatch.setattr(convergence.optimx, "SGD", wrong)
     status, results = run(tmp_path, which)
     assert status == 1
     assert results["runs"][0]["verdict"] == "DISAGREE"
