@@ -91,7 +91,7 @@ bench: .venv-bench/.installed
 	OMP_WAIT_POLICY=PASSIVE .venv-bench/bin/python -m bench.step_costs
 
 report: .venv/.installed
-	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/bench.md docs/sharding.md docs/optimizers/muon.md docs/storage.md docs/lr_find.md docs/bad_steps.md
+	$(BIN)/python -m bench.report --readme README.md docs/benchmarks.md docs/bench.md docs/sharding.md docs/optimizers/muon.md docs/storage.md docs/lr_find.md docs/bad_steps.md docs/averages.md docs/watching.md docs/compiled_formulas.md
 
 demo: .venv/.installed
 	$(BIN)/python -m bench.demo

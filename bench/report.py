@@ -24,6 +24,7 @@ from bench.results import Verdict
 from bench.saved import Question, Results, load
 from bench.scaling import fit
 from bench.tables import contest_table, markdown_table, ms, number, results_table
+from bench.test_compiled import ADAMW, COMPILED_OURS, FLOORS
 from optimx.measuring.packages import NOT_MEASURED
 from optimx.measuring.stock import MOST_COMPILED
 
@@ -44,6 +45,18 @@ MODELS_COLUMNS = (
 )
 #: Times that tell three costs apart.
 LAW_TIMES = 4
+RIDERS_COLUMNS = textwrap.wrap(
+    "ms: ten steps of AdamW (SGD with momentum where the row says so) without anything, on 2 threads; the others are "
+    "times that, lower is better. One of the ten is watched: its `grad_norm` and `param_norm`, `grad_norm` and "
+    "`update_ratio`, or every statistic. AveragedModel is torch's EMA, after each step. `python -m bench riders`.",
+    120,
+)
+COMPILED_COLUMNS = textwrap.wrap(
+    "Milliseconds of a step: torch's foreach, the same under torch.compile, optimx without and with compiled formulas. "
+    "Above 1.00x optimx is faster than compiled foreach. The floor is what the bytes of the update take where torch's "
+    "fused AdamW moves its 28 a parameter. `python -m bench compiled`.",
+    120,
+)
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BLOCK = re.compile(r"(<!-- bench (?!end)(\S+) ?(\S*) -->\n).*?(<!-- bench end -->)", re.DOTALL)
@@ -102,6 +115,7 @@ def report(results: Results, charts: Sequence[str]) -> str:
         "What parameters and states are kept in": memory_report.kept_lines(results),
         "Sharded parameters: the host's time": markdown_rows(sharded_table(results)),
         "What rides along with a step": markdown_rows(riders_table(results)),
+        "Compiled formulas": markdown_rows(compiled_table(results)),
     }.items():
         lines += [f"## {title}", "", *section, ""] if section else []
     lines += ["## Targets", "", targets_line(results.verdicts), "", *markdown_table(targets_table(results)), ""]
@@ -147,8 +161,36 @@ def sharded_table(results: Results) -> list[list[str]]:
 
 
 def riders_table(results: Results) -> list[list[str]]:
-    """What ten steps take with statistics, rules and averages riding along, in milliseconds."""
-    return medians_table("ms of ten steps", "riders", results)
+    """What ten steps take with statistics, rules and averages riding along: milliseconds without, and times that."""
+    cases = results.cases("riders")
+    names = list(dict.fromkeys(row.contestant for _, rows in cases for row in rows if row.contestant != OURS))
+    table = [["ten steps", "ms", *names]]
+    for case, rows in cases:
+        medians = {row.contestant: row.median_ms for row in rows if row.median_ms}
+        if OURS in medians:
+            plain = medians[OURS]
+            cells = [f"{medians[name] / plain:.2f}x" if name in medians else "-" for name in names]
+            table.append([case.removeprefix("riders-").replace("-", " "), number(plain), *cells])
+    return table
+
+
+def compiled_table(results: Results) -> list[list[str]]:
+    """Steps with compiled formulas beside others', in milliseconds, and how far they are from memory's speed."""
+    table = [["ms", "foreach", "compiled foreach", OURS, COMPILED_OURS, "of compiled foreach", "times the floor"]]
+    for case, rows in results.cases("compiled"):
+        by_name = {row.contestant: row for row in rows}
+        medians = {name: row.median_ms for name, row in by_name.items() if row.median_ms}
+        if COMPILED_OURS not in medians:
+            continue
+        compiled = by_name[COMPILED_OURS]
+        shapes = compiled.model or case.rpartition("-")[2]
+        ratio = medians[COMPILED] / medians[COMPILED_OURS] if COMPILED in medians else None
+        floor = medians[ADAMW] * FLOORS[compiled.optimizer][0] / 28.0 if ADAMW in medians else None
+        over = "-" if floor is None else f"{medians[COMPILED_OURS] / floor:.2f}"
+        names = (FOREACH, COMPILED, OURS, COMPILED_OURS)
+        cells = [ms(by_name.get(name)) for name in names]
+        table.append([f"{compiled.optimizer}, {shapes}", *cells, "-" if ratio is None else f"{ratio:.2f}x", over])
+    return table
 
 
 def medians_table(title: str, question: str, results: Results) -> list[list[str]]:
@@ -325,6 +367,14 @@ def step_cost_tables_part(results: Results, folder: str) -> list[str]:
     return step_costs.lines(results.step_costs, notes=False) if results.step_costs else []
 
 
+def riders_part(results: Results, folder: str) -> list[str]:
+    return [*markdown_rows(riders_table(results)), "", *RIDERS_COLUMNS]
+
+
+def compiled_part(results: Results, folder: str) -> list[str]:
+    return [*markdown_rows(compiled_table(results)), "", *COMPILED_COLUMNS]
+
+
 def kept_part(results: Results, folder: str) -> list[str]:
     return [*memory_report.kept_lines(results), "", f"All rows are in the [report]({folder}/report.md)."]
 
@@ -349,6 +399,8 @@ PARTS: dict[str, Callable[[Results, str], list[str]]] = {
     "bad-steps": bad_steps_part,
     "step-costs": step_costs_part,
     "step-cost-tables": step_cost_tables_part,
+    "riders": riders_part,
+    "compiled": compiled_part,
     "kept": kept_part,
     "kept-packages": packages_part,
 }

@@ -16,9 +16,10 @@ from bench.contestants import MAX_NORM, Model, Run, optimizer_of
 from bench.suite import LARGE, SMALL, contests
 
 STEPS, DECAY = 10, 0.999
-TWO = ("grad_norm", "update_ratio")
+NORMS, TWO = ("grad_norm", "param_norm"), ("grad_norm", "update_ratio")
 CLIPPED, SKIPPING = "max_grad_norm", "skip_nonfinite"
-WATCHED, ALL, EMA, EVERY, TORCHS = "watch, 2", "watch, all", "EMA", "EMA, every=10", "AveragedModel"
+WATCHED, RATIO, ALL = "watch, norms", "watch, ratio", "watch, all"
+EMA, EVERY, TORCHS = "EMA", "EMA, every=10", "AveragedModel"
 
 
 def ten_steps(case: Case, after: Callable[[Model, Any], Callable[[], object]] | None = None, **options: Any) -> Run:
@@ -52,7 +53,8 @@ def torchs_average(model: Model, optimizer: torch.optim.Optimizer) -> Callable[[
 
 CONTESTANTS = {
     OURS: ten_steps,
-    WATCHED: partial(watched, stats=TWO),
+    WATCHED: partial(watched, stats=NORMS),
+    RATIO: partial(watched, stats=TWO),
     ALL: partial(watched, stats=(*optimx.watching.STATISTICS,)),
     CLIPPED: partial(ten_steps, max_grad_norm=MAX_NORM),
     SKIPPING: partial(ten_steps, max_grad_norm=MAX_NORM, skip_nonfinite=True, skip_spikes=True),

@@ -15,6 +15,7 @@ from bench.case import COMPILED, COPY, DEFAULT, FOREACH, FUSED, OURS
 from bench.charts import DRAWN_BY, over_best
 from bench.results import Row, Verdict
 from bench.scaling import ADAMW_BYTES, Law, fit
+from bench.test_compiled import ADAMW, COMPILED_OURS
 
 TIMES = {DEFAULT: 4.0, FOREACH: 3.0, FUSED: 2.0, OURS: 1.0}
 
@@ -357,8 +358,20 @@ def test_the_page_has_the_tables_of_all_questions(folder):
     assert report.main([str(folder)]) == 0
     page = (folder / "report.md").read_text()
     assert "| 300 clip 8 ranks | 2 | 2 | 2 |" in page
-    assert "| ms of ten steps | optimx | EMA |" in page
-    assert "| 4x4M | 3 | 4.5 |\n| x | 6 | - |" in page
+    assert "| ten steps | ms | EMA |" in page
+    assert "| 4x4M | 3 | 1.50x |\n| x | 6 | - |" in page
+
+
+def test_compiled_formulas_have_a_table(folder):
+    times = {FOREACH: 9.0, COMPILED: 4.0, OURS: 5.0, COMPILED_OURS: 2.0, ADAMW: 2.8}
+    rows = [row("compiled-lion-4x4M", name, median, optimizer="Lion") for name, median in times.items()]
+    rows += [row("compiled-lamb-vit-b16", COMPILED_OURS, 3.0, optimizer="LAMB", model="vit-b16 / 4")]
+    save(folder, "compiled", rows)
+    table = report.compiled_table(report.load(folder))
+    assert table[1:] == [
+        ["Lion, 4x4M", "9", "4", "5", "2", "2.00x", "1.00"],
+        ["LAMB, vit-b16 / 4", "-", "-", "-", "3", "-", "-"],
+    ]
 
 
 def test_everybody_has_a_law_who_has_times(folder):
@@ -409,6 +422,9 @@ def test_a_block_of_an_unknown_part_is_an_error(folder, tmp_path, monkeypatch, c
         "docs/storage.md",
         "docs/lr_find.md",
         "docs/bad_steps.md",
+        "docs/averages.md",
+        "docs/watching.md",
+        "docs/compiled_formulas.md",
     ],
 )
 def test_the_projects_pages_are_up_to_date(page):

@@ -358,7 +358,13 @@ class NativeBucket(Bucket):
             numel = grad.numel()
             yield Piece([p], [grad], [[state] for state in states], steps, [numel], numel, factor, stored=True)
             return
-        split = [self.split(tensor) for tensor in (grad, *roles_of_tensor)]
+        tensors = (grad, *roles_of_tensor)
+        copies = factor != 1.0 or not all(tensor.dtype is self.compute_dtype for tensor in tensors)
+        if self._staged is None or copies or (self._watched is not None and self._watched.copies):
+            split = [self.split(tensor) for tensor in tensors]
+        else:
+            # an operator needs no pieces, each of which costs calls that wait for all threads
+            split = [[flat(tensor)] for tensor in tensors]
         for g, *roles in zip(*split, strict=True):
             g = self.piece_grad(g, factor)
             working = [

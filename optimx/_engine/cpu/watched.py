@@ -56,6 +56,7 @@ class Watched:
 
     Attributes:
         names: What is measured.
+        copies: A piece's parameters are copied.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Watched:
         self._moment = moment_in(state_names)
         unknown = () if self._moment is not None else OF_MOMENTS
         self.names = [name for name in (*OF_GRADS, *OF_UPDATES) if name in names and name not in unknown]
+        self.copies = "update_sq" in self.names
         self._numels = numels
         self._dtype = dtype
         self._inverse = 1.0
@@ -89,7 +91,7 @@ class Watched:
             factor: What its gradients are multiplied by, but for their sign; the same in all of a step.
         """
         self._inverse = 1.0 / abs(factor) if factor else torch.nan
-        found, changes = self._found, "update_sq" in self.names
+        found = self._found
         for piece in pieces():
             sizes, grads = piece.sizes, _vectors(piece, piece.grads)
             if "grad_sq" in found:
@@ -104,14 +106,14 @@ class Watched:
                     found["moment_sq"].add(members, _products(moments, moments, sizes))
                 if "grad_moment" in found:
                     found["grad_moment"].add(members, _products(grads, moments, sizes))
-            before = self._copies(piece) if changes else []
+            before = self._copies(piece) if self.copies else []
             yield piece
             after = _vectors(piece, piece.params)
             if after[0].dtype is not self._dtype:
                 after = [part.to(self._dtype).to(part.dtype) for part in after]
             if "param_sq" in found:
                 found["param_sq"].add(members, _products(after, after, sizes))
-            if changes:
+            if self.copies:
                 moved = [*map(Tensor.sub_, before, after)]
                 found["update_sq"].add(members, _products(moved, moved, sizes))
 
