@@ -231,6 +231,24 @@ def test_watched(plainly) -> None:
     torch.testing.assert_close(*norms, **ONE_ROUNDING)
 
 
+@pytest.mark.parametrize("name", ["rmsprop", "nadam", "lamb", "adafactor"])
+def test_watching_changes_no_bit(name: str) -> None:
+    watched, plain = twins(BY_NAME[name])
+    with optimx.watch(watched, every=1):
+        train([watched, plain], 4)
+    assert all(map(torch.equal, params_of(watched), params_of(plain)))
+
+
+def test_small_ones_that_are_not_contiguous(plainly) -> None:
+    """Which no batch takes."""
+    ours, plain = (
+        optimx.LAMB([Parameter(make_params([shape])[0].detach().mT) for shape in ((7, 5), (80, 70))]) for _ in range(2)
+    )
+    train([ours], 3)
+    plainly(train, [plain], 3)
+    assert_same(ours, plain, ONE_ROUNDING)
+
+
 @pytest.mark.parametrize("name", ["rmsprop", "lamb", "adafactor"])
 def test_repeats_bit_by_bit(name: str) -> None:
     a, b = twins(BY_NAME[name])

@@ -419,6 +419,11 @@ class FactoredBucket(NativeBucket):
     def new_call(self, members: list[int] | None, index: int) -> FactoredCall:
         return FactoredCall(self, members, index)
 
+    def send(self, values: Sequence[tuple[Any, ...]]) -> None:
+        super().send(values)
+        # the norm is of the sums that the update takes: both are the same kernel's
+        self.compile(None)
+
     def norms(self, wide: bool = False) -> list[Tensor]:
         if wide:
             return super().norms(wide)

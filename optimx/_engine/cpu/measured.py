@@ -82,7 +82,7 @@ class MeasuredBucket(NativeBucket):
         return squares, numels, whole
 
     def _is_of_large(self, piece: Piece) -> bool:
-        return len(piece.sizes) == 1 and piece.numel > SMALL
+        return piece.stored or (len(piece.sizes) == 1 and piece.numel > SMALL)
 
     def _take(self, row: Row, pieces: Walk, factors: Tensor) -> None:
         """Take the step that has been measured."""
