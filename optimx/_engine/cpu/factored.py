@@ -404,9 +404,9 @@ class FactoredBucket(NativeBucket):
 
     takes_riders = False
 
-    _compiled: CompiledMatrices | None  # type: ignore[assignment]
+    _compiled: CompiledMatrices | None
 
-    def _new_compiled(self) -> CompiledMatrices | None:  # type: ignore[override]
+    def _new_compiled(self) -> CompiledMatrices | None:
         if self.coder is not None or not any(stack.is_matrix for call in self._calls for stack in call.stacks):
             return None
         states = self.key.dtypes[2 : 1 + self.n_roles]

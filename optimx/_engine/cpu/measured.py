@@ -20,9 +20,9 @@ class MeasuredBucket(NativeBucket):
 
     takes_riders = False
 
-    _compiled: CompiledWalks | None  # type: ignore[assignment]
+    _compiled: CompiledWalks | None
 
-    def _new_compiled(self) -> CompiledWalks | None:  # type: ignore[override]
+    def _new_compiled(self) -> CompiledWalks | None:
         roles = self.key.dtypes[: 1 + self.n_roles]
         walks = CompiledWalks(self.rule, self.key.variant, self.compute_dtype, roles, moves_first=self._moves_first)
         rows = [call.row for call in self._calls if call.large]
